@@ -1,0 +1,1 @@
+"""Facts and device behaviour: GPUs, links, dtypes, units, the registry."""

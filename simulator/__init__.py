@@ -1,0 +1,1 @@
+"""The simulator: model, workload, graph, lowering, program, timeline, report."""
