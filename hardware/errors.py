@@ -17,6 +17,8 @@ class UnsupportedError(UsageError):
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> UsageError:
     """One line for a name that no table holds, with the nearest known ones."""
     choices = sorted(known)
-    near = difflib.get_close_matches(str(name).lower(), choices, n=3, cutoff=0.5)
+    typed = str(name).lower()
+    longer = [choice for choice in choices if typed and choice.startswith(typed)][:3]
+    near = longer or difflib.get_close_matches(typed, choices, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {', '.join(choices)}"
     return UsageError(f"no {kind} named {str(name)!r}; {hint}")

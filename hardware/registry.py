@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
-from importlib.metadata import entry_points
+from collections.abc import Callable, Iterator, Mapping
 from typing import Generic, TypeVar
 
 from hardware.errors import unknown_name
@@ -17,12 +16,14 @@ class Registry(Generic[T]):
 
     Entry points are only loaded when a name is missing or all names are asked for, so that
     a plug-in costs nothing to those who do not use it. A plug-in that fails to load, or that
-    takes a name that exists, is skipped with a warning that names it.
+    takes a name that exists, is skipped with a warning that names it. `builtin` gives our own
+    items where they are not decorated but read from a table; it is called once, at first use.
     """
 
-    def __init__(self, kind: str, group: str) -> None:
+    def __init__(self, kind: str, group: str, builtin: Callable[[], Mapping[str, T]] | None = None) -> None:
         self.kind = kind
         self.group = group
+        self._builtin = builtin
         self._items: dict[str, T] = {}
         self._discovered = False
 
@@ -37,12 +38,14 @@ class Registry(Generic[T]):
 
     def add(self, name: str, item: T) -> None:
         """Put `item` under `name`; a taken name raises `ValueError`."""
+        self._fill()
         if name in self._items:
             raise ValueError(f"{self.kind} {name!r} is registered already; choose another name")
         self._items[name] = item
 
     def get(self, name: str) -> T:
         """The object called `name`; `UsageError` with the nearest names otherwise."""
+        self._fill()
         if name not in self._items:
             self._discover()
         if name not in self._items:
@@ -55,15 +58,25 @@ class Registry(Generic[T]):
         return sorted(self._items)
 
     def __contains__(self, name: object) -> bool:
+        self._fill()
         return name in self._items or name in self.names()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names())
 
+    def _fill(self) -> None:
+        if self._builtin is not None:
+            builtin, self._builtin = self._builtin, None
+            self._items.update(builtin())
+
     def _discover(self) -> None:
+        self._fill()
         if self._discovered:
             return
         self._discovered = True
+        # Imported here: most runs need no plug-in, and this costs more than the rest of the module.
+        from importlib.metadata import entry_points
+
         for point in entry_points(group=self.group):
             self._load(point.name, point.load)
 
@@ -76,4 +89,5 @@ class Registry(Generic[T]):
         if name not in self._items:
             self._items[name] = item
         elif self._items[name] is not item:
-            warnings.warn(f"{self.kind} plug-in {name!r} hides behind one of the same name and is skipped", stacklevel=2)
+            text = f"{self.kind} plug-in {name!r} hides behind one of the same name and is skipped"
+            warnings.warn(text, stacklevel=2)
