@@ -2,26 +2,70 @@
 
 from __future__ import annotations
 
-import attrs
-from attrs.validators import ge, gt, instance_of, optional
+from collections.abc import Callable
+from typing import Any
 
-_positive_int = [instance_of(int), gt(0)]
-_rate = ge(0.0)
+import attrs
+from attrs.validators import deep_iterable, instance_of, optional
+
+from hardware.errors import UsageError
+from simulator.limits import (
+    LARGEST_HEADS,
+    LARGEST_HIDDEN,
+    LARGEST_LAYERS,
+    LARGEST_POSITIONS,
+    LARGEST_SOFTCAP,
+    LARGEST_VOCAB,
+    LARGEST_WIDTH,
+    count_rule,
+    is_count,
+    is_number,
+    shown,
+)
+
+_Validator = Callable[[Any, "attrs.Attribute[Any]", Any], None]
+
+
+def _count(largest: int) -> _Validator:
+    def check(_: object, attribute: attrs.Attribute[Any], value: object) -> None:
+        if not is_count(value, largest):
+            raise UsageError(f"{attribute.name} {count_rule(largest)}, not {shown(value)}")
+
+    return check
+
+
+def _between(smallest: float, largest: float) -> _Validator:
+    def check(_: object, attribute: attrs.Attribute[Any], value: object) -> None:
+        if not is_number(value, smallest, largest):
+            raise UsageError(f"{attribute.name} must be a number from {smallest} to {largest}, not {shown(value)}")
+
+    return check
+
+
+_rate = _between(0.0, 1.0)
+_softcap = optional(_between(1e-9, LARGEST_SOFTCAP))
+_flag = instance_of(bool)
 
 
 @attrs.frozen
 class AttentionSpec:
     """Multi-head, grouped-query or multi-query attention of one layer."""
 
-    heads: int = attrs.field(validator=_positive_int)
-    kv_heads: int = attrs.field(validator=_positive_int)
-    head_dim: int = attrs.field(validator=_positive_int)
-    bias: bool = False
+    heads: int = attrs.field(validator=_count(LARGEST_HEADS))
+    kv_heads: int = attrs.field(validator=_count(LARGEST_HEADS))
+    head_dim: int = attrs.field(validator=_count(LARGEST_HIDDEN))
+    bias: bool = attrs.field(default=False, validator=_flag)
     dropout: float = attrs.field(default=0.0, validator=_rate)
-    window: int | None = attrs.field(default=None, validator=optional(gt(0)))
+    window: int | None = attrs.field(default=None, validator=optional(_count(LARGEST_POSITIONS)))
     """Sliding-window length in tokens; None attends to the whole sequence."""
-    softcap: float | None = None
+    softcap: float | None = attrs.field(default=None, validator=_softcap)
     """Soft cap on attention scores (Gemma 2); None leaves them as they are."""
+
+    def __attrs_post_init__(self) -> None:
+        if self.heads % self.kv_heads:
+            raise UsageError(f"heads must be a multiple of kv_heads, not {self.heads} and {self.kv_heads}")
+        if self.heads * self.head_dim > LARGEST_WIDTH:
+            raise UsageError(f"heads x head_dim must be at most {LARGEST_WIDTH}, not {self.heads} x {self.head_dim}")
 
     @property
     def groups(self) -> int:
@@ -33,10 +77,10 @@ class AttentionSpec:
 class FeedForwardSpec:
     """The MLP of one layer: gated (SwiGLU style) or plain."""
 
-    width: int = attrs.field(validator=_positive_int)
-    activation: str = "silu"
-    gated: bool = True
-    bias: bool = False
+    width: int = attrs.field(validator=_count(LARGEST_WIDTH))
+    activation: str = attrs.field(default="silu", validator=instance_of(str))
+    gated: bool = attrs.field(default=True, validator=_flag)
+    bias: bool = attrs.field(default=False, validator=_flag)
 
 
 @attrs.frozen
@@ -53,14 +97,18 @@ class ModelSpec:
 
     name: str
     family: str
-    hidden: int = attrs.field(validator=_positive_int)
-    vocab: int = attrs.field(validator=_positive_int)
-    max_positions: int = attrs.field(validator=_positive_int)
-    layers: tuple[LayerSpec, ...]
-    tied_embeddings: bool = False
+    hidden: int = attrs.field(validator=_count(LARGEST_HIDDEN))
+    vocab: int = attrs.field(validator=_count(LARGEST_VOCAB))
+    max_positions: int = attrs.field(validator=_count(LARGEST_POSITIONS))
+    layers: tuple[LayerSpec, ...] = attrs.field(validator=deep_iterable(instance_of(LayerSpec), instance_of(tuple)))
+    tied_embeddings: bool = attrs.field(default=False, validator=_flag)
     embedding_dropout: float = attrs.field(default=0.0, validator=_rate)
     residual_dropout: float = attrs.field(default=0.0, validator=_rate)
-    final_softcap: float | None = None
+    final_softcap: float | None = attrs.field(default=None, validator=_softcap)
     """Soft cap on the logits (Gemma 2)."""
     assumptions: tuple[str, ...] = ()
     """One line for each value that the config did not give and a class default filled in."""
+
+    def __attrs_post_init__(self) -> None:
+        if not is_count(len(self.layers), LARGEST_LAYERS):
+            raise UsageError(f"layers must hold from 1 to {LARGEST_LAYERS} layer specs, not {len(self.layers)}")

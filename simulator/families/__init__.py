@@ -1,0 +1,99 @@
+"""Model families: one file each, named for its `model_type`, imported when it is asked for.
+
+A new family is one row of `BUILT_IN` and one file with its reader (and its graph recipe); outside
+this package it is an entry point of the group ``vramsim.families`` that gives a `Family`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from typing import Any
+
+import attrs
+
+from hardware.errors import UnsupportedError
+from hardware.registry import Registry
+from simulator.families.reader import ConfigReader
+from simulator.limits import shown
+from simulator.model import ModelSpec
+
+ENTRY_POINTS = "vramsim.families"
+
+# model_type -> (module that registers it, its configuration class in transformers 5.23.0)
+BUILT_IN = {
+    "gemma2": ("simulator.families.gemma2", "Gemma2Config"),
+    "gpt2": ("simulator.families.gpt2", "GPT2Config"),
+    "llama": ("simulator.families.llama", "LlamaConfig"),
+}
+_HEADS = re.compile(r"(Config|Model|LMHeadModel|DoubleHeadsModel|For[A-Z]\w*)$")
+
+
+@attrs.frozen
+class Family:
+    """How one `model_type` is read and, once its recipe is there, built as a graph."""
+
+    name: str
+    """The `model_type` of its config.json."""
+    read: Callable[[ConfigReader], ModelSpec]
+    config_class: str = ""
+    """Its configuration class; the text before `Config` also starts the names of its architectures."""
+    aliases: Mapping[str, str] = attrs.field(factory=dict)
+    """Other names of keys, other -> own (the class's `attribute_map`)."""
+    forward: Callable[..., Any] | None = None
+    """The graph recipe."""
+
+
+class FamilyRegistry(Registry[Family]):
+    """A registry that knows its built-in names before their modules are imported."""
+
+    def get(self, name: str) -> Family:
+        """The family of a `model_type`; `UnsupportedError` with the known ones otherwise."""
+        self._import(name)
+        if name not in self:
+            raise _unknown(name, self.names())
+        return super().get(name)
+
+    def add(self, name: str, item: Family) -> None:
+        """Put `item` under `name`; a taken name raises `ValueError`."""
+        self._import(name)
+        super().add(name, item)
+
+    def names(self) -> list[str]:
+        """Every known `model_type`, sorted; imports no built-in family."""
+        return sorted({*BUILT_IN, *super().names()})
+
+    def find(self, name: str) -> Family:
+        """The family of a `model_type`, a configuration class or an architecture."""
+        return self.get(_MODEL_TYPES.get(_HEADS.sub("", name)) or self._plugged_in(name) or name)
+
+    def _plugged_in(self, name: str) -> str | None:
+        """The third-party family whose configuration class starts like `name`."""
+        if not _HEADS.search(name):
+            return None
+        others = [each for each in self.names() if each not in BUILT_IN]
+        stem = _HEADS.sub("", name)
+        return next((each for each in others if self.get(each).config_class == f"{stem}Config"), None)
+
+    def _import(self, name: str) -> None:
+        if name in BUILT_IN:
+            import_module(BUILT_IN[name][0])
+
+    def _load(self, name: str, load: Callable[[], Family]) -> None:
+        self._import(name)  # so that a plug-in of the same name is seen to hide behind the built-in one
+        super()._load(name, load)
+
+
+_MODEL_TYPES = {config_class.removesuffix("Config"): name for name, (_, config_class) in BUILT_IN.items()}
+families = FamilyRegistry("model family", ENTRY_POINTS)
+
+
+def _unknown(name: str, known: list[str]) -> UnsupportedError:
+    near = difflib.get_close_matches(name[:60].lower(), known, n=1, cutoff=0.6)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return UnsupportedError(
+        f"model_type {shown(name)} is not modelled; {hint}known: {', '.join(known)}; "
+        f"register another family with an entry point of the group {ENTRY_POINTS!r}"
+    )

@@ -1,0 +1,126 @@
+"""The one home of hypothesis strategies that several test modules share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hypothesis import strategies as st
+
+from simulator.model import AttentionSpec, FeedForwardSpec, LayerSpec, ModelSpec
+
+FAMILIES = ("gpt2", "llama", "gemma2")
+ACTIVATIONS = {"gpt2": ("gelu_new", "relu"), "llama": ("silu",), "gemma2": ("gelu_pytorch_tanh",)}
+RATES = st.sampled_from((0.0, 0.1, 0.5))
+
+
+@st.composite
+def model_specs(
+    draw: st.DrawFn, families: tuple[str, ...] = FAMILIES, max_layers: int = 12, irregular: bool = True
+) -> ModelSpec:
+    """Small legal models; with `irregular` the layers of one model differ in width, heads and window."""
+    family = draw(st.sampled_from(families))
+    hidden = draw(st.integers(1, 16)) * 4
+    plain = family == "gpt2"
+    kinds = draw(st.lists(layer_specs(family, hidden), min_size=1, max_size=3 if irregular else 1, unique=True))
+    return ModelSpec(
+        name=f"random-{family}",
+        family=family,
+        hidden=hidden,
+        vocab=draw(st.integers(1, 300)),
+        max_positions=draw(st.integers(64, 512)),
+        layers=tuple(draw(st.lists(st.sampled_from(kinds), min_size=1, max_size=max_layers))),
+        tied_embeddings=draw(st.booleans()),
+        embedding_dropout=draw(RATES) if plain else 0.0,
+        residual_dropout=draw(RATES) if plain else 0.0,
+        final_softcap=draw(st.sampled_from((None, 30.0))) if family == "gemma2" else None,
+    )
+
+
+@st.composite
+def layer_specs(draw: st.DrawFn, family: str, hidden: int) -> LayerSpec:
+    """One legal layer of a `family`, for a residual stream of `hidden` channels."""
+    attention = draw(attention_specs(family, hidden))
+    return LayerSpec(
+        attention=attention,
+        feed_forward=FeedForwardSpec(
+            width=draw(st.integers(1, 200)),
+            activation=draw(st.sampled_from(ACTIVATIONS[family])),
+            gated=family != "gpt2",
+            bias=family == "gpt2" or (family == "llama" and draw(st.booleans())),
+        ),
+    )
+
+
+@st.composite
+def attention_specs(draw: st.DrawFn, family: str, hidden: int) -> AttentionSpec:
+    """Attention that `family` can build: GPT-2 splits hidden evenly, the others choose a head_dim."""
+    if family == "gpt2":
+        heads = draw(st.sampled_from([each for each in (1, 2, 4) if hidden % each == 0]))
+        return AttentionSpec(heads, heads, hidden // heads, bias=True, dropout=draw(RATES))
+    kv_heads = draw(st.integers(1, 4))
+    return AttentionSpec(
+        heads=kv_heads * draw(st.integers(1, 4)),
+        kv_heads=kv_heads,
+        head_dim=2 * draw(st.integers(1, 16)),
+        bias=draw(st.booleans()),
+        dropout=draw(RATES),
+        window=draw(st.none() | st.integers(1, 256)) if family == "gemma2" else None,
+        softcap=draw(st.sampled_from((None, 50.0))) if family == "gemma2" else None,
+    )
+
+
+@st.composite
+def configs(draw: st.DrawFn, families: tuple[str, ...] = FAMILIES) -> dict[str, Any]:
+    """Legal config.json contents: the required keys, and some of the optional ones."""
+    family = draw(st.sampled_from(families))
+    required, optional = (_gpt2_keys if family == "gpt2" else _rotary_keys)(draw)
+    if family == "gemma2":
+        optional |= _gemma2_keys(draw, required["num_hidden_layers"])
+    chosen = draw(st.sets(st.sampled_from(sorted(optional))))
+    # Gemma 2's class defaults of these two need not divide the drawn number of heads.
+    needed = {"num_key_value_heads", "head_dim"} if family == "gemma2" else set()
+    return {"model_type": family, **required, **{key: optional[key] for key in sorted(chosen | needed)}}
+
+
+def _gpt2_keys(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, Any]]:
+    heads = draw(st.integers(1, 32))
+    required = {
+        "n_embd": heads * draw(st.integers(1, 128)),
+        "n_layer": draw(st.integers(1, 12)),
+        "n_head": heads,
+        "vocab_size": draw(st.integers(1, 10**6)),
+    }
+    rates = {key: draw(st.floats(0, 1)) for key in ("attn_pdrop", "resid_pdrop", "embd_pdrop")}
+    inner = draw(st.none() | st.integers(1, 10**5))
+    return required, {**rates, "n_inner": inner, "n_positions": 64, "tie_word_embeddings": draw(st.booleans())}
+
+
+def _rotary_keys(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, Any]]:
+    kv_heads = draw(st.integers(1, 8))
+    heads = kv_heads * draw(st.integers(1, 8))
+    required = {
+        "hidden_size": 2 * heads * draw(st.integers(1, 64)),
+        "num_hidden_layers": draw(st.integers(1, 12)),
+        "num_attention_heads": heads,
+        "intermediate_size": draw(st.integers(1, 10**5)),
+        "vocab_size": draw(st.integers(1, 10**6)),
+    }
+    flags = {key: draw(st.booleans()) for key in ("attention_bias", "mlp_bias", "tie_word_embeddings")}
+    return required, {
+        **flags,
+        "num_key_value_heads": kv_heads,
+        "head_dim": 2 * draw(st.integers(1, 128)),
+        "attention_dropout": draw(st.floats(0, 1)),
+        "max_position_embeddings": draw(st.integers(1, 10**6)),
+        "rope_theta": 10000.0,
+    }
+
+
+def _gemma2_keys(draw: st.DrawFn, layers: int) -> dict[str, Any]:
+    kinds = st.sampled_from(("sliding_attention", "full_attention"))
+    return {
+        "layer_types": draw(st.lists(kinds, min_size=layers, max_size=layers)),
+        "sliding_window": draw(st.integers(1, 10**6)),
+        "attn_logit_softcapping": draw(st.none() | st.floats(1, 100)),
+        "final_logit_softcapping": draw(st.none() | st.floats(1, 100)),
+    }
