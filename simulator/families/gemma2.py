@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import attrs
 
+from simulator import blocks, ops
 from simulator.families import Family, families
 from simulator.families.reader import ConfigReader
+from simulator.graph import Tensor
 from simulator.limits import (
     LARGEST_HEADS,
     LARGEST_HIDDEN,
@@ -15,6 +19,7 @@ from simulator.limits import (
     LARGEST_WIDTH,
 )
 from simulator.model import AttentionSpec, FeedForwardSpec, LayerSpec, ModelSpec
+from simulator.trace import Trace
 
 SLIDING = "sliding_attention"
 FULL = "full_attention"
@@ -26,8 +31,8 @@ def read(config: ConfigReader) -> ModelSpec:
     hidden = config.required_size("hidden_size", 2304, LARGEST_HIDDEN)
     vocab = config.required_size("vocab_size", 256000, LARGEST_VOCAB)
     windows = _windows(config)
-    attention = _attention(config, hidden)
-    feed_forward = _feed_forward(config)
+    attention = _read_attention(config, hidden)
+    feed_forward = _read_feed_forward(config)
     return ModelSpec(
         name=config.name,
         family=config.family,
@@ -50,7 +55,7 @@ def _windows(config: ConfigReader) -> list[int | None]:
     return [window if kind == SLIDING else None for kind in kinds]
 
 
-def _attention(config: ConfigReader, hidden: int) -> AttentionSpec:
+def _read_attention(config: ConfigReader, hidden: int) -> AttentionSpec:
     heads = config.required_size("num_attention_heads", 8, LARGEST_HEADS)
     config.multiple("hidden_size", "num_attention_heads", hidden, heads)
     kv_heads = config.size("num_key_value_heads", 4, LARGEST_HEADS)
@@ -67,9 +72,51 @@ def _attention(config: ConfigReader, hidden: int) -> AttentionSpec:
     )
 
 
-def _feed_forward(config: ConfigReader) -> FeedForwardSpec:
+def _read_feed_forward(config: ConfigReader) -> FeedForwardSpec:
     width = config.required_size("intermediate_size", 9216, LARGEST_WIDTH)
     return FeedForwardSpec(width=width, activation=config.activation("hidden_activation", "gelu_pytorch_tanh"))
 
 
-families.add("gemma2", Family("gemma2", read, config_class="Gemma2Config"))
+def forward(t: Trace, spec: ModelSpec, layers: Sequence[tuple[int, LayerSpec]]) -> None:
+    """`Gemma2ForCausalLM` (transformers models/gemma2/modeling_gemma2.py)."""
+    ids, labels = blocks.batch(t)
+    vocabulary = t.matrix("model.embed_tokens.weight", ("V",), ("h",))
+    with t.call("model") as local:
+        with t.call("embed_tokens"):
+            scale = t.buffer("embed_scale", dtype=t.regime.weights)
+            embeds = local("inputs_embeds", ops.mul(t, ops.embedding(t, vocabulary, ids), scale))
+        local("position_ids", blocks.positions(t, ids))
+        masks = {}
+        for window in (None, 0):
+            mask = blocks.causal_mask(t, embeds)
+            if mask is not None:
+                masks[window is None] = local(f"mask{window}", mask)
+        tables = blocks.rotary_tables(t, spec.layers[0].attention.head_dim, embeds)
+        for name, table in zip(("cos", "sin"), tables, strict=True):
+            local(name, table)
+        hidden = local("hidden", embeds)
+        for slot, layer in layers:
+            mask = masks.get(layer.attention.window is None)
+            with t.layer(slot):
+                hidden = local("hidden", _layer(t, hidden, tables, mask, layer))
+        hidden = local("hidden", blocks.gemma_rms_norm(t, "norm", hidden))
+    blocks.language_head(t, hidden, labels, spec, vocabulary)
+
+
+def _layer(t: Trace, x: Tensor, tables: tuple[Tensor, Tensor], mask: Tensor | None, layer: LayerSpec) -> Tensor:
+    """`Gemma2DecoderLayer`: norms before and after both halves."""
+    with t.call("layer", x) as local:
+        hidden = local("hidden", blocks.gemma_rms_norm(t, "input_layernorm", x))
+        hidden, weights = blocks.rotary_attention(t, hidden, tables, mask, layer.attention)
+        local("hidden", hidden)
+        if weights is not None:
+            local("_", weights)
+        hidden = local("hidden", blocks.gemma_rms_norm(t, "post_attention_layernorm", hidden))
+        residual = local("residual", local("hidden", ops.add(t, x, hidden)))
+        hidden = local("hidden", blocks.gemma_rms_norm(t, "pre_feedforward_layernorm", residual))
+        hidden = local("hidden", blocks.gated_mlp(t, hidden, layer.feed_forward))
+        hidden = local("hidden", blocks.gemma_rms_norm(t, "post_feedforward_layernorm", hidden))
+        return ops.add(t, residual, hidden)
+
+
+families.add("gemma2", Family("gemma2", read, forward=forward, config_class="Gemma2Config"))

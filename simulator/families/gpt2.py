@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from simulator import blocks, ops
 from simulator.families import Family, families
 from simulator.families.reader import ConfigReader
+from simulator.graph import Tensor
 from simulator.limits import (
     LARGEST_HEADS,
     LARGEST_HIDDEN,
@@ -13,6 +17,8 @@ from simulator.limits import (
     LARGEST_WIDTH,
 )
 from simulator.model import AttentionSpec, FeedForwardSpec, LayerSpec, ModelSpec
+from simulator.sizes import Dim
+from simulator.trace import Trace
 
 # attribute_map of GPT2Config
 _ALIASES = {
@@ -30,7 +36,7 @@ def read(config: ConfigReader) -> ModelSpec:
     hidden = config.required_size("n_embd", 768, LARGEST_HIDDEN)
     layers = config.required_size("n_layer", 12, LARGEST_LAYERS)
     vocab = config.required_size("vocab_size", 50257, LARGEST_VOCAB)
-    layer = LayerSpec(_attention(config, hidden), _feed_forward(config, hidden))
+    layer = LayerSpec(_read_attention(config, hidden), _read_feed_forward(config, hidden))
     return ModelSpec(
         name=config.name,
         family=config.family,
@@ -44,17 +50,95 @@ def read(config: ConfigReader) -> ModelSpec:
     )
 
 
-def _attention(config: ConfigReader, hidden: int) -> AttentionSpec:
+def _read_attention(config: ConfigReader, hidden: int) -> AttentionSpec:
     heads = config.required_size("n_head", 12, LARGEST_HEADS)
     config.multiple("n_embd", "n_head", hidden, heads)
     dropout = config.rate("attn_pdrop", 0.1)
     return AttentionSpec(heads=heads, kv_heads=heads, head_dim=hidden // heads, bias=True, dropout=dropout)
 
 
-def _feed_forward(config: ConfigReader, hidden: int) -> FeedForwardSpec:
+def _read_feed_forward(config: ConfigReader, hidden: int) -> FeedForwardSpec:
     width = config.derived_size("n_inner", 4 * hidden, "4 * n_embd", LARGEST_WIDTH)
     activation = config.activation("activation_function", "gelu_new")
     return FeedForwardSpec(width=width, activation=activation, gated=False, bias=True)
 
 
-families.add("gpt2", Family("gpt2", read, config_class="GPT2Config", aliases=_ALIASES))
+def forward(t: Trace, spec: ModelSpec, layers: Sequence[tuple[int, LayerSpec]]) -> None:
+    """`GPT2LMHeadModel` (transformers models/gpt2/modeling_gpt2.py)."""
+    ids, labels = blocks.batch(t)
+    vocabulary = t.matrix("transformer.wte.weight", ("V",), ("h",))
+    with t.call("transformer") as local:
+        embeds = local("inputs_embeds", ops.embedding(t, vocabulary, ids))
+        position_ids = local("position_ids", blocks.positions(t, ids))
+        table = t.matrix("wpe.weight", (t.dim("P", spec.max_positions),), ("h",))
+        position_embeds = local("position_embeds", ops.embedding(t, table, position_ids))
+        hidden = local("hidden", ops.add(t, embeds, position_embeds))
+        mask = blocks.causal_mask(t, embeds)
+        if mask is not None:
+            local("mask", mask)
+        hidden = local("hidden", ops.dropout(t, hidden, spec.embedding_dropout))
+        for slot, layer in layers:
+            with t.layer(slot):
+                hidden = local("hidden", _block(t, hidden, mask, spec, layer))
+        hidden = local("hidden", _layer_norm(t, "ln_f", hidden))
+    blocks.language_head(t, hidden, labels, spec, vocabulary)
+
+
+def _block(t: Trace, x: Tensor, mask: Tensor | None, spec: ModelSpec, layer: LayerSpec) -> Tensor:
+    """`GPT2Block`."""
+    with t.call("layer", x) as local:
+        hidden = local("hidden", _layer_norm(t, "ln_1", x))
+        attended, weights = _attention(t, hidden, mask, spec, layer.attention)
+        local("attn_output", attended)
+        if weights is not None:
+            local("_", weights)
+        residual = local("residual", local("hidden", ops.add(t, attended, x)))
+        hidden = local("hidden", _layer_norm(t, "ln_2", residual))
+        return ops.add(t, residual, local("mlp", _mlp(t, hidden, spec, layer.feed_forward)))
+
+
+def _attention(
+    t: Trace, x: Tensor, mask: Tensor | None, spec: ModelSpec, layer: AttentionSpec
+) -> tuple[Tensor, Tensor | None]:
+    """`GPT2Attention`: one fused projection, split three ways."""
+    heads, _, d = blocks.head_dims(t, layer)
+    with t.call("attn", x) as local:
+        fused = _conv1d(t, "c_attn", x, (3, *heads, d))
+        parts = ops.split(t, fused, (*x.shape[:-1], (*heads, d)), 3)
+        states = {}
+        for name, part in (("k", parts[1]), ("v", parts[2]), ("q", parts[0])):
+            split = ops.reshape(t, part, (*x.shape[:-1], heads, (d,)))
+            states[name] = local(name, ops.transpose(t, split, 1, 2))
+        out, weights = blocks.attention(t, states["q"], states["k"], states["v"], mask, layer, fp32_softmax=False)
+        if weights is not None:
+            local("weights", weights)
+        out = local("out", ops.reshape(t, out, (*x.shape[:-1], (*heads, d))))
+        out = local("out", _conv1d(t, "c_proj", out, ("h",)))
+        with t.call("resid_dropout", out):
+            return ops.dropout(t, out, spec.residual_dropout), weights
+
+
+def _mlp(t: Trace, x: Tensor, spec: ModelSpec, layer: FeedForwardSpec) -> Tensor:
+    """`GPT2MLP`."""
+    with t.call("mlp", x) as local:
+        hidden = local("hidden", _conv1d(t, "c_fc", x, (t.dim("f", layer.width),)))
+        with t.call("act", hidden):
+            hidden = local("hidden", blocks.activation(t, layer.activation, hidden))
+        hidden = local("hidden", _conv1d(t, "c_proj", hidden, ("h",)))
+        with t.call("dropout", hidden):
+            return ops.dropout(t, hidden, spec.residual_dropout)
+
+
+def _conv1d(t: Trace, name: str, x: Tensor, out: tuple[Dim, ...]) -> Tensor:
+    """`Conv1D` (pytorch_utils.py): a linear layer whose weight is stored ``[in, out]``."""
+    with t.call(name, x):
+        weight = t.matrix("weight", x.shape[-1], out)
+        return ops.addmm(t, t.parameter("bias", *out), x, weight, out)
+
+
+def _layer_norm(t: Trace, name: str, x: Tensor) -> Tensor:
+    with t.call(name, x):
+        return ops.layer_norm(t, x, t.parameter("weight", "h"), t.parameter("bias", "h"))
+
+
+families.add("gpt2", Family("gpt2", read, forward=forward, config_class="GPT2Config", aliases=_ALIASES))

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from simulator import blocks, ops
 from simulator.families import Family, families
 from simulator.families.reader import ConfigReader
+from simulator.graph import Tensor
 from simulator.limits import (
     LARGEST_HEADS,
     LARGEST_HIDDEN,
@@ -13,6 +17,7 @@ from simulator.limits import (
     LARGEST_WIDTH,
 )
 from simulator.model import AttentionSpec, FeedForwardSpec, LayerSpec, ModelSpec
+from simulator.trace import Trace
 
 
 def read(config: ConfigReader) -> ModelSpec:
@@ -21,7 +26,7 @@ def read(config: ConfigReader) -> ModelSpec:
     hidden = config.required_size("hidden_size", 4096, LARGEST_HIDDEN)
     layers = config.required_size("num_hidden_layers", 32, LARGEST_LAYERS)
     vocab = config.required_size("vocab_size", 32000, LARGEST_VOCAB)
-    layer = LayerSpec(_attention(config, hidden), _feed_forward(config))
+    layer = LayerSpec(_read_attention(config, hidden), _read_feed_forward(config))
     return ModelSpec(
         name=config.name,
         family=config.family,
@@ -33,7 +38,7 @@ def read(config: ConfigReader) -> ModelSpec:
     )
 
 
-def _attention(config: ConfigReader, hidden: int) -> AttentionSpec:
+def _read_attention(config: ConfigReader, hidden: int) -> AttentionSpec:
     heads = config.required_size("num_attention_heads", 32, LARGEST_HEADS)
     config.multiple("hidden_size", "num_attention_heads", hidden, heads)
     kv_heads = config.derived_size("num_key_value_heads", heads, "num_attention_heads", LARGEST_HEADS)
@@ -45,10 +50,46 @@ def _attention(config: ConfigReader, hidden: int) -> AttentionSpec:
     return AttentionSpec(heads=heads, kv_heads=kv_heads, head_dim=head_dim, bias=bias, dropout=dropout)
 
 
-def _feed_forward(config: ConfigReader) -> FeedForwardSpec:
+def _read_feed_forward(config: ConfigReader) -> FeedForwardSpec:
     width = config.required_size("intermediate_size", 11008, LARGEST_WIDTH)
     activation = config.activation("hidden_act", "silu")
     return FeedForwardSpec(width=width, activation=activation, bias=config.flag("mlp_bias", False))
 
 
-families.add("llama", Family("llama", read, config_class="LlamaConfig"))
+def forward(t: Trace, spec: ModelSpec, layers: Sequence[tuple[int, LayerSpec]]) -> None:
+    """`LlamaForCausalLM` (transformers models/llama/modeling_llama.py)."""
+    ids, labels = blocks.batch(t)
+    vocabulary = t.matrix("model.embed_tokens.weight", ("V",), ("h",))
+    with t.call("model") as local:
+        with t.call("embed_tokens"):
+            embeds = local("inputs_embeds", ops.embedding(t, vocabulary, ids))
+        local("position_ids", blocks.positions(t, ids))
+        mask = blocks.causal_mask(t, embeds)
+        if mask is not None:
+            local("mask", mask)
+        tables = blocks.rotary_tables(t, spec.layers[0].attention.head_dim, embeds)
+        for name, table in zip(("cos", "sin"), tables, strict=True):
+            local(name, table)
+        hidden = local("hidden", embeds)
+        for slot, layer in layers:
+            with t.layer(slot):
+                hidden = local("hidden", _layer(t, hidden, tables, mask, layer))
+        hidden = local("hidden", blocks.llama_rms_norm(t, "norm", hidden))
+    blocks.language_head(t, hidden, labels, spec, vocabulary)
+
+
+def _layer(t: Trace, x: Tensor, tables: tuple[Tensor, Tensor], mask: Tensor | None, layer: LayerSpec) -> Tensor:
+    """`LlamaDecoderLayer`."""
+    with t.call("layer", x) as local:
+        hidden = local("hidden", blocks.llama_rms_norm(t, "input_layernorm", x))
+        hidden, weights = blocks.rotary_attention(t, hidden, tables, mask, layer.attention)
+        local("hidden", hidden)
+        if weights is not None:
+            local("_", weights)
+        residual = local("residual", local("hidden", ops.add(t, x, hidden)))
+        hidden = local("hidden", blocks.llama_rms_norm(t, "post_attention_layernorm", residual))
+        hidden = local("hidden", blocks.gated_mlp(t, hidden, layer.feed_forward))
+        return ops.add(t, residual, hidden)
+
+
+families.add("llama", Family("llama", read, forward=forward, config_class="LlamaConfig"))

@@ -1,0 +1,187 @@
+"""Backward derived from the forward graph, in the order and with the ownership rules of torch's engine.
+
+Source: torch/csrc/autograd/engine.cpp (`evaluate_function`, `call_function`, `validate_outputs`),
+input_buffer.cpp (`InputBuffer::accumulate`) and functions/accumulate_grad.h (`AccumulateGrad`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from hardware.dtypes import FP32, DType
+from simulator.graph import ForwardGraph, Op, Shape, Storage, Tensor, make_storage, make_tensor
+from simulator.recorder import Recorder
+from simulator.roles import Phase, Role
+from simulator.sizes import Dim
+
+#: Gives the storages that stand for an op's saved ones when its backward runs (checkpointing recomputes them).
+SavedStorages = Callable[[Op], list[Storage]]
+
+
+class Autograd:
+    """One backward pass over a forward graph.
+
+    Args:
+        graph: the forward pass.
+        recorder: where steps and references go on from the end of forward.
+        saved: looks up what an op saved, recomputing it first where checkpointing dropped it.
+        gradients: parameter storage to gradient storage; filled here. A parameter that is in it
+            already (gradient accumulation, ``zero_grad(set_to_none=False)``) accumulates in place.
+        fused_activation_backward: False for the composite `silu_backward` of builds without its CUDA kernel.
+    """
+
+    def __init__(
+        self,
+        graph: ForwardGraph,
+        recorder: Recorder,
+        saved: SavedStorages,
+        gradients: dict[Storage, Storage],
+        fused_activation_backward: bool = True,
+    ) -> None:
+        self.graph = graph
+        self.recorder = recorder
+        self.gradients = gradients
+        self.fused_activation_backward = fused_activation_backward
+        self._saved = saved
+        self._pending: dict[Op, list[Tensor | None]] = {}
+        self._leaves: dict[Storage, Tensor] = {}
+        self._expected = self._count_leaf_uses()
+        self._made: list[Tensor] = []
+        self._serial = 0
+
+    def run(self) -> None:
+        """Backward from the loss to every parameter."""
+        loss = self.graph.loss
+        assert loss is not None and loss.producer is not None
+        self.recorder.phase = Phase.BACKWARD
+        seed = self.fresh("ones_like", loss.shape, FP32)
+        self._made.clear()
+        self._pending[loss.producer] = [seed]
+        for op in reversed(self.graph.ops):
+            gradients = self._pending.pop(op, None)
+            if gradients is not None:
+                self._evaluate(op, gradients)
+
+    # what rules call -----------------------------------------------------------------------------------------------
+
+    def fresh(self, name: str, shape: Shape, dtype: DType, memory: tuple[Dim, ...] | None = None) -> Tensor:
+        """Run kernel `name`, which allocates one tensor."""
+        tensor = self.prepare(name, shape, dtype, memory)
+        self.recorder.run(name, [tensor.storage])
+        return tensor
+
+    def prepare(self, name: str, shape: Shape, dtype: DType, memory: tuple[Dim, ...] | None = None) -> Tensor:
+        """A tensor that a kernel with several outputs will allocate; pass it to `kernel`."""
+        dims = tuple(d for axis in shape for d in axis)
+        self._serial += 1
+        label = f"{self.recorder.module}.grad.{name}.{self._serial}"
+        tensor = make_tensor(make_storage(label, dims, dtype, Role.BACKWARD, self.recorder.slot), shape, dtype)
+        tensor.memory = memory or tensor.memory
+        self._made.append(tensor)
+        return tensor
+
+    def kernel(self, name: str, outputs: Sequence[Tensor]) -> None:
+        """Run one kernel that allocates all of `outputs` at once."""
+        self.recorder.run(name, [t.storage for t in outputs])
+
+    def like(self, name: str, tensor: Tensor, dtype: DType | None = None) -> Tensor:
+        """Run an elementwise kernel whose result has the shape and layout of `tensor`."""
+        return self.fresh(name, tensor.shape, dtype or tensor.dtype, tensor.memory)
+
+    @staticmethod
+    def view(gradient: Tensor, shape: Shape, memory: tuple[Dim, ...] | None = None) -> Tensor:
+        """The same storage seen otherwise; it is never accumulated into (a view keeps its base alive)."""
+        return Tensor(gradient.storage, shape, memory or gradient.memory, gradient.dtype, is_view=True)
+
+    # the engine ----------------------------------------------------------------------------------------------------
+
+    def _evaluate(self, op: Op, gradients: list[Tensor | None]) -> None:
+        recorder = self.recorder
+        if op.slot != recorder.slot:
+            self._serial = 0  # labels count from the first op of a layer, so that equal layers get equal labels
+        recorder.module, recorder.slot = op.module, op.slot
+        saved = self._saved(op)
+        assert op.backward is not None
+        results = op.backward(self, op, gradients)
+        results = [self._validate(g, t) for g, t in zip(results, op.inputs, strict=True)]
+        for result in results:
+            if result is not None:
+                recorder.retain(result.storage)
+        self._finish_node(gradients, saved)
+        for result, tensor in zip(results, op.inputs, strict=True):
+            if result is not None:
+                self._send(result, tensor)
+
+    def _finish_node(self, gradients: list[Tensor | None], saved: list[Storage]) -> None:
+        """The node returns: its temporaries, its incoming gradients and what it saved are let go."""
+        for made in self._made:
+            self.recorder.release(made.storage)
+        self._made.clear()
+        for gradient in gradients:
+            if gradient is not None:
+                self.recorder.release(gradient.storage)
+        for storage in saved:
+            self.recorder.release(storage)
+
+    def _validate(self, gradient: Tensor | None, tensor: Tensor) -> Tensor | None:
+        """Bring a gradient to the shape and dtype of the tensor it belongs to (engine.cpp `validate_outputs`)."""
+        if gradient is None or not tensor.requires_grad:
+            return None
+        if len(gradient.dims) > len(tensor.dims):
+            gradient = self.fresh("sum.dim_IntList", tensor.shape, gradient.dtype)
+        if gradient.dtype != tensor.dtype:
+            gradient = self.like("_to_copy", gradient, tensor.dtype)
+        return gradient
+
+    def _send(self, gradient: Tensor, tensor: Tensor) -> None:
+        if tensor.producer is None:
+            self._send_to_leaf(gradient, tensor)
+            return
+        buffers = self._pending.setdefault(tensor.producer, [None] * len(tensor.producer.outputs))
+        buffers[tensor.output_index] = self._accumulate(buffers[tensor.output_index], gradient)
+
+    def _accumulate(self, old: Tensor | None, new: Tensor) -> Tensor:
+        """Fan-in: in place when the buffer holds the only reference to `old` and it is no view."""
+        if old is None:
+            return new
+        if not old.is_view and self.recorder.references(old.storage) == 1:
+            self.recorder.run("add_(engine)", [])
+            self.recorder.release(new.storage)
+            return old
+        result = self.like("add(engine)", old)
+        self._made.clear()
+        self.recorder.release(old.storage)
+        self.recorder.release(new.storage)
+        return result
+
+    def _count_leaf_uses(self) -> dict[Storage, int]:
+        uses: dict[Storage, int] = {}
+        for op in self.graph.ops:
+            if op.backward is not None:
+                for tensor in op.inputs:
+                    if tensor.is_parameter:
+                        uses[tensor.storage] = uses.get(tensor.storage, 0) + 1
+        return uses
+
+    def _send_to_leaf(self, gradient: Tensor, leaf: Tensor) -> None:
+        parameter = leaf.storage
+        total = self._accumulate(self._leaves.pop(parameter, None), gradient)
+        self._expected[parameter] -= 1
+        if self._expected[parameter]:
+            self._leaves[parameter] = total
+        else:
+            self._accumulate_grad(parameter, total)
+
+    def _accumulate_grad(self, parameter: Storage, gradient: Tensor) -> None:
+        """`AccumulateGrad`: steal the first gradient if nobody else holds it, add later ones in place."""
+        if parameter in self.gradients:
+            self.recorder.run("add_(grad)", [])
+            self.recorder.release(gradient.storage)
+            return
+        if self.recorder.references(gradient.storage) > 1:
+            copy = self.like("clone(grad)", gradient)
+            self._made.clear()
+            self.recorder.release(gradient.storage)
+            gradient = copy
+        gradient.storage.role = Role.GRADIENT
+        self.gradients[parameter] = gradient.storage

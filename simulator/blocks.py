@@ -1,0 +1,255 @@
+"""Building blocks that families share: norms, rotary embedding, attention interfaces, MLPs, the loss head.
+
+Each follows the Python of transformers 5.23 (file named per function): which intermediate has a name,
+and therefore lives until its function returns, is part of what is modelled.
+"""
+
+from __future__ import annotations
+
+from hardware.dtypes import BOOL, FP32, INT64
+from hardware.errors import UnsupportedError
+from simulator import ops
+from simulator.graph import Tensor
+from simulator.model import AttentionSpec, FeedForwardSpec, ModelSpec
+from simulator.trace import Trace
+
+
+def llama_rms_norm(t: Trace, name: str, x: Tensor) -> Tensor:
+    """`LlamaRMSNorm` (models/llama/modeling_llama.py): statistics in fp32, weight applied in the input's dtype."""
+    with t.call(name, x) as local:
+        weight = t.parameter("weight", *x.shape[-1])
+        hidden = local("hidden", ops.to(t, x, FP32))
+        variance = local("variance", ops.mean(t, ops.power(t, hidden)))
+        hidden = local("hidden", ops.mul(t, hidden, ops.rsqrt(t, ops.add_scalar(t, variance))))
+        return ops.mul(t, weight, ops.to(t, hidden, x.dtype))
+
+
+def gemma_rms_norm(t: Trace, name: str, x: Tensor) -> Tensor:
+    """`Gemma2RMSNorm` (models/gemma2/modeling_gemma2.py): all in fp32, weight stored minus one."""
+    with t.call(name, x) as local:
+        weight = t.parameter("weight", *x.shape[-1])
+        upcast = ops.to(t, x, FP32)
+        with t.call("", upcast):
+            scale = ops.rsqrt(t, ops.add_scalar(t, ops.mean(t, ops.power(t, upcast))))
+            normalised = ops.mul(t, upcast, scale)
+        output = local("output", normalised)
+        output = local("output", ops.mul(t, output, ops.add_scalar(t, ops.to(t, weight, FP32))))
+        return ops.to(t, output, x.dtype)
+
+
+def rotary_tables(t: Trace, head_dim: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """`LlamaRotaryEmbedding.forward`: cos and sin of shape ``[s, d]`` in the dtype of the hidden states."""
+    with t.call("rotary_emb") as local:
+        d = t.dim("d", head_dim)
+        half = t.dim(f"{d}/2", head_dim // 2)
+        frequencies = t.buffer("inv_freq", half, dtype=FP32)
+        t.buffer("original_inv_freq", half, dtype=FP32)
+        freqs = local("freqs", ops.constant(t, "mul.Tensor", frequencies, shape=(("s",), (half,))))
+        emb = local("emb", ops.constant(t, "cat.default", freqs, shape=(("s",), (d,))))
+        tables = []
+        for name in ("cos", "sin"):
+            raw = ops.constant(t, f"{name}.default", emb)
+            tables.append(local(name, ops.constant(t, "mul.Tensor", raw)))
+        cos, sin = (ops.to(t, table, like.dtype) for table in tables)
+        return cos, sin
+
+
+def apply_rotary(t: Trace, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """One half of `apply_rotary_pos_emb`: ``x * cos + rotate_half(x) * sin``."""
+    direct = ops.mul(t, x, cos)
+    rotated = ops.mul(t, _rotate_half(t, x), sin)
+    return ops.add(t, direct, rotated)
+
+
+def _rotate_half(t: Trace, x: Tensor) -> Tensor:
+    with t.call("", x) as local:
+        d = x.shape[-1][0]
+        half = (*x.shape[:-1], (t.dim(f"{d}/2", t.dimensions.bindings[d] // 2),))
+        first, second = (local(n, part) for n, part in zip(("x1", "x2"), ops.slices(t, x, half, 2), strict=True))
+        return ops.cat(t, [ops.neg(t, second), first], x.shape, x.memory)
+
+
+def repeat_kv(t: Trace, x: Tensor, heads: tuple[str | int, ...]) -> Tensor:
+    """`repeat_kv`: copies keys or values for every query head of their group; nothing without groups."""
+    if x.shape[1] == heads:
+        return x
+    return ops.clone(t, x, (x.shape[0], heads, *x.shape[2:]))
+
+
+def eager_attention(
+    t: Trace, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, spec: AttentionSpec, *, fp32_softmax: bool
+) -> tuple[Tensor, Tensor]:
+    """`eager_attention_forward` of the llama family (``fp32_softmax``) and of gpt2; returns output and weights."""
+    with t.call("", query, key, value) as local:
+        key = local("key", repeat_kv(t, key, query.shape[1]))
+        value = local("value", repeat_kv(t, value, query.shape[1]))
+        weights = local("weights", ops.mul_scalar(t, ops.matmul(t, query, ops.transpose(t, key, 2, 3))))
+        if spec.softcap is not None:
+            weights = local("weights", ops.div_scalar(t, weights))
+            weights = local("weights", ops.tanh(t, weights))
+            weights = local("weights", ops.mul_scalar(t, weights))
+        if mask is not None:
+            weights = local("weights", ops.add(t, weights, mask))
+        probabilities = ops.softmax(t, weights, FP32 if fp32_softmax else None)
+        weights = local("weights", ops.to(t, probabilities, query.dtype if fp32_softmax else value.dtype))
+        weights = local("weights", ops.dropout(t, weights, spec.dropout))
+        output = ops.transpose(t, ops.matmul(t, weights, value), 1, 2)
+        return (ops.contiguous(t, output) if fp32_softmax else output), weights
+
+
+def sdpa_attention(
+    t: Trace, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, spec: AttentionSpec
+) -> Tensor:
+    """`sdpa_attention_forward` (integrations/sdpa_attention.py): grouped keys are passed on only without a mask."""
+    if spec.softcap is not None:
+        raise UnsupportedError(
+            "'attention' must be eager or flash_attention_2 with soft-capped scores: 'sdpa' has none"
+        )
+    grouped = t.regime.torch >= (2, 5) and mask is None and spec.head_dim <= 256
+    if not grouped:
+        key, value = (repeat_kv(t, x, query.shape[1]) for x in (key, value))
+    with t.call("", query, key, value) as local:
+        out = local("out", ops.scaled_dot_product_attention(t, query, key, value, mask, spec.dropout, spec.head_dim))
+        return ops.contiguous(t, ops.transpose(t, out, 1, 2))
+
+
+def attention(
+    t: Trace, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, spec: AttentionSpec, *, fp32_softmax: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The attention interface that ``attn_implementation`` names; returns output ``[b, s, a, d]`` and weights."""
+    if t.regime.attention == "eager":
+        return eager_attention(t, query, key, value, mask, spec, fp32_softmax=fp32_softmax)
+    return sdpa_attention(t, query, key, value, mask, spec), None
+
+
+def gated_mlp(t: Trace, x: Tensor, spec: FeedForwardSpec) -> Tensor:
+    """`LlamaMLP`: ``down(act(gate(x)) * up(x))`` (arXiv 2002.05202)."""
+    width = (t.dim("f", spec.width),)
+    with t.call("mlp", x):
+        gate = projection(t, "gate_proj", x, width, spec.bias)
+        with t.call("act_fn", gate):
+            active = activation(t, spec.activation, gate)
+        up = projection(t, "up_proj", x, width, spec.bias)
+        return projection(t, "down_proj", ops.mul(t, active, up), ("h",), spec.bias)
+
+
+def activation(t: Trace, name: str, x: Tensor) -> Tensor:
+    """`ACT2FN[name]` (activations.py)."""
+    if name == "gelu_new":
+        return _gelu_new(t, x)
+    fused = {
+        "silu": ops.silu,
+        "swish": ops.silu,
+        "gelu": ops.gelu,
+        "gelu_pytorch_tanh": ops.gelu,
+        "gelu_tanh": ops.gelu,
+    }
+    if name not in fused:
+        raise UnsupportedError(
+            f"'activation' must be one of gelu_new, {', '.join(sorted(fused))}: {name!r} is not modelled"
+        )
+    return fused[name](t, x)
+
+
+def _gelu_new(t: Trace, x: Tensor) -> Tensor:
+    """`NewGELUActivation`: the tanh approximation spelled out in Python, so every factor is a tensor."""
+    with t.call("", x):
+        half = ops.mul_scalar(t, x)
+        cubed = ops.mul_scalar(t, ops.power(t, x))
+        inner = ops.mul_scalar(t, ops.add(t, x, cubed))
+        return ops.mul(t, half, ops.add_scalar(t, ops.tanh(t, inner)))
+
+
+def causal_mask(t: Trace, like: Tensor) -> Tensor | None:
+    """The 4-D additive mask of eager attention, ``[b, 1, s, s]``, or of SDPA with real padding (masking_utils.py)."""
+    masked = t.regime.attention == "eager" or t.regime.attention_mask == "padded"
+    if not masked:
+        return None
+    shape = (("s",), ("s",))
+    with t.call("") as local:
+        allowed = local("allowed", ops.constant(t, "le.Tensor", like, dtype=BOOL, shape=shape))
+        dtype = like.dtype if t.regime.attention == "eager" else BOOL
+        return ops.constant(t, "where.self", allowed, dtype=dtype, shape=(("b",), *shape))
+
+
+def positions(t: Trace, like: Tensor) -> Tensor:
+    """``position_ids``: int64, one row."""
+    return ops.constant(t, "add.Tensor", like, dtype=INT64, shape=(("s",),))
+
+
+def head_dims(t: Trace, spec: AttentionSpec) -> tuple[tuple[str, ...], tuple[str, ...], str]:
+    """Names of the query heads' dimensions, of the key heads' and of the head dimension.
+
+    With grouped queries the query heads are key heads times groups, so that a key head is
+    the same dimension everywhere.
+    """
+    dim = t.dim("d", spec.head_dim)
+    if spec.groups == 1:
+        heads = t.dim("a", spec.heads)
+        return (heads,), (heads,), dim
+    key_heads = t.dim("k", spec.kv_heads)
+    return (key_heads, t.dim("g", spec.groups)), (key_heads,), dim
+
+
+def rotary_attention(
+    t: Trace, x: Tensor, tables: tuple[Tensor, Tensor], mask: Tensor | None, spec: AttentionSpec
+) -> tuple[Tensor, Tensor | None]:
+    """`LlamaAttention`: q, k, v projections, rotary positions, attention, output projection; and the weights."""
+    heads, key_heads, d = head_dims(t, spec)
+    with t.call("self_attn", x) as local:
+        made = []
+        for name, own in (("q", heads), ("k", key_heads), ("v", key_heads)):
+            states = projection(t, f"{name}_proj", x, (*own, d), spec.bias)
+            split = ops.reshape(t, states, (*x.shape[:-1], own, (d,)))
+            made.append(local(name, ops.transpose(t, split, 1, 2)))
+        query, key, value = made
+        with t.call("", query, key) as inner:
+            query = inner("q_embed", apply_rotary(t, query, *tables))
+            key = apply_rotary(t, key, *tables)
+        local("q", query)
+        local("k", key)
+        out, weights = attention(t, query, key, value, mask, spec, fp32_softmax=True)
+        if weights is not None:
+            local("weights", weights)
+        out = local("out", ops.reshape(t, out, (*x.shape[:-1], (*heads, d))))
+        return projection(t, "o_proj", out, ("h",), spec.bias), weights
+
+
+def projection(t: Trace, name: str, x: Tensor, out: tuple[str, ...], bias: bool) -> Tensor:
+    """An `nn.Linear` from the last axis of `x` to `out`."""
+    with t.call(name, x):
+        weight = t.matrix("weight", out, x.shape[-1])
+        return ops.linear(t, x, weight, t.parameter("bias", *out) if bias else None, out)
+
+
+def batch(t: Trace) -> tuple[Tensor, Tensor]:
+    """The micro-batch: token ids, labels and, where the workload has one, a padding mask; all int64."""
+    ids, labels = (t.input(name, "b", "s", dtype=INT64) for name in ("input_ids", "labels"))
+    if t.regime.attention_mask != "none":
+        t.input("attention_mask", "b", "s", dtype=INT64)
+    return ids, labels
+
+
+def language_head(t: Trace, hidden: Tensor, labels: Tensor, spec: ModelSpec, vocabulary: Tensor) -> None:
+    """``lm_head``, soft cap and loss of `...ForCausalLM.forward`; leaves the loss and the logits in the graph."""
+    with t.call("", hidden) as local, t.loss_head():
+        with t.call("lm_head", hidden):
+            weight = vocabulary if spec.tied_embeddings else t.matrix("weight", ("V",), ("h",))
+            logits = local("logits", ops.linear(t, hidden, weight))
+        if spec.final_softcap is not None:
+            logits = local("logits", ops.div_scalar(t, logits))
+            logits = local("logits", ops.tanh(t, logits))
+            logits = local("logits", ops.mul_scalar(t, logits))
+        loss = causal_lm_loss(t, logits, labels)
+        t.graph.loss = ops.div_scalar(t, loss) if t.regime.loss_division else loss
+    t.graph.outputs = (logits,)
+
+
+def causal_lm_loss(t: Trace, logits: Tensor, labels: Tensor) -> Tensor:
+    """`ForCausalLMLoss` (loss/loss_utils.py): fp32 logits, padded and shifted labels, mean cross-entropy."""
+    with t.call("", logits) as local:
+        logits = local("logits", ops.to(t, logits, FP32))
+        padded = local("labels", ops.constant(t, "constant_pad_nd.default", labels, shape=(("b",), ("s",))))
+        shifted = local("shifted", ops.constant(t, "clone.default", padded))
+        flat = ops.reshape(t, logits, (("b", "s"), logits.shape[-1]))
+        return ops.nll_loss(t, ops.log_softmax(t, flat), shifted)

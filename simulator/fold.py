@@ -1,0 +1,194 @@
+"""Folding: the peak of a program without unrolling it.
+
+A part of a program is a pair (net, candidates): what it leaves allocated, and the candidates for
+its peak. Both are linear forms, counts of storages per (role, size); they compose as a max-plus monoid:
+
+    seq((n1, P1), (n2, P2))  =  (n1 + n2,  P1 | n1 + P2)
+    repeat(k, (n, P))        =  (k n,      P | (k - 1) n + P)
+
+so depth and number of micro-batches cost nothing. Bytes enter last, as ints, arrays or symbols.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import attrs
+import numpy as np
+import numpy.typing as npt
+
+from simulator.program import Leaf, Node, Reference, Repeat, Seq, Step
+from simulator.roles import Role
+from simulator.sizes import Bindings, Size, Value
+
+Counts = npt.NDArray[np.int64]
+#: A column of a linear form.
+Column = tuple[Role, Size]
+
+
+@attrs.frozen(eq=False)
+class Location:
+    """The step of a candidate and, from the outside in, the iteration of each repeat around it."""
+
+    step: Step
+    iterations: tuple[int, ...] = ()
+
+
+@attrs.frozen(eq=False)
+class Folded:
+    """A folded program part: `net` counts per column, one row of `candidates` per possible peak."""
+
+    columns: tuple[Column, ...]
+    net: Counts
+    candidates: Counts
+    locations: tuple[Location, ...]
+
+    def after(self, net: Counts) -> Folded:
+        """The same part, starting from what `net` has left allocated."""
+        return attrs.evolve(self, net=self.net + net, candidates=self.candidates + net)
+
+    def prices(self, bindings: Bindings) -> list[Value]:
+        """Allocated bytes of one storage per column."""
+        known: dict[Size, Value] = {}
+        for _, size in self.columns:
+            if size not in known:
+                known[size] = size.allocated(bindings)
+        return [known[size] for _, size in self.columns]
+
+    def bytes(self, bindings: Bindings) -> Any:
+        """Bytes of every candidate: an array with one row per candidate, of ints or of what `bindings` holds."""
+        prices = self.prices(bindings)
+        if all(isinstance(p, int) for p in prices):
+            return self.candidates @ np.array(prices, dtype=np.int64)
+        return np.array([_dot(row, prices) for row in self.candidates.tolist()], dtype=object)
+
+    def peak(self, bindings: Bindings) -> Peak:
+        """The largest candidate for integer `bindings`; the first one on a tie."""
+        values = self.bytes(bindings)
+        index = int(np.argmax(values))
+        return Peak(int(values[index]), self.locations[index], self._by_role(self.candidates[index], bindings))
+
+    def left(self, bindings: Bindings) -> int:
+        """Bytes left allocated at the end."""
+        return int(_dot(self.net.tolist(), self.prices(bindings)))
+
+    def _by_role(self, row: Counts, bindings: Bindings) -> dict[Role, int]:
+        roles: dict[Role, int] = {}
+        for (role, _), count, price in zip(self.columns, row.tolist(), self.prices(bindings), strict=True):
+            if count:
+                roles[role] = roles.get(role, 0) + count * price
+        return roles
+
+
+@attrs.frozen
+class Peak:
+    """The most bytes allocated at once, where, and for what."""
+
+    nbytes: int
+    location: Location
+    by_role: dict[Role, int]
+
+
+def _dot(counts: Iterable[int], prices: list[Value]) -> Value:
+    return sum((count * price for count, price in zip(counts, prices, strict=True) if count), 0)
+
+
+class Folder:
+    """Folds the parts of one program over one set of columns, each distinct part once."""
+
+    def __init__(self) -> None:
+        self._index: dict[Column, int] = {}
+        self._rows: dict[Node, _Rows] = {}
+
+    def fold(self, node: Node) -> Folded:
+        """The folded form of `node`; columns cover everything this folder has seen so far."""
+        rows = self._fold(node)
+        width = len(self._index)
+        return Folded(tuple(self._index), _widen(rows.net, width), _widen(rows.candidates, width), rows.locations)
+
+    def _fold(self, node: Node) -> _Rows:
+        known = self._rows.get(node)
+        if known is None:
+            known = self._fold_leaf(node) if isinstance(node, Leaf) else self._fold_inner(node)
+            self._rows[node] = known
+        return known
+
+    def _fold_inner(self, node: Seq | Repeat) -> _Rows:
+        if isinstance(node, Seq):
+            return _sequence([self._fold(part) for part in node.parts], len(self._index))
+        return _repeat(self._fold(node.body), node.count)
+
+    def _fold_leaf(self, leaf: Leaf) -> _Rows:
+        births = [self._columns(step.births) for step in leaf.steps]
+        deaths = [self._columns(step.deaths) for step in leaf.steps]
+        shape = (len(leaf.steps), len(self._index))
+        born, died = _counts(births, shape), _counts(deaths, shape)
+        after = np.cumsum(born - died, axis=0)
+        kept = _local_peaks(births, deaths)
+        locations = tuple(Location(leaf.steps[i]) for i in kept)
+        return _Rows(after[-1], (after + died)[kept], locations)
+
+    def _columns(self, references: tuple[Reference, ...]) -> list[int]:
+        index = self._index
+        return [index.setdefault((r.buffer.role, r.buffer.size), len(index)) for r in references]
+
+
+@attrs.frozen(eq=False)
+class _Rows:
+    net: Counts
+    candidates: Counts
+    locations: tuple[Location, ...]
+
+
+def _counts(columns: list[list[int]], shape: tuple[int, int]) -> Counts:
+    counts = np.zeros(shape, dtype=np.int64)
+    rows = [i for i, found in enumerate(columns) for _ in found]
+    np.add.at(counts, (rows, [c for found in columns for c in found]), 1)
+    return counts
+
+
+def _local_peaks(births: list[list[int]], deaths: list[list[int]]) -> list[int]:
+    """Steps after whose births something dies before anything else is born: the others cannot be a peak."""
+    kept = []
+    rising = -1
+    for index, (born, died) in enumerate(zip(births, deaths, strict=True)):
+        if born:
+            rising = index
+        if died and rising >= 0:
+            kept.append(rising)
+            rising = -1
+    return kept + ([rising] if rising >= 0 else [])
+
+
+def _widen(rows: Counts, width: int) -> Counts:
+    missing = width - rows.shape[-1]
+    return np.pad(rows, [(0, 0)] * (rows.ndim - 1) + [(0, missing)]) if missing else rows
+
+
+def _sequence(parts: list[_Rows], width: int) -> _Rows:
+    net = np.zeros(width, dtype=np.int64)
+    candidates = []
+    for part in parts:
+        candidates.append(_widen(part.candidates, width) + net)
+        net = net + _widen(part.net, width)
+    locations = tuple(location for part in parts for location in part.locations)
+    return _Rows(net, np.concatenate(candidates), locations)
+
+
+def _repeat(body: _Rows, count: int) -> _Rows:
+    """First and last iteration; one of them is enough when the net only grows or only shrinks."""
+    net = count * body.net
+    if count == 0:
+        return _Rows(net, body.candidates[:0], ())
+    first = _Rows(net, body.candidates, _in_iteration(body.locations, 0))
+    if count == 1 or (body.net <= 0).all():
+        return first
+    last_rows, last_places = body.candidates + (count - 1) * body.net, _in_iteration(body.locations, count - 1)
+    if (body.net >= 0).all():
+        return _Rows(net, last_rows, last_places)
+    return _Rows(net, np.concatenate([body.candidates, last_rows]), first.locations + last_places)
+
+
+def _in_iteration(locations: tuple[Location, ...], iteration: int) -> tuple[Location, ...]:
+    return tuple(Location(at.step, (iteration, *at.iterations)) for at in locations)

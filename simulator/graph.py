@@ -1,0 +1,122 @@
+"""The forward graph: ops and storages in one bipartite networkx `DiGraph`.
+
+An edge ``op -> storage`` says who makes it; an edge ``storage -> op`` says why it must still
+be there: ``reads`` (the kernel needs it), ``saves`` (autograd keeps it until that op's
+backward has run) or ``holds`` (a Python local or the caller's frame keeps it until then).
+Liveness is derived from these edges and from nothing else: remove one and a lifetime changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from hardware.dtypes import DType
+from simulator.roles import Role
+from simulator.sizes import Dim, Size, size_of
+
+if TYPE_CHECKING:
+    import networkx as nx
+
+    from simulator.autograd import Autograd
+
+#: A tensor's logical shape: each axis is a group of dimensions, e.g. ``(("b",), ("s",), ("a", "d"))``.
+Shape = tuple[tuple[Dim, ...], ...]
+
+
+@attrs.define(eq=False)
+class Storage:
+    """One allocation: how big, of what element type, for what purpose, made by which layer."""
+
+    label: str
+    size: Size
+    dtype: DType
+    role: Role
+    slot: int | None = None
+    """Index of the layer that makes it; None outside the layer stack."""
+    persistent: bool = False
+    """Parameters and buffers: alive before the first step and after the last."""
+    cast_of_parameter: bool = False
+
+
+@attrs.define(eq=False)
+class Tensor:
+    """A view of a storage: logical shape, memory order of its dimensions, and where its gradient goes."""
+
+    storage: Storage
+    shape: Shape
+    memory: tuple[Dim, ...]
+    """Dimensions from the slowest to the fastest varying in memory."""
+    dtype: DType
+    requires_grad: bool = False
+    producer: Op | None = None
+    output_index: int = 0
+    is_view: bool = False
+
+    @property
+    def dims(self) -> tuple[Dim, ...]:
+        """All dimensions in logical order."""
+        return tuple(d for axis in self.shape for d in axis)
+
+    @property
+    def contiguous(self) -> bool:
+        """Whether memory order is logical order."""
+        return self.dims == self.memory
+
+    @property
+    def is_parameter(self) -> bool:
+        """Whether this is a leaf that accumulates a gradient."""
+        return self.producer is None and self.requires_grad
+
+
+#: Computes the gradients of an op's inputs from the gradients of its outputs.
+BackwardRule = Callable[["Autograd", "Op", list["Tensor | None"]], list["Tensor | None"]]
+
+
+@attrs.define(eq=False)
+class Op:
+    """One dispatcher-level operation of the forward pass."""
+
+    name: str
+    module: str
+    slot: int | None
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...] = ()
+    backward: BackwardRule | None = None
+    saved_outputs: bool = False
+    """Whether autograd keeps one of its outputs (packed after the kernel ran, not before)."""
+    attributes: dict[str, Any] = attrs.field(factory=dict)
+
+
+@attrs.define(eq=False)
+class ForwardGraph:
+    """The forward pass of one micro-batch: the graph, its ops in execution order, its parameters."""
+
+    edges: nx.DiGraph
+    ops: list[Op] = attrs.field(factory=list)
+    parameters: list[Tensor] = attrs.field(factory=list)
+    buffers: list[Tensor] = attrs.field(factory=list)
+    inputs: list[Tensor] = attrs.field(factory=list)
+    loss: Tensor | None = None
+    outputs: tuple[Tensor, ...] = ()
+    """What the caller's frame may keep after forward (the logits)."""
+
+    def storages(self, op: Op, why: str) -> list[Storage]:
+        """The storages that `op` ``reads``, ``saves`` or ``holds``."""
+        return [storage for storage, edge in self.edges.pred[op].items() if why in edge]
+
+    def uses(self, storage: Storage) -> int:
+        """How many edges keep `storage` alive."""
+        return sum(len(edge) for edge in self.edges.succ[storage].values())
+
+
+def make_storage(label: str, dims: tuple[Dim, ...], dtype: DType, role: Role, slot: int | None = None) -> Storage:
+    """A storage of `dims` elements of `dtype`."""
+    return Storage(label, size_of(dims, dtype.bits), dtype, role, slot)
+
+
+def make_tensor(storage: Storage, shape: Shape, dtype: DType) -> Tensor:
+    """A contiguous tensor that covers `storage`."""
+    return Tensor(storage, shape, tuple(d for axis in shape for d in axis), dtype)

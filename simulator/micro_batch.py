@@ -1,0 +1,203 @@
+"""Lowering one micro-batch: forward, backward and, where checkpointed, recomputation, step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import attrs
+
+from simulator.autograd import Autograd
+from simulator.graph import ForwardGraph, Op, Storage
+from simulator.recorder import Recorder
+from simulator.roles import Phase, Role
+
+
+@attrs.define(eq=False)
+class Region:
+    """The ops of one checkpointed layer: their saved tensors are dropped and recomputed in backward.
+
+    Non-reentrant checkpointing (torch/utils/checkpoint.py `_checkpoint_without_reentrant_generator`):
+    the arguments live until the last saved tensor has been used, and recomputation stops early,
+    at the last tensor that forward saved.
+    """
+
+    ops: list[Op]
+    arguments: list[Storage]
+    first_saver: Op
+    recomputed: dict[Storage, Storage] | None = None
+
+
+class MicroBatch:
+    """Lowers one forward graph; one instance per micro-batch kind.
+
+    Args:
+        graph: the forward pass.
+        checkpointed: slots of the layers whose activations are recomputed.
+        gradients: parameter to gradient storages that exist before this micro-batch; filled by backward.
+        keep_outputs: whether the caller's frame holds the model's outputs through backward.
+        fused_activation_backward: see `Autograd`.
+    """
+
+    def __init__(
+        self,
+        graph: ForwardGraph,
+        checkpointed: frozenset[int],
+        gradients: dict[Storage, Storage],
+        *,
+        keep_outputs: bool = False,
+        fused_activation_backward: bool = True,
+    ) -> None:
+        self.graph = graph
+        self.recorder = Recorder()
+        self.gradients = gradients
+        self.keep_outputs = keep_outputs
+        self._fused = fused_activation_backward
+        self._reads: dict[Op, list[Storage]] = {op: graph.storages(op, "reads") for op in graph.ops}
+        self._holds: dict[Op, list[Storage]] = {op: graph.storages(op, "holds") for op in graph.ops}
+        self._saves: dict[Op, list[Storage]] = {op: graph.storages(op, "saves") for op in graph.ops}
+        self._region_of = self._regions(checkpointed)
+        self._uses = self._count_uses()
+
+    def lower(self) -> Recorder:
+        """Run the micro-batch; returns the recorder that holds its steps."""
+        kept = self._begin()
+        self._forward()
+        if not self.keep_outputs:
+            self._release_outputs()
+        self._backward()
+        if self.keep_outputs:
+            self._release_outputs()
+        for storage in kept:
+            self.recorder.release(storage)
+        return self.recorder
+
+    # forward -------------------------------------------------------------------------------------------------------
+
+    def _begin(self) -> list[Storage]:
+        self.recorder.phase = Phase.INPUT
+        kept = [tensor.storage for tensor in self.graph.inputs]
+        for storage in kept:
+            self.recorder.run(storage.label, [storage])
+            self.recorder.retain(storage, self._uses.get(storage, 0))
+        assert self.graph.loss is not None
+        return [*kept, self.graph.loss.storage]
+
+    def _forward(self) -> None:
+        recorder = self.recorder
+        recorder.phase = Phase.FORWARD
+        held = {t.storage for t in self.graph.outputs} | {self.graph.loss.storage if self.graph.loss else None}
+        entered: set[int] = set()
+        for op in self.graph.ops:
+            region = self._region_of.get(op)
+            if region is not None and id(region) not in entered:
+                entered.add(id(region))
+                for storage in region.arguments:
+                    recorder.retain(storage)
+            self._run(op, self._births(op), self._uses, held)
+            for storage in (*self._reads[op], *self._holds[op]):
+                recorder.release(storage)
+
+    def _births(self, op: Op) -> list[Storage]:
+        return list(self.graph.edges.succ[op])
+
+    def _run(self, op: Op, births: list[Storage], uses: Mapping[Storage, int], held: set[Storage | None]) -> None:
+        """Record `op`; each birth is then held once per use instead of by its maker."""
+        recorder = self.recorder
+        recorder.module, recorder.slot = op.module, op.slot
+        recorder.run(op.name, births)
+        for storage in births:
+            recorder.retain(storage, uses.get(storage, 0) + (storage in held))
+            recorder.release(storage)
+
+    def _release_outputs(self) -> None:
+        for tensor in self.graph.outputs:
+            self.recorder.release(tensor.storage)
+
+    def _count_uses(self) -> dict[Storage, int]:
+        """References that the edges of the graph stand for; a checkpointed op's saves do not count."""
+        uses: dict[Storage, int] = {}
+        for op in self.graph.ops:
+            saves = [] if op in self._region_of else self._saves[op]
+            for storage in (*self._reads[op], *self._holds[op], *saves):
+                uses[storage] = uses.get(storage, 0) + 1
+        return uses
+
+    # checkpointing -------------------------------------------------------------------------------------------------
+
+    def _regions(self, checkpointed: frozenset[int]) -> dict[Op, Region]:
+        by_slot: dict[int, list[Op]] = {}
+        for op in self.graph.ops:
+            if op.slot in checkpointed:
+                assert op.slot is not None
+                by_slot.setdefault(op.slot, []).append(op)
+        return {op: region for ops in by_slot.values() for region in [self._region(ops)] for op in ops}
+
+    def _region(self, ops: list[Op]) -> Region:
+        made = {storage for op in ops for storage in self._births(op)}
+        arguments = dict.fromkeys(s for op in ops for s in self._reads[op] if s not in made)
+        savers = [op for op in ops if self._saves[op]]
+        return Region(_until_last_save(ops, savers[-1]), list(arguments), savers[0])
+
+    def _saved(self, op: Op) -> list[Storage]:
+        """What `op` saved, to be released when its backward node ends."""
+        region = self._region_of.get(op)
+        if region is None or not self._saves[op]:
+            return self._saves[op]
+        if region.recomputed is None:
+            self._recompute(region)
+        assert region.recomputed is not None
+        saved = [region.recomputed.get(storage, storage) for storage in self._saves[op]]
+        return saved + region.arguments if op is region.first_saver else saved
+
+    def _recompute(self, region: Region) -> None:
+        """Run the region's ops again into storages of their own; what is not saved dies where recomputation stops."""
+        recorder = self.recorder
+        module, slot = recorder.module, recorder.slot
+        recorder.phase = Phase.RECOMPUTE
+        copies = {s: _copy(s) for op in region.ops for s in self._births(op)}
+        region.recomputed = copies
+        uses, leftover = self._recompute_uses(region, copies)
+        for op in region.ops:
+            for storage in self._saves[op]:
+                if storage not in copies:
+                    recorder.retain(storage)
+            self._run(op, [copies[s] for s in self._births(op)], uses, set())
+            for storage in (*self._reads[op], *self._holds[op]):
+                if storage in copies:
+                    recorder.release(copies[storage])
+        for storage in leftover:
+            recorder.release(storage)
+        recorder.phase = Phase.BACKWARD
+        recorder.module, recorder.slot = module, slot
+
+    def _recompute_uses(
+        self, region: Region, copies: dict[Storage, Storage]
+    ) -> tuple[dict[Storage, int], list[Storage]]:
+        """References to the copies, and those that outlive the last op run (frames unwound, casts of autocast)."""
+        uses: dict[Storage, int] = {}
+        run = set(region.ops)
+        leftover = [copies[s] for s in copies if s.cast_of_parameter]
+        for op in (op for op, own in self._region_of.items() if own is region):
+            found = [*self._saves[op], *self._holds[op], *(self._reads[op] if op in run else [])]
+            leftover += [copies[s] for s in self._holds[op] if s in copies and op not in run]
+            for storage in found:
+                if storage in copies:
+                    uses[copies[storage]] = uses.get(copies[storage], 0) + 1
+        for storage in copies:
+            if storage.cast_of_parameter:
+                uses[copies[storage]] = uses.get(copies[storage], 0) + 1
+        return uses, leftover
+
+    # backward ------------------------------------------------------------------------------------------------------
+
+    def _backward(self) -> None:
+        Autograd(self.graph, self.recorder, self._saved, self.gradients, self._fused).run()
+
+
+def _until_last_save(ops: list[Op], last: Op) -> list[Op]:
+    """Recomputation stops while packing the last saved tensor: before its op if that is an input, after it if an output."""
+    return ops[: ops.index(last) + (1 if last.saved_outputs else 0)]
+
+
+def _copy(storage: Storage) -> Storage:
+    return attrs.evolve(storage, label=f"recompute.{storage.label}", role=Role.RECOMPUTE)

@@ -1,0 +1,38 @@
+"""The op library: what each dispatcher-level op allocates, saves for backward, and allocates in backward.
+
+One kind of op is declared once; families, strategies and formulas all build on these.
+Saved sets follow torch tools/autograd/derivatives.yaml; kernels and their order were checked
+op by op against real PyTorch code on fake CUDA tensors.
+"""
+
+from simulator.ops.attention import scaled_dot_product_attention as scaled_dot_product_attention
+from simulator.ops.dropout import dropout as dropout
+from simulator.ops.elementwise import add as add
+from simulator.ops.elementwise import add_scalar as add_scalar
+from simulator.ops.elementwise import constant as constant
+from simulator.ops.elementwise import div_scalar as div_scalar
+from simulator.ops.elementwise import gelu as gelu
+from simulator.ops.elementwise import mul as mul
+from simulator.ops.elementwise import mul_scalar as mul_scalar
+from simulator.ops.elementwise import neg as neg
+from simulator.ops.elementwise import power as power
+from simulator.ops.elementwise import rsqrt as rsqrt
+from simulator.ops.elementwise import silu as silu
+from simulator.ops.elementwise import tanh as tanh
+from simulator.ops.elementwise import to as to
+from simulator.ops.embedding import embedding as embedding
+from simulator.ops.loss import log_softmax as log_softmax
+from simulator.ops.loss import nll_loss as nll_loss
+from simulator.ops.matmul import addmm as addmm
+from simulator.ops.matmul import linear as linear
+from simulator.ops.matmul import matmul as matmul
+from simulator.ops.normalisation import layer_norm as layer_norm
+from simulator.ops.normalisation import mean as mean
+from simulator.ops.shape import cat as cat
+from simulator.ops.shape import clone as clone
+from simulator.ops.shape import contiguous as contiguous
+from simulator.ops.shape import reshape as reshape
+from simulator.ops.shape import slices as slices
+from simulator.ops.shape import split as split
+from simulator.ops.shape import transpose as transpose
+from simulator.ops.softmax import softmax as softmax

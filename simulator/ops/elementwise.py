@@ -1,0 +1,185 @@
+"""Elementwise ops, with and without broadcasting."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hardware.dtypes import FP32, DType
+from simulator.autograd import Autograd
+from simulator.graph import BackwardRule, Op, Shape, Tensor
+from simulator.trace import Trace
+
+Gradients = list[Tensor | None]
+
+
+def unary(
+    t: Trace, name: str, x: Tensor, kernels: Sequence[str], *, saves: str = "", dtype: DType | None = None
+) -> Tensor:
+    """An op of one tensor whose backward runs `kernels`, each allocating one tensor like its input.
+
+    Args:
+        saves: ``input``, ``output`` or nothing.
+        dtype: the output's element type; the input's by default.
+    """
+    out = t.fresh(name, x.shape, dtype or x.dtype, x.memory)
+    saved = {"input": [x], "output": [out], "": []}[saves]
+    t.emit(name, [x], [out], saves=saved, backward=_chain(tuple(kernels)))
+    return out
+
+
+_CHAINS: dict[tuple[str, ...], BackwardRule] = {}
+
+
+def _chain(kernels: tuple[str, ...]) -> BackwardRule:
+    """The rule that runs `kernels` one after the other; no kernel passes the gradient through."""
+
+    def backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients:
+        (gradient,) = gradients
+        assert gradient is not None
+        for kernel in kernels:
+            gradient = engine.fresh(kernel, op.inputs[0].shape, op.inputs[0].dtype, gradient.memory)
+        return [gradient]
+
+    return _CHAINS.setdefault(kernels, backward)
+
+
+def power(t: Trace, x: Tensor) -> Tensor:
+    """``x.pow(n)`` for a scalar n other than 0 and 1; autocast runs it in fp32."""
+    x = to(t, x, FP32) if t.regime.autocast else x
+    return unary(t, "pow.Tensor_Scalar", x, ("pow.Tensor_Scalar", "mul.Scalar", "mul.Tensor"), saves="input")
+
+
+def rsqrt(t: Trace, x: Tensor) -> Tensor:
+    """``torch.rsqrt``: backward multiplies by -0.5 out^3."""
+    return unary(t, "rsqrt.default", x, ("pow.Tensor_Scalar", "mul.Scalar", "mul.Tensor"), saves="output")
+
+
+def tanh(t: Trace, x: Tensor) -> Tensor:
+    """``torch.tanh``."""
+    return unary(t, "tanh.default", x, ("tanh_backward.default",), saves="output")
+
+
+def gelu(t: Trace, x: Tensor) -> Tensor:
+    """``torch.nn.functional.gelu``, exact or tanh approximation: one fused kernel either way."""
+    return unary(t, "gelu.default", x, ("gelu_backward.default",), saves="input")
+
+
+#: torch aten/src/ATen/native/Activation.cpp `math_silu_backward`: what runs where the device has no fused kernel.
+_COMPOSITE_SILU_BACKWARD = (
+    "sigmoid.default",
+    "empty_like.default",
+    "mul.Tensor",
+    "add.Scalar",
+    "mul.Tensor",
+    "mul.Tensor",
+)
+
+
+def silu(t: Trace, x: Tensor) -> Tensor:
+    """``torch.nn.functional.silu``."""
+    fused = t.regime.fused_activation_backward
+    kernels = ("silu_backward.default",) if fused else _COMPOSITE_SILU_BACKWARD
+    return unary(t, "silu.default", x, kernels, saves="input")
+
+
+def neg(t: Trace, x: Tensor) -> Tensor:
+    """``-x``."""
+    return unary(t, "neg.default", x, ("neg.default",))
+
+
+def mul_scalar(t: Trace, x: Tensor, name: str = "mul.Tensor") -> Tensor:
+    """``x * number``."""
+    return unary(t, name, x, (name,))
+
+
+def div_scalar(t: Trace, x: Tensor) -> Tensor:
+    """``x / number``."""
+    return unary(t, "div.Tensor", x, ("div.Tensor",))
+
+
+def add_scalar(t: Trace, x: Tensor) -> Tensor:
+    """``x + number``: the gradient passes through untouched."""
+    return unary(t, "add.Tensor", x, ())
+
+
+def constant(t: Trace, name: str, x: Tensor, *, dtype: DType | None = None, shape: Shape | None = None) -> Tensor:
+    """An op outside autograd (masks, positions, rotary tables): reads `x`, makes one tensor."""
+    out = t.fresh(name, shape or x.shape, dtype or x.dtype)
+    t.emit(name, [x], [out])
+    return out
+
+
+def to(t: Trace, x: Tensor, dtype: DType) -> Tensor:
+    """``x.to(dtype)``: nothing at all when `x` has that dtype already."""
+    if x.dtype == dtype:
+        return x
+    out = t.fresh("_to_copy.default", x.shape, dtype, x.memory)
+    out.storage.cast_of_parameter = x.is_parameter
+    t.emit("_to_copy.default", [x], [out], backward=_to_backward)
+    return out
+
+
+def _to_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients:
+    (gradient,) = gradients
+    assert gradient is not None
+    return [engine.like("_to_copy.default", gradient, op.inputs[0].dtype)]
+
+
+def autocast(t: Trace, x: Tensor) -> Tensor:
+    """The copy of `x` that autocast hands to an op of its low-precision list.
+
+    A weight is cast once and its copy kept until autocast ends
+    (torch aten/src/ATen/autocast_mode.cpp `cached_cast`); an activation is cast at every use.
+    """
+    low = t.regime.autocast
+    if low is None or x.dtype != FP32:
+        return x
+    if not x.is_parameter:
+        return to(t, x, low)
+    cast = t.cached_cast(x)
+    if cast is None:
+        cast = to(t, x, low)
+        t.remember_cast(x, cast)
+    return cast
+
+
+def promote(x: Tensor, y: Tensor) -> DType:
+    """The dtype of an op on both: the wider one; a tensor without dimensions does not count."""
+    if not x.dims or not y.dims:
+        return x.dtype if x.dims else y.dtype
+    return x.dtype if x.dtype.bits >= y.dtype.bits else y.dtype
+
+
+def _broadcast(t: Trace, name: str, x: Tensor, y: Tensor) -> Tensor:
+    large = x if len(x.dims) >= len(y.dims) else y
+    return t.fresh(name, large.shape, promote(x, y), large.memory)
+
+
+def add(t: Trace, x: Tensor, y: Tensor, name: str = "add.Tensor") -> Tensor:
+    """``x + y``: saves nothing, hands its gradient to both."""
+    out = _broadcast(t, name, x, y)
+    t.emit(name, [x, y], [out], backward=_add_backward)
+    return out
+
+
+def _add_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients:
+    (gradient,) = gradients
+    return [gradient if x.requires_grad else None for x in op.inputs]
+
+
+def mul(t: Trace, x: Tensor, y: Tensor) -> Tensor:
+    """``x * y``: saves each factor that the other's gradient needs."""
+    out = _broadcast(t, "mul.Tensor", x, y)
+    saves = [a for a, b in ((x, y), (y, x)) if b.requires_grad]
+    t.emit("mul.Tensor", [x, y], [out], saves=saves, backward=_mul_backward)
+    return out
+
+
+def _mul_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients:
+    """The second factor's gradient comes first (generated `MulBackward0`)."""
+    (gradient,) = gradients
+    assert gradient is not None
+    x, y = op.inputs
+    for_y = engine.like("mul.Tensor", gradient, promote(gradient, x)) if y.requires_grad else None
+    for_x = engine.like("mul.Tensor", gradient, promote(gradient, y)) if x.requires_grad else None
+    return [for_x, for_y]

@@ -1,0 +1,103 @@
+"""Matrix products: `mm`, `addmm`, `bmm`, and the modules made of them."""
+
+from __future__ import annotations
+
+from simulator.autograd import Autograd
+from simulator.graph import Op, Shape, Tensor
+from simulator.ops.elementwise import autocast
+from simulator.ops.shape import clone, reshape, transpose, view, viewable
+from simulator.sizes import Dim
+from simulator.trace import Trace
+
+Gradients = list[Tensor | None]
+Axis = tuple[Dim, ...]
+
+
+def linear(t: Trace, x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Axis | None = None) -> Tensor:
+    """``torch.nn.functional.linear`` on ``[batch, sequence, in]`` with ``weight[out, in]``.
+
+    Args:
+        out: the dimensions that make up the last axis of the result; the weight's own by default.
+    """
+    if bias is not None:
+        bias = autocast(t, bias)
+    weight = autocast(t, weight)
+    x = autocast(t, x)
+    flat = _flatten(t, x)
+    transposed = transpose(t, weight, 0, 1)
+    last = out or weight.shape[0]
+    product = _mm(t, flat, transposed, last) if bias is None else _addmm(t, bias, flat, transposed, last)
+    return view(t, product, (*x.shape[:-1], last), "_unsafe_view.default" if bias is None else "view.default")
+
+
+def addmm(t: Trace, bias: Tensor, x: Tensor, weight: Tensor, out: Axis) -> Tensor:
+    """GPT-2's ``Conv1D``: ``weight[in, out]`` is not transposed (transformers pytorch_utils.py)."""
+    flat = _flatten(t, x)
+    weight = autocast(t, weight)
+    flat = autocast(t, flat)
+    bias = autocast(t, bias)
+    return view(t, _addmm(t, bias, flat, weight, out), (*x.shape[:-1], out))
+
+
+def _flatten(t: Trace, x: Tensor) -> Tensor:
+    rows = tuple(d for axis in x.shape[:-1] for d in axis)
+    return reshape(t, x, (rows, x.shape[-1]))
+
+
+def _mm(t: Trace, x: Tensor, weight: Tensor, out: Axis) -> Tensor:
+    result = t.fresh("mm.default", (x.shape[0], out), x.dtype)
+    t.emit("mm.default", [x, weight], [result], saves=_factors(x, weight), backward=_mm_backward)
+    return result
+
+
+def _addmm(t: Trace, bias: Tensor, x: Tensor, weight: Tensor, out: Axis) -> Tensor:
+    result = t.fresh("addmm.default", (x.shape[0], out), x.dtype)
+    t.emit("addmm.default", [bias, x, weight], [result], saves=_factors(x, weight), backward=_addmm_backward)
+    return result
+
+
+def _factors(x: Tensor, y: Tensor) -> list[Tensor]:
+    return [a for a, b in ((x, y), (y, x)) if b.requires_grad]
+
+
+def _mm_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients:
+    """The weight's gradient comes first (generated `MmBackward0`), laid out like the weight."""
+    x, weight = op.inputs
+    for_weight = engine.fresh("mm.default", weight.shape, weight.dtype, weight.memory) if weight.requires_grad else None
+    for_x = engine.fresh("mm.default", x.shape, x.dtype) if x.requires_grad else None
+    # a column-major result is a transposed view of the product, and a view is never accumulated into
+    if for_weight is not None and not weight.contiguous:
+        for_weight = engine.view(for_weight, weight.shape, weight.memory)
+    return [for_x, for_weight]
+
+
+def _addmm_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients:
+    (gradient,) = gradients
+    _, x, weight = op.inputs
+    for_x = engine.fresh("mm.default", x.shape, x.dtype) if x.requires_grad else None
+    for_weight = engine.fresh("mm.default", weight.shape, weight.dtype, weight.memory) if weight.requires_grad else None
+    return [gradient, for_x, for_weight]
+
+
+def matmul(t: Trace, x: Tensor, y: Tensor) -> Tensor:
+    """``torch.matmul`` of two 4-D tensors: both expand to 3-D (copied where a view will not do), then `bmm`."""
+    y = autocast(t, y)
+    x = autocast(t, x)
+    left, right = _to_batches(t, x), _to_batches(t, y)
+    result = t.fresh("bmm.default", (left.shape[0], left.shape[1], right.shape[2]), left.dtype)
+    t.emit("bmm.default", [left, right], [result], saves=_factors(left, right), backward=_bmm_backward)
+    return view(t, result, (*x.shape[:2], x.shape[2], y.shape[3]), "_unsafe_view.default")
+
+
+def _to_batches(t: Trace, x: Tensor) -> Tensor:
+    shape: Shape = (x.shape[0] + x.shape[1], x.shape[2], x.shape[3])
+    if viewable(x, shape):
+        return view(t, x, shape)
+    return view(t, clone(t, x), shape, "_unsafe_view.default")
+
+
+def _bmm_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients:
+    x, y = op.inputs
+    for_y = engine.fresh("bmm.default", y.shape, y.dtype) if y.requires_grad else None
+    for_x = engine.fresh("bmm.default", x.shape, x.dtype) if x.requires_grad else None
+    return [for_x, for_y]

@@ -1,0 +1,127 @@
+"""Views, and the copies that appear where a view is impossible."""
+
+from __future__ import annotations
+
+from simulator.autograd import Autograd
+from simulator.graph import Op, Shape, Tensor
+from simulator.sizes import Dim
+from simulator.trace import Trace
+
+Gradients = list[Tensor | None]
+
+
+def viewable(tensor: Tensor, shape: Shape) -> bool:
+    """Whether `shape` can alias `tensor`: the dimensions of each new axis must lie next to each other in memory."""
+    return tensor.contiguous or all(_adjacent(axis, tensor.memory) for axis in shape)
+
+
+def _adjacent(axis: tuple[Dim, ...], memory: tuple[Dim, ...]) -> bool:
+    width = len(axis)
+    return any(memory[i : i + width] == axis for i in range(len(memory) - width + 1))
+
+
+def view(t: Trace, x: Tensor, shape: Shape, name: str = "view.default") -> Tensor:
+    """``x.view(shape)``."""
+    out = t.view(x, shape)
+    t.emit(name, [x], [out], backward=_view_backward)
+    return out
+
+
+def _view_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients:
+    """``grad.reshape(input.shape)``: a copy where the gradient's layout does not allow a view."""
+    (gradient,) = gradients
+    assert gradient is not None
+    shape = op.inputs[0].shape
+    if viewable(gradient, shape):
+        return [engine.view(gradient, shape)]
+    copy = engine.fresh("clone.default", shape, gradient.dtype)
+    return [engine.view(copy, shape)]
+
+
+def reshape(t: Trace, x: Tensor, shape: Shape) -> Tensor:
+    """``x.reshape(shape)``: a view where the layout allows it, else a copy."""
+    if shape == x.shape:
+        return x
+    if viewable(x, shape):
+        return view(t, x, shape)
+    return view(t, clone(t, x), shape, "_unsafe_view.default")
+
+
+def transpose(t: Trace, x: Tensor, first: int, second: int) -> Tensor:
+    """``x.transpose(first, second)``: swaps two axes, memory stays."""
+    out = t.view(x, _swapped(x.shape, first, second))
+    t.emit("transpose.int", [x], [out], backward=_transpose_backward, axes=(first, second))
+    return out
+
+
+def _swapped(shape: Shape, first: int, second: int) -> Shape:
+    axes = list(shape)
+    axes[first], axes[second] = axes[second], axes[first]
+    return tuple(axes)
+
+
+def _transpose_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients:
+    (gradient,) = gradients
+    assert gradient is not None
+    return [engine.view(gradient, _swapped(gradient.shape, *op.attributes["axes"]))]
+
+
+def clone(t: Trace, x: Tensor, shape: Shape | None = None) -> Tensor:
+    """A contiguous copy; with `shape`, of an expanded view (``repeat_kv``)."""
+    out = t.fresh("clone.default", shape or x.shape, x.dtype)
+    t.emit("clone.default", [x], [out], backward=_clone_backward)
+    return out
+
+
+def _clone_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients:
+    """The gradient itself; an expansion is undone by the engine's sum."""
+    return list(gradients)
+
+
+def contiguous(t: Trace, x: Tensor) -> Tensor:
+    """``x.contiguous()``: `x` itself when it is."""
+    return x if x.contiguous else clone(t, x)
+
+
+def split(t: Trace, x: Tensor, shape: Shape, parts: int) -> tuple[Tensor, ...]:
+    """``x.split``: `parts` views of `shape`; backward concatenates their gradients."""
+    return t.emit("split.Tensor", [x], [t.view(x, shape, _flat(shape)) for _ in range(parts)], backward=_split_backward)
+
+
+def _flat(shape: Shape) -> tuple[Dim, ...]:
+    return tuple(d for axis in shape for d in axis)
+
+
+def _split_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients:
+    source = op.inputs[0]
+    return [engine.fresh("cat.default", source.shape, source.dtype)]
+
+
+def slices(t: Trace, x: Tensor, shape: Shape, parts: int) -> list[Tensor]:
+    """`parts` slices of `x`, each its own op: every slice's gradient is padded back to the whole of `x`."""
+    return [_slice(t, x, shape) for _ in range(parts)]
+
+
+def _slice(t: Trace, x: Tensor, shape: Shape) -> Tensor:
+    renamed = dict(zip((d for axis in x.shape for d in axis), _flat(shape), strict=True))
+    out = t.view(x, shape, tuple(renamed[d] for d in x.memory))
+    t.emit("slice.Tensor", [x], [out], backward=_slice_backward)
+    return out
+
+
+def _slice_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients:
+    source = op.inputs[0]
+    return [engine.fresh("slice_backward.default", source.shape, source.dtype)]
+
+
+def cat(t: Trace, tensors: list[Tensor], shape: Shape, memory: tuple[Dim, ...]) -> Tensor:
+    """``torch.cat``: backward hands out slices of the gradient."""
+    out = t.fresh("cat.default", shape, tensors[0].dtype, memory)
+    t.emit("cat.default", tensors, [out], backward=_cat_backward)
+    return out
+
+
+def _cat_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients:
+    (gradient,) = gradients
+    assert gradient is not None
+    return [engine.view(gradient, x.shape, x.memory) for x in op.inputs]

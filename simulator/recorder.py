@@ -1,0 +1,61 @@
+"""Counts references to storages and writes down, step by step, what is born and what dies."""
+
+from __future__ import annotations
+
+import attrs
+
+from simulator.graph import Storage
+from simulator.roles import Phase
+
+
+@attrs.define(eq=False)
+class Step:
+    """One op as the dispatcher sees it: first its births, then the deaths that follow it."""
+
+    name: str
+    phase: Phase
+    module: str
+    slot: int | None
+    births: list[Storage] = attrs.field(factory=list)
+    deaths: list[Storage] = attrs.field(factory=list)
+
+
+class Recorder:
+    """The list of steps so far and how many references each live storage has."""
+
+    def __init__(self) -> None:
+        self.steps: list[Step] = []
+        self._references: dict[Storage, int] = {}
+        self.phase = Phase.FORWARD
+        self.module = ""
+        self.slot: int | None = None
+
+    def run(self, name: str, births: list[Storage]) -> None:
+        """Record one op that allocates `births`, each held once by its maker."""
+        self.steps.append(Step(name, self.phase, self.module, self.slot, births))
+        for storage in births:
+            self._references[storage] = self._references.get(storage, 0) + 1
+
+    def retain(self, storage: Storage, count: int = 1) -> None:
+        """Add references; storages that live for ever are not counted."""
+        if not storage.persistent:
+            self._references[storage] = self._references.get(storage, 0) + count
+
+    def release(self, storage: Storage) -> None:
+        """Drop one reference; at zero the storage dies after the step recorded last."""
+        if storage.persistent:
+            return
+        left = self._references[storage] - 1
+        if left:
+            self._references[storage] = left
+            return
+        del self._references[storage]
+        self.steps[-1].deaths.append(storage)
+
+    def references(self, storage: Storage) -> int:
+        """How many references keep `storage` alive now."""
+        return self._references.get(storage, 0)
+
+    def live(self) -> list[Storage]:
+        """Storages alive now, in order of birth."""
+        return list(self._references)

@@ -1,0 +1,33 @@
+"""What a storage is for: the rows of every breakdown and the colours of every plot."""
+
+from __future__ import annotations
+
+import enum
+
+
+class Role(enum.Enum):
+    """The purpose of a storage; the value is the text people read."""
+
+    PARAMETER = "parameter"
+    GRADIENT = "gradient"
+    OPTIMIZER_STATE = "optimizer state"
+    ACTIVATION = "activation"
+    WEIGHT_CAST = "weight cast"
+    RECOMPUTE = "recompute"
+    LOSS_HEAD = "loss head"
+    BACKWARD = "backward temporary"
+    OPTIMIZER = "optimizer temporary"
+    WORKSPACE = "workspace"
+    INPUT = "input"
+    BUFFER = "buffer"
+
+
+class Phase(enum.Enum):
+    """The part of a training step that a step of the program belongs to."""
+
+    LOAD = "load"
+    INPUT = "input"
+    FORWARD = "forward"
+    BACKWARD = "backward"
+    RECOMPUTE = "recompute"
+    OPTIMIZER = "optimizer"

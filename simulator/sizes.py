@@ -1,0 +1,134 @@
+"""Sizes as data: a storage names its dimensions, and one evaluator turns names into bytes.
+
+The same definition prices an int (one estimate), a numpy array (a sweep) and a sympy
+expression (a formula), because it only uses ``* + - //``, `minimum` and `maximum`.
+All arithmetic on sizes lives in this file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import cache, lru_cache
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import attrs
+
+if TYPE_CHECKING:
+    import sympy
+
+#: One factor of a size: a dimension's name or a constant.
+Dim: TypeAlias = str | int
+#: What a dimension may be bound to: int, numpy integer array, or sympy expression.
+Value: TypeAlias = Any
+Bindings: TypeAlias = Mapping[str, Value]
+
+#: The CUDA caching allocator hands out multiples of this many bytes
+#: (torch c10/cuda/CUDACachingAllocator.cpp, kMinBlockSize).
+ALLOCATION_GRANULARITY = 512
+
+
+def minimum(left: Value, right: Value) -> Value:
+    """The smaller of two values in any of the three number systems."""
+    return _pick(left, right, "Min", "minimum", min)
+
+
+def maximum(left: Value, right: Value) -> Value:
+    """The larger of two values in any of the three number systems."""
+    return _pick(left, right, "Max", "maximum", max)
+
+
+def ceil_div(value: Value, divisor: Value) -> Value:
+    """`value` divided by `divisor`, rounded up, by floor division alone."""
+    return -(-value // divisor)
+
+
+def round_up(value: Value, multiple: Value) -> Value:
+    """The smallest multiple of `multiple` that is at least `value`."""
+    return ceil_div(value, multiple) * multiple
+
+
+def _pick(left: Value, right: Value, symbolic: str, array: str, plain: Any) -> Value:
+    if isinstance(left, int) and isinstance(right, int):
+        return plain(left, right)
+    if any(hasattr(v, "free_symbols") for v in (left, right)):
+        import sympy
+
+        return getattr(sympy, symbolic)(left, right)
+    import numpy as np
+
+    return getattr(np, array)(left, right)
+
+
+@cache
+def symbol(name: str) -> sympy.Symbol:
+    """The one symbol of a dimension (a positive integer), so that binding by name never misses."""
+    import sympy
+
+    return sympy.Symbol(name, integer=True, positive=True)
+
+
+@attrs.frozen(cache_hash=True)
+class Size:
+    """A product of dimensions times an element width: `dims` in canonical order, `bits` per element."""
+
+    dims: tuple[Dim, ...]
+    bits: int
+
+    def elements(self, bindings: Bindings) -> Value:
+        """How many elements: the product of the bound dimensions."""
+        count: Value = 1
+        for dim in self.dims:
+            count = count * (dim if isinstance(dim, int) else bindings[dim])
+        return count
+
+    def nbytes(self, bindings: Bindings) -> Value:
+        """Exact bytes, before the allocator rounds."""
+        return ceil_div(self.elements(bindings) * self.bits, 8)
+
+    def allocated(self, bindings: Bindings) -> Value:
+        """Bytes the caching allocator hands out for it: `nbytes` rounded up to 512."""
+        return round_up(self.nbytes(bindings), ALLOCATION_GRANULARITY)
+
+
+@lru_cache(maxsize=4096)
+def size_of(dims: tuple[Dim, ...], bits: int) -> Size:
+    """The `Size` of a tensor: constants multiplied out, names sorted, so that equal sizes compare equal."""
+    constant = 1
+    names = []
+    for dim in dims:
+        if isinstance(dim, int):
+            constant *= dim
+        else:
+            names.append(dim)
+    names.sort()
+    return Size(dims=(*names, constant) if constant != 1 else tuple(names), bits=bits)
+
+
+class Dimensions:
+    """The dimension table of one simulation: every name, its value, and each derived one defined once."""
+
+    def __init__(self, values: Mapping[str, Value] | None = None) -> None:
+        self._values: dict[str, Value] = dict(values or {})
+
+    @property
+    def bindings(self) -> Bindings:
+        """Name to value, ready for `Size.nbytes`."""
+        return self._values
+
+    def bind(self, name: str, value: Value) -> str:
+        """Bind `name` to `value` and return the name to use.
+
+        A layer whose value differs from an earlier layer's gets a numbered alias (``f``, ``f.2``),
+        so that models with unlike layers keep one table.
+        """
+        candidate, number = name, 1
+        while candidate in self._values and self._values[candidate] != value:
+            number += 1
+            candidate = f"{name}.{number}"
+        self._values[candidate] = value
+        return candidate
+
+
+def total(sizes: Iterable[Size], bindings: Bindings) -> Value:
+    """Sum of the exact bytes of `sizes`."""
+    return sum((size.nbytes(bindings) for size in sizes), 0)

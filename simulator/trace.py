@@ -1,0 +1,219 @@
+"""Recipes write a forward pass down through this: ops, modules, and the Python names that keep tensors alive."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import attrs
+
+from hardware.dtypes import DType
+from simulator.graph import BackwardRule, ForwardGraph, Op, Shape, Storage, Tensor, make_storage, make_tensor
+from simulator.roles import Role
+from simulator.sizes import Dim, Dimensions, Value
+
+
+@attrs.frozen
+class Regime:
+    """How a forward pass is run: everything a recipe must know besides the model itself."""
+
+    weights: DType
+    autocast: DType | None = None
+    attention: str = "sdpa"
+    sdpa_backend: str = "auto"
+    torch: tuple[int, int] = (2, 13)
+    training: bool = True
+    attention_mask: str = "none"
+    fused_activation_backward: bool = True
+    loss_division: bool = False
+    """Whether the caller divides the loss by the number of micro-batches."""
+
+
+class Frame:
+    """The locals of one Python function: a name keeps its tensor until it is bound anew or the frame ends."""
+
+    def __init__(self, trace: Trace, arguments: Sequence[Tensor]) -> None:
+        self._trace = trace
+        self._arguments = list(arguments)
+        self._locals: dict[str, Tensor] = {}
+
+    def __call__(self, name: str, tensor: Tensor) -> Tensor:
+        """Bind local `name` to `tensor`, dropping what it held; returns `tensor`."""
+        old = self._locals.get(name)
+        self._locals[name] = tensor
+        if old is not None:
+            self._trace.drop(old)
+        return tensor
+
+    def delete(self, name: str) -> None:
+        """Python's ``del name``."""
+        self._trace.drop(self._locals.pop(name))
+
+    def close(self) -> None:
+        """Leave the function: every local and argument is dropped."""
+        for tensor in (*self._arguments, *self._locals.values()):
+            self._trace.drop(tensor)
+
+
+class Trace:
+    """Builds a `ForwardGraph` op by op."""
+
+    def __init__(self, regime: Regime, dimensions: Dimensions) -> None:
+        import networkx as nx
+
+        self.regime = regime
+        self.dimensions = dimensions
+        self.graph = ForwardGraph(nx.DiGraph())
+        self.slot: int | None = None
+        self._modules: list[str] = []
+        self._casts: dict[Tensor, Tensor] = {}
+        self._role = Role.ACTIVATION
+        self._first_op = 0
+
+    # names ---------------------------------------------------------------------------------------------------------
+
+    def dim(self, name: str, value: Value) -> str:
+        """Bind a dimension and return the name under which it is known."""
+        return self.dimensions.bind(name, value)
+
+    @property
+    def module(self) -> str:
+        """Dotted path of the module being run."""
+        return ".".join(self._modules)
+
+    @contextmanager
+    def call(self, name: str, *arguments: Tensor) -> Iterator[Frame]:
+        """Run module or function `name`: its arguments live until it returns, its locals while they are bound."""
+        frame = Frame(self, arguments)
+        if name:
+            self._modules.append(name)
+        yield frame
+        if name:
+            self._modules.pop()
+        frame.close()
+
+    @contextmanager
+    def layer(self, slot: int) -> Iterator[None]:
+        """Everything inside belongs to layer `slot` of the stack."""
+        self.slot, self._first_op = slot, len(self.graph.ops)
+        yield
+        self.slot, self._first_op = None, 0
+
+    @contextmanager
+    def loss_head(self) -> Iterator[None]:
+        """Everything made inside is reported as loss head."""
+        self._role = Role.LOSS_HEAD
+        yield
+        self._role = Role.ACTIVATION
+
+    # leaves --------------------------------------------------------------------------------------------------------
+
+    def parameter(self, name: str, *dims: Dim, dtype: DType | None = None) -> Tensor:
+        """A weight: alive before and after, with a gradient."""
+        tensor = self._leaf(name, dims, dtype or self.regime.weights, Role.PARAMETER)
+        tensor.requires_grad = self.regime.training
+        self.graph.parameters.append(tensor)
+        return tensor
+
+    def matrix(self, name: str, rows: tuple[Dim, ...], columns: tuple[Dim, ...]) -> Tensor:
+        """A two-axis weight ``[rows, columns]`` whose axes may each be several dimensions."""
+        tensor = self.parameter(name, *rows, *columns)
+        tensor.shape = (rows, columns)
+        return tensor
+
+    def buffer(self, name: str, *dims: Dim, dtype: DType) -> Tensor:
+        """A module's buffer: alive before and after, without a gradient."""
+        tensor = self._leaf(name, dims, dtype, Role.BUFFER)
+        self.graph.buffers.append(tensor)
+        return tensor
+
+    def input(self, name: str, *dims: Dim, dtype: DType) -> Tensor:
+        """A tensor of the batch, made anew for each micro-batch and kept until it ends."""
+        tensor = self._leaf(name, dims, dtype, Role.INPUT)
+        tensor.storage.persistent = False
+        self.graph.inputs.append(tensor)
+        return tensor
+
+    def _leaf(self, name: str, dims: Sequence[Dim], dtype: DType, role: Role) -> Tensor:
+        label = ".".join([*self._modules, name])
+        storage = make_storage(label, tuple(dims), dtype, role, self.slot)
+        storage.persistent = True
+        self.graph.edges.add_node(storage)
+        return make_tensor(storage, tuple((d,) for d in dims), dtype)
+
+    # ops -----------------------------------------------------------------------------------------------------------
+
+    def emit(
+        self,
+        name: str,
+        inputs: Sequence[Tensor],
+        outputs: Sequence[Tensor],
+        *,
+        saves: Sequence[Tensor] = (),
+        backward: BackwardRule | None = None,
+        **attributes: object,
+    ) -> tuple[Tensor, ...]:
+        """Record an op: it reads `inputs`, makes `outputs` (fresh, or views of inputs) and saves `saves`."""
+        op = Op(name, self.module, self.slot, tuple(inputs), tuple(outputs), attributes=attributes)
+        self.graph.ops.append(op)
+        differentiable = backward is not None and any(t.requires_grad for t in inputs)
+        op.backward = backward if differentiable else None
+        edges = self.graph.edges
+        edges.add_node(op)
+        for tensor in inputs:
+            edges.add_edge(tensor.storage, op, reads=True)
+        read = {t.storage for t in inputs}
+        for index, tensor in enumerate(outputs):
+            tensor.producer, tensor.output_index = (op, index) if differentiable else (None, 0)
+            tensor.requires_grad = differentiable and tensor.dtype.floating
+            if tensor.storage not in read:
+                edges.add_edge(op, tensor.storage)
+        if differentiable:
+            self._save(op, saves)
+        return op.outputs
+
+    def _save(self, op: Op, saves: Sequence[Tensor]) -> None:
+        made = {t.storage for t in op.outputs}
+        for tensor in saves:
+            self.graph.edges.add_edge(tensor.storage, op, saves=True)
+            op.saved_outputs |= tensor.storage in made and tensor.storage not in {t.storage for t in op.inputs}
+
+    def fresh(self, name: str, shape: Shape, dtype: DType, memory: tuple[Dim, ...] | None = None) -> Tensor:
+        """A new storage for the output of op `name`, to be handed to `emit`."""
+        dims = tuple(d for axis in shape for d in axis)
+        label = f"{self.module}.{name}.{len(self.graph.ops) - self._first_op}"
+        tensor = make_tensor(make_storage(label, dims, dtype, self._role, self.slot), shape, dtype)
+        if memory is not None:
+            tensor.memory = memory
+        return tensor
+
+    def view(self, source: Tensor, shape: Shape, memory: tuple[Dim, ...] | None = None) -> Tensor:
+        """An alias of `source` with another shape, to be handed to `emit`."""
+        return Tensor(source.storage, shape, memory or source.memory, source.dtype, is_view=True)
+
+    def drop(self, tensor: Tensor) -> None:
+        """A Python reference to `tensor` ends after the op that ran last."""
+        ops = self.graph.ops
+        if ops and not tensor.storage.persistent and tensor.storage.role is not Role.INPUT:
+            self.graph.edges.add_edge(tensor.storage, ops[-1], holds=True)
+
+    # autocast ------------------------------------------------------------------------------------------------------
+
+    def cached_cast(self, tensor: Tensor) -> Tensor | None:
+        """The low-precision copy that autocast made of this weight before, if any."""
+        return self._casts.get(tensor)
+
+    def remember_cast(self, tensor: Tensor, cast: Tensor) -> None:
+        """Autocast keeps one copy of each weight until it ends (torch aten/src/ATen/autocast_mode.cpp)."""
+        self._casts[tensor] = cast
+
+    def end_autocast(self) -> None:
+        """Leave ``torch.autocast``: the cache of weight copies is dropped."""
+        for cast in self._casts.values():
+            self.drop(cast)
+        self._casts.clear()
+
+
+def storages(tensors: Sequence[Tensor]) -> list[Storage]:
+    """The storages behind `tensors`, in order."""
+    return [t.storage for t in tensors]
