@@ -48,6 +48,8 @@ class Autograd:
         self._expected = self._count_leaf_uses()
         self._made: list[Tensor] = []
         self._serial = 0
+        # a second micro-batch's gradients live beside the first's, so they need names of their own
+        self._tag = "more" if gradients else "grad"
 
     def run(self) -> None:
         """Backward from the loss to every parameter."""
@@ -74,7 +76,7 @@ class Autograd:
         """A tensor that a kernel with several outputs will allocate; pass it to `kernel`."""
         dims = tuple(d for axis in shape for d in axis)
         self._serial += 1
-        label = f"{self.recorder.module}.grad.{name}.{self._serial}"
+        label = f"{self.recorder.module}.{self._tag}.{name}.{self._serial}"
         tensor = make_tensor(make_storage(label, dims, dtype, Role.BACKWARD, self.recorder.slot), shape, dtype)
         tensor.memory = memory or tensor.memory
         self._made.append(tensor)

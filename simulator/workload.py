@@ -38,8 +38,6 @@ class Training:
     sdpa_backend: str = "auto"
     attention_mask: str = "none"
     """``none``, ``full`` (given, but nothing is padded) or ``padded``."""
-    checkpointing: str = "none"
-    """``none`` or ``full`` (every layer, non-reentrant)."""
     keep_outputs: bool = False
     clip: float | None = None
     zero_grad: str = "none"

@@ -1,1 +1,15 @@
-"""strategies"""
+"""Techniques that change what a device must hold: one per file, each a function from plan to plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from hardware.registry import Registry
+from simulator.plan import Strategy
+from strategies.checkpointing import FullCheckpointing
+
+#: Makes a strategy from its options.
+StrategyFactory = Callable[..., Strategy]
+
+strategies: Registry[StrategyFactory] = Registry("strategy", "vramsim.strategies")
+strategies.add("full_checkpointing", FullCheckpointing)

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import attrs
 
-from simulator.families import families
-from simulator.graph import ForwardGraph, Storage
-from simulator.layout import Layout, layout_of
+from simulator.graph import Storage
 from simulator.micro_batch import MicroBatch
-from simulator.model import ModelSpec
 from simulator.optimizers import optimizers
 from simulator.optimizers.step import OptimizerStep, Parameter
+from simulator.plan import Plan
 from simulator.program import Node, Repeat, Seq, TreeBuilder
 from simulator.recorder import Step
 from simulator.roles import Phase
-from simulator.sizes import Bindings, Dimensions
-from simulator.trace import Regime, Trace
-from simulator.workload import Training
+from simulator.sizes import Bindings
 
 
 @attrs.frozen(eq=False)
@@ -34,51 +30,17 @@ class TrainingProgram:
         return Seq((self.load, self.cold, self.steady))
 
 
-def trace_forward(
-    model: ModelSpec, training: Training, layout: Layout | None = None
-) -> tuple[ForwardGraph, Dimensions]:
-    """The forward graph of one micro-batch and its dimension table.
-
-    Args:
-        layout: which layers to build; by default at most three turns of each repeating pattern.
-    """
-    values = {"b": training.micro_batch, "s": training.seq_len, "h": model.hidden, "V": model.vocab}
-    dimensions = Dimensions(values)
-    trace = Trace(_regime(training), dimensions)
-    forward = families.get(model.family).forward
-    assert forward is not None
-    forward(trace, model, (layout or layout_of(model.layers)).built(model.layers))
-    trace.end_autocast()
-    return trace.graph, dimensions
-
-
-def _regime(training: Training) -> Regime:
-    return Regime(
-        weights=training.weights,
-        autocast=training.autocast,
-        attention=training.attention,
-        sdpa_backend=training.sdpa_backend,
-        torch=training.torch,
-        attention_mask=training.attention_mask,
-        fused_activation_backward=training.fused_activation_backward,
-        loss_division=training.gradient_accumulation > 1,
-    )
-
-
-def lower_training(model: ModelSpec, training: Training, layout: Layout | None = None) -> TrainingProgram:
-    """The program of loading `model`, one cold and one steady optimizer step of `training`."""
-    layout = layout or layout_of(model.layers)
-    graph, dimensions = trace_forward(model, training, layout)
-    return _Lowering(graph, training, layout).program(dimensions.bindings)
+def lower(plan: Plan) -> TrainingProgram:
+    """The program of `plan`: load the model, one cold and one steady optimizer step."""
+    return _Lowering(plan).program(plan.dimensions.bindings)
 
 
 class _Lowering:
-    def __init__(self, graph: ForwardGraph, training: Training, layout: Layout) -> None:
-        self.graph = graph
-        self.training = training
-        self.builder = TreeBuilder(layout)
-        slots = range(len(layout.places)) if training.checkpointing == "full" else ()
-        self.checkpointed = frozenset(slots)
+    def __init__(self, plan: Plan) -> None:
+        self.graph = plan.graph
+        self.training = plan.training
+        self.builder = TreeBuilder(plan.layout)
+        self.checkpointed = plan.recomputed
         self.gradients: dict[Storage, Storage] = {}
 
     def program(self, bindings: Bindings) -> TrainingProgram:

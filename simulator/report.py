@@ -1,0 +1,114 @@
+"""What a simulation found: peaks of the cold and the steady step, where they are and what they are made of."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import attrs
+
+from simulator.fold import Folder, Location, Peak
+from simulator.lowering import TrainingProgram
+from simulator.model import ModelSpec
+from simulator.plan import Plan
+from simulator.program import Node
+from simulator.roles import Phase, Role
+from simulator.timeline import Live, Timeline, live_at, timeline
+from simulator.workload import Training
+
+
+@attrs.frozen
+class StepPeak:
+    """The peak of one optimizer step.
+
+    Bytes are allocated tensor bytes: each storage rounded up to 512 B, memory inside kernels left out.
+    """
+
+    step: str
+    """``cold`` (the first: optimizer state is created in it) or ``steady``."""
+    nbytes: int
+    phase: Phase
+    op: str
+    module: str
+    by_role: dict[Role, int]
+    start_bytes: int
+    """Allocated when the step begins."""
+    end_bytes: int
+    """Allocated when it has ended."""
+    location: Location = attrs.field(repr=False, eq=False)
+
+
+class Report:
+    """The result of `simulate`."""
+
+    metric = "allocated"
+
+    def __init__(self, plan: Plan, program: TrainingProgram) -> None:
+        self.plan = plan
+        self.program = program
+        self.cold, self.steady = _step_peaks(program)
+
+    @property
+    def model(self) -> ModelSpec:
+        """The model that was simulated."""
+        return self.plan.model
+
+    @property
+    def training(self) -> Training:
+        """The workload that was simulated."""
+        return self.plan.training
+
+    @property
+    def peak(self) -> StepPeak:
+        """The higher of the two steps' peaks; the steady one on a tie."""
+        return max(self.steady, self.cold, key=lambda step: step.nbytes)
+
+    @cached_property
+    def parameters(self) -> int:
+        """Parameters of the whole model, each tied weight once."""
+        return count_parameters(self.plan)
+
+    def live(self, step: StepPeak | None = None) -> list[Live]:
+        """The storages alive at a peak (by default the highest), largest first."""
+        step = step or self.peak
+        before: list[Node] = [self.program.load]
+        if step.step == "steady":
+            before.append(self.program.cold)
+        node = self.program.steady if step.step == "steady" else self.program.cold
+        return live_at(before, node, step.location, self.program.bindings)
+
+    def timeline(self, micro_batches: int | None = 2) -> Timeline:
+        """Live bytes by role, step after step, of loading, the cold and the steady step.
+
+        Args:
+            micro_batches: how many of the later micro-batches to unroll (they are all alike); None for all.
+        """
+        parts = {"load": self.program.load, "cold": self.program.cold, "steady": self.program.steady}
+        return timeline(parts, self.program.bindings, micro_batches)
+
+
+def count_parameters(plan: Plan) -> int:
+    """Parameters of the whole model: built layers count once per layer they stand for."""
+    bindings, places = plan.dimensions.bindings, plan.layout.places
+    total = 0
+    for tensor in plan.graph.parameters:
+        slot = tensor.storage.slot
+        total += tensor.storage.size.elements(bindings) * (1 if slot is None else places[slot].repeats)
+    return total
+
+
+def _step_peaks(program: TrainingProgram) -> tuple[StepPeak, StepPeak]:
+    folder = Folder()
+    for node in (program.load, program.cold, program.steady):
+        folder.fold(node)  # so that the forms below share one set of columns
+    load = folder.fold(program.load)
+    cold = folder.fold(program.cold).after(load.net)
+    steady = folder.fold(program.steady).after(cold.net)
+    bindings = program.bindings
+    first = _step_peak("cold", cold.peak(bindings), load.left(bindings), cold.left(bindings))
+    second = _step_peak("steady", steady.peak(bindings), cold.left(bindings), steady.left(bindings))
+    return first, second
+
+
+def _step_peak(name: str, peak: Peak, start: int, end: int) -> StepPeak:
+    at = peak.location.step
+    return StepPeak(name, peak.nbytes, at.phase, at.name, at.module, peak.by_role, start, end, peak.location)

@@ -1,0 +1,151 @@
+"""The timeline: live bytes by role step after step, and the set of storages alive at one moment."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import attrs
+import numpy as np
+import numpy.typing as npt
+
+from simulator.fold import Location
+from simulator.program import Buffer, Identity, Leaf, Node, Repeat, Seq, Step, identity
+from simulator.roles import Phase, Role
+from simulator.sizes import Bindings
+
+
+@attrs.frozen(eq=False)
+class Moment:
+    """One step of the unrolled program and where it runs."""
+
+    step: Step
+    base: int
+    iterations: tuple[int, ...]
+
+    @property
+    def layer(self) -> int | None:
+        """Real index of the layer the step runs in."""
+        return None if self.step.layer is None else self.base + self.step.layer
+
+
+def moments(node: Node, micro_batches: int | None = None) -> Iterator[Moment]:
+    """Every step of `node` in order.
+
+    Args:
+        micro_batches: of repeats over micro-batches, run only the first so many; each leaves behind
+            what the one before it left, so nothing else changes.
+    """
+    yield from _moments(node, 0, (), micro_batches)
+
+
+def _moments(node: Node, base: int, iterations: tuple[int, ...], limit: int | None) -> Iterator[Moment]:
+    if isinstance(node, Leaf):
+        for step in node.steps:
+            yield Moment(step, base, iterations)
+    elif isinstance(node, Seq):
+        for part in node.parts:
+            yield from _moments(part, base, iterations, limit)
+    else:
+        for iteration in range(node.count if limit is None or node.first is not None else min(limit, node.count)):
+            start = base if node.first is None else node.first + iteration * node.stride
+            yield from _moments(node.body, start, (*iterations, iteration), limit)
+
+
+@attrs.frozen
+class Live:
+    """A storage alive at some moment."""
+
+    identity: Identity
+    buffer: Buffer
+    nbytes: int
+    """Allocated bytes: rounded up to 512."""
+
+
+class LiveSet:
+    """Storages alive, kept up to date step by step; asserts that nothing is allocated or freed twice."""
+
+    def __init__(self) -> None:
+        self._live: dict[Identity, Buffer] = {}
+
+    def run(self, moment: Moment, *, deaths: bool = True) -> None:
+        """Apply one step; without its `deaths`, the state at the step's own peak."""
+        for reference in moment.step.births:
+            name = identity(reference, moment.base)
+            assert name not in self._live, f"{name} is allocated twice, at {moment.step.name}"
+            self._live[name] = reference.buffer
+        for reference in moment.step.deaths if deaths else ():
+            name = identity(reference, moment.base)
+            assert name in self._live, f"{name} is freed but not live, at {moment.step.name}"
+            del self._live[name]
+
+    def storages(self, bindings: Bindings) -> list[Live]:
+        """What is alive, largest first."""
+        found = [Live(name, b, int(b.size.allocated(bindings))) for name, b in self._live.items()]
+        return sorted(found, key=lambda live: -live.nbytes)
+
+
+def live_at(before: list[Node], node: Node, location: Location, bindings: Bindings) -> list[Live]:
+    """The storages alive at `location` in `node`, which runs after the nodes `before`.
+
+    Of repeats over micro-batches only the first iteration is run: it is where folding puts their peak.
+    """
+    live = LiveSet()
+    for earlier in before:
+        for moment in moments(earlier, micro_batches=1):
+            live.run(moment)
+    for moment in moments(node, micro_batches=1):
+        here = moment.step is location.step and moment.iterations == location.iterations
+        live.run(moment, deaths=not here)
+        if here:
+            return live.storages(bindings)
+    raise AssertionError(f"no step {location.step.name} at {location.iterations}")
+
+
+@attrs.frozen(eq=False)
+class Timeline:
+    """Live bytes by role after the births of each step.
+
+    Attributes:
+        roles: the columns of `nbytes`.
+        nbytes: int64 array ``[steps, roles]``, allocated bytes (512 B rounding).
+        phases: the phase of each step.
+        marks: index of the first step of each named part (``load``, ``cold``, ``steady``).
+    """
+
+    roles: tuple[Role, ...]
+    nbytes: npt.NDArray[np.int64]
+    phases: tuple[Phase, ...]
+    marks: dict[str, int]
+
+    @property
+    def total(self) -> npt.NDArray[np.int64]:
+        """Live bytes of all roles after the births of each step."""
+        totals: npt.NDArray[np.int64] = self.nbytes.sum(axis=1)
+        return totals
+
+
+def timeline(parts: dict[str, Node], bindings: Bindings, micro_batches: int | None = None) -> Timeline:
+    """Run the named `parts` one after the other and record live bytes by role."""
+    roles = tuple(Role)
+    column = {role: i for i, role in enumerate(roles)}
+    live = [0] * len(roles)
+    rows: list[list[int]] = []
+    phases: list[Phase] = []
+    marks: dict[str, int] = {}
+    prices: dict[Buffer, int] = {}
+    for name, node in parts.items():
+        marks[name] = len(rows)
+        for moment in moments(node, micro_batches):
+            for reference in moment.step.births:
+                live[column[reference.buffer.role]] += _price(reference.buffer, bindings, prices)
+            rows.append(live.copy())
+            phases.append(moment.step.phase)
+            for reference in moment.step.deaths:
+                live[column[reference.buffer.role]] -= _price(reference.buffer, bindings, prices)
+    return Timeline(roles, np.array(rows, dtype=np.int64), tuple(phases), marks)
+
+
+def _price(buffer: Buffer, bindings: Bindings, known: dict[Buffer, int]) -> int:
+    if buffer not in known:
+        known[buffer] = int(buffer.size.allocated(bindings))
+    return known[buffer]

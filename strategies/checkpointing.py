@@ -1,0 +1,23 @@
+"""Full activation checkpointing (Chen et al., arXiv:1604.06174): keep each layer's input, recompute the rest."""
+
+from __future__ import annotations
+
+import attrs
+
+from simulator.plan import Plan
+
+
+@attrs.frozen
+class FullCheckpointing:
+    """Recompute every transformer layer in backward, as transformers' ``gradient_checkpointing_enable`` does.
+
+    Non-reentrant (torch/utils/checkpoint.py): what forward saves inside a layer is dropped, the layer's
+    arguments stay until the layer's backward is done, and recomputation stops at the last saved tensor.
+    The embedding, the final norm and the head are not checkpointed.
+    """
+
+    name: str = attrs.field(default="full_checkpointing", init=False)
+
+    def __call__(self, plan: Plan) -> Plan:
+        """The plan with every layer recomputed."""
+        return attrs.evolve(plan, recomputed=frozenset(range(len(plan.layout.places))))
