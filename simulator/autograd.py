@@ -14,8 +14,9 @@ from simulator.recorder import Recorder
 from simulator.roles import Phase, Role
 from simulator.sizes import Dim
 
-#: Gives the storages that stand for an op's saved ones when its backward runs (checkpointing recomputes them).
-SavedStorages = Callable[[Op], list[Storage]]
+#: Gives the storages that stand for an op's saved ones when its backward runs: those released when the node
+#: has ended, and those released as soon as its function returns (unpacked from checkpointing's recomputation).
+SavedStorages = Callable[[Op], tuple[list[Storage], list[Storage]]]
 
 
 class Autograd:
@@ -56,13 +57,15 @@ class Autograd:
         loss = self.graph.loss
         assert loss is not None and loss.producer is not None
         self.recorder.phase = Phase.BACKWARD
-        seed = self.fresh("ones_like", loss.shape, FP32)
+        seed = self.fresh("ones_like.default", loss.shape, FP32)
         self._made.clear()
+        self.recorder.retain(seed.storage)  # the caller of backward() holds it to the end
         self._pending[loss.producer] = [seed]
         for op in reversed(self.graph.ops):
             gradients = self._pending.pop(op, None)
             if gradients is not None:
                 self._evaluate(op, gradients)
+        self.recorder.release(seed.storage)
 
     # what rules call -----------------------------------------------------------------------------------------------
 
@@ -102,38 +105,45 @@ class Autograd:
         if op.slot != recorder.slot:
             self._serial = 0  # labels count from the first op of a layer, so that equal layers get equal labels
         recorder.module, recorder.slot = op.module, op.slot
-        saved = self._saved(op)
+        saved, early = self._saved(op)
         assert op.backward is not None
         results = op.backward(self, op, gradients)
-        results = [self._validate(g, t) for g, t in zip(results, op.inputs, strict=True)]
+        results = [g if t.requires_grad else None for g, t in zip(results, op.inputs, strict=True)]
         for result in results:
             if result is not None:
                 recorder.retain(result.storage)
-        self._finish_node(gradients, saved)
+        self._release_made()
+        self._release(early)
+        results = [self._validate(g, t) for g, t in zip(results, op.inputs, strict=True)]
+        self._release([g.storage for g in gradients if g is not None])
+        self._release(saved)
         for result, tensor in zip(results, op.inputs, strict=True):
             if result is not None:
                 self._send(result, tensor)
 
-    def _finish_node(self, gradients: list[Tensor | None], saved: list[Storage]) -> None:
-        """The node returns: its temporaries, its incoming gradients and what it saved are let go."""
-        for made in self._made:
-            self.recorder.release(made.storage)
+    def _release_made(self) -> None:
+        """The node's function returns: its temporaries go."""
+        self._release([made.storage for made in self._made])
         self._made.clear()
-        for gradient in gradients:
-            if gradient is not None:
-                self.recorder.release(gradient.storage)
-        for storage in saved:
+
+    def _release(self, storages: Sequence[Storage]) -> None:
+        for storage in storages:
             self.recorder.release(storage)
 
     def _validate(self, gradient: Tensor | None, tensor: Tensor) -> Tensor | None:
         """Bring a gradient to the shape and dtype of the tensor it belongs to (engine.cpp `validate_outputs`)."""
-        if gradient is None or not tensor.requires_grad:
+        if gradient is None:
             return None
         if len(gradient.dims) > len(tensor.dims):
-            gradient = self.fresh("sum.dim_IntList", tensor.shape, gradient.dtype)
+            gradient = self._replace(gradient, self.fresh("sum.dim_IntList", tensor.shape, gradient.dtype))
         if gradient.dtype != tensor.dtype:
-            gradient = self.like("_to_copy", gradient, tensor.dtype)
+            gradient = self._replace(gradient, self.like("_to_copy.default", gradient, tensor.dtype))
         return gradient
+
+    def _replace(self, old: Tensor, new: Tensor) -> Tensor:
+        self._made.clear()
+        self.recorder.release(old.storage)
+        return new
 
     def _send(self, gradient: Tensor, tensor: Tensor) -> None:
         if tensor.producer is None:

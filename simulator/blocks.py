@@ -90,8 +90,11 @@ def eager_attention(
             weights = local("weights", ops.mul_scalar(t, weights))
         if mask is not None:
             weights = local("weights", ops.add(t, weights, mask))
-        probabilities = ops.softmax(t, weights, FP32 if fp32_softmax else None)
-        weights = local("weights", ops.to(t, probabilities, query.dtype if fp32_softmax else value.dtype))
+        if fp32_softmax:
+            weights = local("weights", ops.to(t, ops.softmax(t, weights, FP32), query.dtype))
+        else:
+            weights = local("weights", ops.softmax(t, weights))
+            weights = local("weights", ops.to(t, weights, value.dtype))
         weights = local("weights", ops.dropout(t, weights, spec.dropout))
         output = ops.transpose(t, ops.matmul(t, weights, value), 1, 2)
         return (ops.contiguous(t, output) if fp32_softmax else output), weights
@@ -174,7 +177,9 @@ def causal_mask(t: Trace, like: Tensor) -> Tensor | None:
 
 def positions(t: Trace, like: Tensor) -> Tensor:
     """``position_ids``: int64, one row."""
-    return ops.constant(t, "add.Tensor", like, dtype=INT64, shape=(("s",),))
+    row = (("s",),)
+    with t.call(""):
+        return ops.constant(t, "add.Tensor", ops.constant(t, "arange.default", like, dtype=INT64, shape=row))
 
 
 def head_dims(t: Trace, spec: AttentionSpec) -> tuple[tuple[str, ...], tuple[str, ...], str]:
@@ -249,7 +254,8 @@ def causal_lm_loss(t: Trace, logits: Tensor, labels: Tensor) -> Tensor:
     """`ForCausalLMLoss` (loss/loss_utils.py): fp32 logits, padded and shifted labels, mean cross-entropy."""
     with t.call("", logits) as local:
         logits = local("logits", ops.to(t, logits, FP32))
-        padded = local("labels", ops.constant(t, "constant_pad_nd.default", labels, shape=(("b",), ("s",))))
-        shifted = local("shifted", ops.constant(t, "clone.default", padded))
+        longer = t.dim("s+1", t.dimensions.bindings["s"] + 1)
+        padded = local("labels", ops.constant(t, "constant_pad_nd.default", labels, shape=(("b",), (longer,))))
+        shifted = local("shifted", ops.constant(t, "clone.default", padded, shape=labels.shape))
         flat = ops.reshape(t, logits, (("b", "s"), logits.shape[-1]))
         return ops.nll_loss(t, ops.log_softmax(t, flat), shifted)

@@ -38,7 +38,8 @@ class Storage:
     """Index of the layer that makes it; None outside the layer stack."""
     persistent: bool = False
     """Parameters and buffers: alive before the first step and after the last."""
-    cast_of_parameter: bool = False
+    cached_by_autocast: bool = False
+    """A weight's copy in autocast's cache, which keeps it until autocast ends."""
 
 
 @attrs.define(eq=False)

@@ -138,16 +138,16 @@ class MicroBatch:
         savers = [op for op in ops if self._saves[op]]
         return Region(_until_last_save(ops, savers[-1]), list(arguments), savers[0])
 
-    def _saved(self, op: Op) -> list[Storage]:
-        """What `op` saved, to be released when its backward node ends."""
+    def _saved(self, op: Op) -> tuple[list[Storage], list[Storage]]:
+        """What `op` saved, to be released when its backward node has ended, or as soon as its function returns."""
         region = self._region_of.get(op)
         if region is None or not self._saves[op]:
-            return self._saves[op]
+            return self._saves[op], []
         if region.recomputed is None:
             self._recompute(region)
         assert region.recomputed is not None
-        saved = [region.recomputed.get(storage, storage) for storage in self._saves[op]]
-        return saved + region.arguments if op is region.first_saver else saved
+        unpacked = [region.recomputed.get(storage, storage) for storage in self._saves[op]]
+        return (region.arguments if op is region.first_saver else []), unpacked
 
     def _recompute(self, region: Region) -> None:
         """Run the region's ops again into storages of their own; what is not saved dies where recomputation stops."""
@@ -176,7 +176,7 @@ class MicroBatch:
         """References to the copies, and those that outlive the last op run (frames unwound, casts of autocast)."""
         uses: dict[Storage, int] = {}
         run = set(region.ops)
-        leftover = [copies[s] for s in copies if s.cast_of_parameter]
+        leftover = [copies[s] for s in copies if s.cached_by_autocast]
         for op in (op for op, own in self._region_of.items() if own is region):
             found = [*self._saves[op], *self._holds[op], *(self._reads[op] if op in run else [])]
             leftover += [copies[s] for s in self._holds[op] if s in copies and op not in run]
@@ -184,7 +184,7 @@ class MicroBatch:
                 if storage in copies:
                     uses[copies[storage]] = uses.get(copies[storage], 0) + 1
         for storage in copies:
-            if storage.cast_of_parameter:
+            if storage.cached_by_autocast:
                 uses[copies[storage]] = uses.get(copies[storage], 0) + 1
         return uses, leftover
 

@@ -109,8 +109,8 @@ def _math(t: Trace, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | No
         if mask is None:
             mask = local("mask", _causal_mask(t, query))
         if key.shape[1] != query.shape[1]:
-            key = local("k", clone(t, key, (key.shape[0], query.shape[1], *key.shape[2:])))
-            value = local("v", clone(t, value, (value.shape[0], query.shape[1], *value.shape[2:])))
+            value = local("v_expanded", clone(t, value, (value.shape[0], query.shape[1], *value.shape[2:])))
+            key = local("k_expanded", clone(t, key, (key.shape[0], query.shape[1], *key.shape[2:])))
         transposed = mul_scalar(t, transpose(t, key, 2, 3), "mul.Scalar")
         weights = local("weights", matmul(t, scaled, transposed))
         weights = local("weights", add(t, weights, mask))
@@ -126,6 +126,8 @@ def _causal_mask(t: Trace, query: Tensor) -> Tensor:
         sequence = query.shape[2]
         ones = constant(t, "ones.default", query, dtype=BOOL, shape=(sequence, sequence))
         lower = local("lower", constant(t, "tril.default", ones, dtype=BOOL))
+        for name in ("allowed", "forbidden"):
+            local(name, constant(t, "scalar_tensor.default", query, shape=()))
         return constant(t, "where.self", lower, dtype=query.dtype)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from hardware.dtypes import FP32, DType
 from simulator.autograd import Autograd
 from simulator.graph import BackwardRule, Op, Shape, Tensor
+from simulator.roles import Role
 from simulator.trace import Trace
 
 Gradients = list[Tensor | None]
@@ -104,7 +105,7 @@ def add_scalar(t: Trace, x: Tensor) -> Tensor:
 
 def constant(t: Trace, name: str, x: Tensor, *, dtype: DType | None = None, shape: Shape | None = None) -> Tensor:
     """An op outside autograd (masks, positions, rotary tables): reads `x`, makes one tensor."""
-    out = t.fresh(name, shape or x.shape, dtype or x.dtype)
+    out = t.fresh(name, x.shape if shape is None else shape, dtype or x.dtype)
     t.emit(name, [x], [out])
     return out
 
@@ -114,7 +115,8 @@ def to(t: Trace, x: Tensor, dtype: DType) -> Tensor:
     if x.dtype == dtype:
         return x
     out = t.fresh("_to_copy.default", x.shape, dtype, x.memory)
-    out.storage.cast_of_parameter = x.is_parameter
+    if x.is_parameter:
+        out.storage.role = Role.WEIGHT_CAST
     t.emit("_to_copy.default", [x], [out], backward=_to_backward)
     return out
 
@@ -139,6 +141,7 @@ def autocast(t: Trace, x: Tensor) -> Tensor:
     cast = t.cached_cast(x)
     if cast is None:
         cast = to(t, x, low)
+        cast.storage.cached_by_autocast = True
         t.remember_cast(x, cast)
     return cast
 

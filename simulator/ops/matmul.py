@@ -23,8 +23,8 @@ def linear(t: Trace, x: Tensor, weight: Tensor, bias: Tensor | None = None, out:
         bias = autocast(t, bias)
     weight = autocast(t, weight)
     x = autocast(t, x)
-    flat = _flatten(t, x)
     transposed = transpose(t, weight, 0, 1)
+    flat = _flatten(t, x)
     last = out or weight.shape[0]
     product = _mm(t, flat, transposed, last) if bias is None else _addmm(t, bias, flat, transposed, last)
     return view(t, product, (*x.shape[:-1], last), "_unsafe_view.default" if bias is None else "view.default")
@@ -83,10 +83,11 @@ def matmul(t: Trace, x: Tensor, y: Tensor) -> Tensor:
     """``torch.matmul`` of two 4-D tensors: both expand to 3-D (copied where a view will not do), then `bmm`."""
     y = autocast(t, y)
     x = autocast(t, x)
-    left, right = _to_batches(t, x), _to_batches(t, y)
-    result = t.fresh("bmm.default", (left.shape[0], left.shape[1], right.shape[2]), left.dtype)
-    t.emit("bmm.default", [left, right], [result], saves=_factors(left, right), backward=_bmm_backward)
-    return view(t, result, (*x.shape[:2], x.shape[2], y.shape[3]), "_unsafe_view.default")
+    with t.call("", x, y):
+        left, right = _to_batches(t, x), _to_batches(t, y)
+        result = t.fresh("bmm.default", (left.shape[0], left.shape[1], right.shape[2]), left.dtype)
+        t.emit("bmm.default", [left, right], [result], saves=_factors(left, right), backward=_bmm_backward)
+        return view(t, result, (*x.shape[:2], x.shape[2], y.shape[3]), "_unsafe_view.default")
 
 
 def _to_batches(t: Trace, x: Tensor) -> Tensor:
