@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from hardware.dtypes import FP32, DType
-from simulator.graph import ForwardGraph, Op, Shape, Storage, Tensor, make_storage, make_tensor
+from simulator.graph import ForwardGraph, Op, Shape, Storage, Tensor, flat, make_storage, make_tensor
 from simulator.recorder import Recorder
 from simulator.roles import Phase, Role
 from simulator.sizes import Dim
@@ -77,10 +77,9 @@ class Autograd:
 
     def prepare(self, name: str, shape: Shape, dtype: DType, memory: tuple[Dim, ...] | None = None) -> Tensor:
         """A tensor that a kernel with several outputs will allocate; pass it to `kernel`."""
-        dims = tuple(d for axis in shape for d in axis)
         self._serial += 1
         label = f"{self.recorder.module}.{self._tag}.{name}.{self._serial}"
-        tensor = make_tensor(make_storage(label, dims, dtype, Role.BACKWARD, self.recorder.slot), shape, dtype)
+        tensor = make_tensor(make_storage(label, flat(shape), dtype, Role.BACKWARD, self.recorder.slot), shape, dtype)
         tensor.memory = memory or tensor.memory
         self._made.append(tensor)
         return tensor

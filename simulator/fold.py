@@ -18,7 +18,7 @@ import attrs
 import numpy as np
 import numpy.typing as npt
 
-from simulator.program import Leaf, Node, Reference, Repeat, Seq, Step
+from simulator.program import Buffer, Leaf, Node, Repeat, Seq, Step
 from simulator.roles import Role
 from simulator.sizes import Bindings, Size, Value
 
@@ -99,6 +99,7 @@ class Folder:
 
     def __init__(self) -> None:
         self._index: dict[Column, int] = {}
+        self._columns: dict[Buffer, int] = {}
         self._rows: dict[Node, _Rows] = {}
 
     def fold(self, node: Node) -> Folded:
@@ -120,18 +121,20 @@ class Folder:
         return _repeat(self._fold(node.body), node.count)
 
     def _fold_leaf(self, leaf: Leaf) -> _Rows:
-        births = [self._columns(step.births) for step in leaf.steps]
-        deaths = [self._columns(step.deaths) for step in leaf.steps]
-        shape = (len(leaf.steps), len(self._index))
-        born, died = _counts(births, shape), _counts(deaths, shape)
+        births = [[self._column(r.buffer) for r in step.births] for step in leaf.steps]
+        deaths = [[self._column(r.buffer) for r in step.deaths] for step in leaf.steps]
+        width = len(self._index)
+        born, died = _counts(births, width), _counts(deaths, width)
         after = np.cumsum(born - died, axis=0)
         kept = _local_peaks(births, deaths)
-        locations = tuple(Location(leaf.steps[i]) for i in kept)
-        return _Rows(after[-1], (after + died)[kept], locations)
+        return _Rows(after[-1], (after + died)[kept], tuple(Location(leaf.steps[i]) for i in kept))
 
-    def _columns(self, references: tuple[Reference, ...]) -> list[int]:
-        index = self._index
-        return [index.setdefault((r.buffer.role, r.buffer.size), len(index)) for r in references]
+    def _column(self, buffer: Buffer) -> int:
+        column = self._columns.get(buffer)
+        if column is None:
+            column = self._index.setdefault((buffer.role, buffer.size), len(self._index))
+            self._columns[buffer] = column
+        return column
 
 
 @attrs.frozen(eq=False)
@@ -141,11 +144,11 @@ class _Rows:
     locations: tuple[Location, ...]
 
 
-def _counts(columns: list[list[int]], shape: tuple[int, int]) -> Counts:
-    counts = np.zeros(shape, dtype=np.int64)
-    rows = [i for i, found in enumerate(columns) for _ in found]
-    np.add.at(counts, (rows, [c for found in columns for c in found]), 1)
-    return counts
+def _counts(columns: list[list[int]], width: int) -> Counts:
+    """How often each column occurs in each row."""
+    flat = [row * width + column for row, found in enumerate(columns) for column in found]
+    counts = np.bincount(np.array(flat, dtype=np.int64), minlength=len(columns) * width)
+    return counts.reshape(len(columns), width)
 
 
 def _local_peaks(births: list[list[int]], deaths: list[list[int]]) -> list[int]:

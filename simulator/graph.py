@@ -9,6 +9,7 @@ Liveness is derived from these edges and from nothing else: remove one and a lif
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -59,7 +60,7 @@ class Tensor:
     @property
     def dims(self) -> tuple[Dim, ...]:
         """All dimensions in logical order."""
-        return tuple(d for axis in self.shape for d in axis)
+        return flat(self.shape)
 
     @property
     def contiguous(self) -> bool:
@@ -100,17 +101,38 @@ class ForwardGraph:
     parameters: list[Tensor] = attrs.field(factory=list)
     buffers: list[Tensor] = attrs.field(factory=list)
     inputs: list[Tensor] = attrs.field(factory=list)
+    arguments: dict[int, list[Storage]] = attrs.field(factory=dict)
+    """What each built layer is called with; checkpointing keeps it for recomputation."""
     loss: Tensor | None = None
     outputs: tuple[Tensor, ...] = ()
     """What the caller's frame may keep after forward (the logits)."""
 
-    def storages(self, op: Op, why: str) -> list[Storage]:
-        """The storages that `op` ``reads``, ``saves`` or ``holds``."""
-        return [storage for storage, edge in self.edges.pred[op].items() if why in edge]
+    def uses(self, op: Op) -> Uses:
+        """The storages that `op` reads, saves and holds."""
+        found = Uses([], [], [])
+        for storage, edge in self.edges.pred[op].items():
+            for why in edge:
+                getattr(found, why).append(storage)
+        return found
 
-    def uses(self, storage: Storage) -> int:
-        """How many edges keep `storage` alive."""
-        return sum(len(edge) for edge in self.edges.succ[storage].values())
+    def births(self, op: Op) -> list[Storage]:
+        """The storages that `op` makes."""
+        return list(self.edges.succ[op])
+
+
+@attrs.frozen(eq=False)
+class Uses:
+    """Why one op needs storages; see the module's docstring."""
+
+    reads: list[Storage]
+    saves: list[Storage]
+    holds: list[Storage]
+
+
+@lru_cache(maxsize=4096)
+def flat(shape: Shape) -> tuple[Dim, ...]:
+    """All dimensions of a shape in logical order."""
+    return tuple(d for axis in shape for d in axis)
 
 
 def make_storage(label: str, dims: tuple[Dim, ...], dtype: DType, role: Role, slot: int | None = None) -> Storage:
@@ -120,4 +142,4 @@ def make_storage(label: str, dims: tuple[Dim, ...], dtype: DType, role: Role, sl
 
 def make_tensor(storage: Storage, shape: Shape, dtype: DType) -> Tensor:
     """A contiguous tensor that covers `storage`."""
-    return Tensor(storage, shape, tuple(d for axis in shape for d in axis), dtype)
+    return Tensor(storage, shape, flat(shape), dtype)

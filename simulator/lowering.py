@@ -45,9 +45,13 @@ class _Lowering:
 
     def program(self, bindings: Bindings) -> TrainingProgram:
         load = self.builder.tree(self._load())
-        first = self._micro_batch()
+        micro_batch = self._micro_batch()
+        forward = self.builder.tree(micro_batch.forward())
+        first = Seq((forward, self.builder.tree(micro_batch.backward(self.gradients))))
         keep_gradients = self.training.zero_grad == "zero"
-        later = self._micro_batch() if self.training.gradient_accumulation > 1 or keep_gradients else first
+        later = first
+        if keep_gradients or self.training.gradient_accumulation > 1:
+            later = Seq((forward, self.builder.tree(micro_batch.backward(self.gradients))))
         states: dict[tuple[Storage, str], Storage] = {}
         cold = self._step(first, later, self._optimizer(states))
         steady = self._step(later if keep_gradients else first, later, self._optimizer(states))
@@ -65,15 +69,13 @@ class _Lowering:
         trainable = [t for t in self.graph.parameters if t.requires_grad]
         return [Parameter(t.storage, self.gradients[t.storage], t.shape) for t in trainable]
 
-    def _micro_batch(self) -> Node:
-        lowering = MicroBatch(
+    def _micro_batch(self) -> MicroBatch:
+        return MicroBatch(
             self.graph,
             self.checkpointed,
-            self.gradients,
             keep_outputs=self.training.keep_outputs,
             fused_activation_backward=self.training.fused_activation_backward,
         )
-        return self.builder.tree(lowering.lower().steps)
 
     def _optimizer(self, states: dict[tuple[Storage, str], Storage]) -> list[Node]:
         step = OptimizerStep(self.training.optimizer, self._parameters(), states)

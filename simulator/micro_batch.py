@@ -8,7 +8,7 @@ import attrs
 
 from simulator.autograd import Autograd
 from simulator.graph import ForwardGraph, Op, Storage
-from simulator.recorder import Recorder
+from simulator.recorder import Recorder, Step
 from simulator.roles import Phase, Role
 
 
@@ -28,12 +28,11 @@ class Region:
 
 
 class MicroBatch:
-    """Lowers one forward graph; one instance per micro-batch kind.
+    """Lowers the micro-batches of one forward graph: forward once, backward for each state of the gradients.
 
     Args:
         graph: the forward pass.
         checkpointed: slots of the layers whose activations are recomputed.
-        gradients: parameter to gradient storages that exist before this micro-batch; filled by backward.
         keep_outputs: whether the caller's frame holds the model's outputs through backward.
         fused_activation_backward: see `Autograd`.
     """
@@ -42,45 +41,53 @@ class MicroBatch:
         self,
         graph: ForwardGraph,
         checkpointed: frozenset[int],
-        gradients: dict[Storage, Storage],
         *,
         keep_outputs: bool = False,
         fused_activation_backward: bool = True,
     ) -> None:
         self.graph = graph
         self.recorder = Recorder()
-        self.gradients = gradients
         self.keep_outputs = keep_outputs
         self._fused = fused_activation_backward
-        self._reads: dict[Op, list[Storage]] = {op: graph.storages(op, "reads") for op in graph.ops}
-        self._holds: dict[Op, list[Storage]] = {op: graph.storages(op, "holds") for op in graph.ops}
-        self._saves: dict[Op, list[Storage]] = {op: graph.storages(op, "saves") for op in graph.ops}
+        self._use = {op: graph.uses(op) for op in graph.ops}
         self._region_of = self._regions(checkpointed)
         self._uses = self._count_uses()
+        self._after_forward: Recorder | None = None
 
-    def lower(self) -> Recorder:
-        """Run the micro-batch; returns the recorder that holds its steps."""
-        kept = self._begin()
+    def forward(self) -> list[Step]:
+        """The steps of inputs and forward."""
+        self._begin()
         self._forward()
         if not self.keep_outputs:
             self._release_outputs()
-        self._backward()
+        self._after_forward = self.recorder
+        return self.recorder.steps
+
+    def backward(self, gradients: dict[Storage, Storage]) -> list[Step]:
+        """The steps of backward, to the end of the micro-batch; call `forward` first.
+
+        Args:
+            gradients: parameter to gradient storages that exist before it; filled where they do not.
+        """
+        assert self._after_forward is not None, "backward needs a forward"
+        self.recorder = self._after_forward.fork()
+        for region in self._region_of.values():
+            region.recomputed = None
+        Autograd(self.graph, self.recorder, self._saved, gradients, self._fused).run()
         if self.keep_outputs:
             self._release_outputs()
-        for storage in kept:
-            self.recorder.release(storage)
-        return self.recorder
+        assert self.graph.loss is not None
+        for tensor in (*self.graph.inputs, self.graph.loss):
+            self.recorder.release(tensor.storage)
+        return self.recorder.steps
 
     # forward -------------------------------------------------------------------------------------------------------
 
-    def _begin(self) -> list[Storage]:
+    def _begin(self) -> None:
         self.recorder.phase = Phase.INPUT
-        kept = [tensor.storage for tensor in self.graph.inputs]
-        for storage in kept:
-            self.recorder.run(storage.label, [storage])
-            self.recorder.retain(storage, self._uses.get(storage, 0))
-        assert self.graph.loss is not None
-        return [*kept, self.graph.loss.storage]
+        for tensor in self.graph.inputs:
+            self.recorder.run(tensor.storage.label, [tensor.storage])
+            self.recorder.retain(tensor.storage, self._uses.get(tensor.storage, 0))
 
     def _forward(self) -> None:
         recorder = self.recorder
@@ -93,12 +100,9 @@ class MicroBatch:
                 entered.add(id(region))
                 for storage in region.arguments:
                     recorder.retain(storage)
-            self._run(op, self._births(op), self._uses, held)
-            for storage in (*self._reads[op], *self._holds[op]):
+            self._run(op, self.graph.births(op), self._uses, held)
+            for storage in (*self._use[op].reads, *self._use[op].holds):
                 recorder.release(storage)
-
-    def _births(self, op: Op) -> list[Storage]:
-        return list(self.graph.edges.succ[op])
 
     def _run(self, op: Op, births: list[Storage], uses: Mapping[Storage, int], held: set[Storage | None]) -> None:
         """Record `op`; each birth is then held once per use instead of by its maker."""
@@ -117,8 +121,8 @@ class MicroBatch:
         """References that the edges of the graph stand for; a checkpointed op's saves do not count."""
         uses: dict[Storage, int] = {}
         for op in self.graph.ops:
-            saves = [] if op in self._region_of else self._saves[op]
-            for storage in (*self._reads[op], *self._holds[op], *saves):
+            saves = [] if op in self._region_of else self._use[op].saves
+            for storage in (*self._use[op].reads, *self._use[op].holds, *saves):
                 uses[storage] = uses.get(storage, 0) + 1
         return uses
 
@@ -133,20 +137,20 @@ class MicroBatch:
         return {op: region for ops in by_slot.values() for region in [self._region(ops)] for op in ops}
 
     def _region(self, ops: list[Op]) -> Region:
-        made = {storage for op in ops for storage in self._births(op)}
-        arguments = dict.fromkeys(s for op in ops for s in self._reads[op] if s not in made)
-        savers = [op for op in ops if self._saves[op]]
-        return Region(_until_last_save(ops, savers[-1]), list(arguments), savers[0])
+        slot = ops[0].slot
+        assert slot is not None
+        savers = [op for op in ops if self._use[op].saves]
+        return Region(_until_last_save(ops, savers[-1]), self.graph.arguments[slot], savers[0])
 
     def _saved(self, op: Op) -> tuple[list[Storage], list[Storage]]:
         """What `op` saved, to be released when its backward node has ended, or as soon as its function returns."""
         region = self._region_of.get(op)
-        if region is None or not self._saves[op]:
-            return self._saves[op], []
+        if region is None or not self._use[op].saves:
+            return self._use[op].saves, []
         if region.recomputed is None:
             self._recompute(region)
         assert region.recomputed is not None
-        unpacked = [region.recomputed.get(storage, storage) for storage in self._saves[op]]
+        unpacked = [region.recomputed.get(storage, storage) for storage in self._use[op].saves]
         return (region.arguments if op is region.first_saver else []), unpacked
 
     def _recompute(self, region: Region) -> None:
@@ -154,15 +158,15 @@ class MicroBatch:
         recorder = self.recorder
         module, slot = recorder.module, recorder.slot
         recorder.phase = Phase.RECOMPUTE
-        copies = {s: _copy(s) for op in region.ops for s in self._births(op)}
+        copies = {s: _copy(s) for op in region.ops for s in self.graph.births(op)}
         region.recomputed = copies
         uses, leftover = self._recompute_uses(region, copies)
         for op in region.ops:
-            for storage in self._saves[op]:
+            for storage in self._use[op].saves:
                 if storage not in copies:
                     recorder.retain(storage)
-            self._run(op, [copies[s] for s in self._births(op)], uses, set())
-            for storage in (*self._reads[op], *self._holds[op]):
+            self._run(op, [copies[s] for s in self.graph.births(op)], uses, set())
+            for storage in (*self._use[op].reads, *self._use[op].holds):
                 if storage in copies:
                     recorder.release(copies[storage])
         for storage in leftover:
@@ -178,8 +182,8 @@ class MicroBatch:
         run = set(region.ops)
         leftover = [copies[s] for s in copies if s.cached_by_autocast]
         for op in (op for op, own in self._region_of.items() if own is region):
-            found = [*self._saves[op], *self._holds[op], *(self._reads[op] if op in run else [])]
-            leftover += [copies[s] for s in self._holds[op] if s in copies and op not in run]
+            found = [*self._use[op].saves, *self._use[op].holds, *(self._use[op].reads if op in run else [])]
+            leftover += [copies[s] for s in self._use[op].holds if s in copies and op not in run]
             for storage in found:
                 if storage in copies:
                     uses[copies[storage]] = uses.get(copies[storage], 0) + 1
@@ -187,11 +191,6 @@ class MicroBatch:
             if storage.cached_by_autocast:
                 uses[copies[storage]] = uses.get(copies[storage], 0) + 1
         return uses, leftover
-
-    # backward ------------------------------------------------------------------------------------------------------
-
-    def _backward(self) -> None:
-        Autograd(self.graph, self.recorder, self._saved, self.gradients, self._fused).run()
 
 
 def _until_last_save(ops: list[Op], last: Op) -> list[Op]:

@@ -133,9 +133,14 @@ class TreeBuilder:
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
         self._buffers: dict[Storage, Buffer] = {}
+        self._references: dict[tuple[Storage, int | None], Reference] = {}
 
     def tree(self, steps: Sequence[RecordedStep]) -> Node:
-        """Consecutive steps of one turn of a pattern become a `Repeat`, the others a `Leaf`."""
+        """Consecutive steps of one turn of a pattern become a `Repeat`, the others a `Leaf`.
+
+        Steps that neither allocate nor free (views, in-place updates) are left out.
+        """
+        steps = [part for step in steps if step.births or step.deaths for part in self._by_layer(step)]
         parts: list[Node] = []
         start = 0
         while start < len(steps):
@@ -146,6 +151,17 @@ class TreeBuilder:
             parts.append(self._part(steps[start:end], place))
             start = end
         return parts[0] if len(parts) == 1 else Seq(tuple(parts))
+
+    def _by_layer(self, step: RecordedStep) -> list[RecordedStep]:
+        """A step outside the stack that frees storages of layers (autocast's cache, say) frees every layer's own."""
+        layered = [s for s in step.deaths if s.slot is not None] if step.slot is None else []
+        if not layered:
+            return [step]
+        kept = attrs.evolve(step, deaths=[s for s in step.deaths if s.slot is None])
+        by_slot: dict[int | None, list[Storage]] = {}
+        for storage in layered:
+            by_slot.setdefault(storage.slot, []).append(storage)
+        return [kept, *(RecordedStep("free", step.phase, step.module, slot, [], found) for slot, found in by_slot.items())]
 
     def _part(self, steps: Sequence[RecordedStep], place: Place | None) -> Node:
         leaf = Leaf(tuple(self._step(step, place) for step in steps))
@@ -166,24 +182,35 @@ class TreeBuilder:
         return Step(step.name, step.phase, step.module, offset, births, deaths)
 
     def _reference(self, storage: Storage, place: Place | None) -> Reference:
+        key = (storage, self._layer(storage.slot, place))
+        known = self._references.get(key)
+        if known is None:
+            known = Reference(self._buffer(storage), key[1])
+            self._references[key] = known
+        return known
+
+    def _buffer(self, storage: Storage) -> Buffer:
         buffer = self._buffers.get(storage)
         if buffer is None:
             buffer = Buffer(storage.label, storage.size, storage.dtype, storage.role)
             self._buffers[storage] = buffer
-        return Reference(buffer, self._layer(storage.slot, place))
+        return buffer
 
     def _layer(self, slot: int | None, place: Place | None) -> int | None:
         if slot is None:
             return None
         if place is None:
             own = self._layout.places[slot]
+            assert own.repeats == 1, "a step outside the stack reaches into one of several hidden layers"
             return own.base + own.offset
         return self._relative(slot, place)
 
     def _relative(self, slot: int, place: Place) -> int:
         """Distance in layers from this turn's first layer; neighbours lie next to each other whatever is hidden."""
         first = place.run.first_slot + place.turn * place.run.period
-        return slot - first
+        distance = slot - first
+        assert -place.run.period <= distance < 2 * place.run.period, "a layer reaches further than its neighbours"
+        return distance
 
 
 def _same_turn(left: Place | None, right: Place | None) -> bool:

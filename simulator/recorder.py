@@ -30,6 +30,12 @@ class Recorder:
         self.module = ""
         self.slot: int | None = None
 
+    def fork(self) -> Recorder:
+        """A recorder that goes on from here with steps of its own."""
+        other = Recorder()
+        other._references = dict(self._references)
+        return other
+
     def run(self, name: str, births: list[Storage]) -> None:
         """Record one op that allocates `births`, each held once by its maker."""
         self.steps.append(Step(name, self.phase, self.module, self.slot, births))
@@ -55,7 +61,3 @@ class Recorder:
     def references(self, storage: Storage) -> int:
         """How many references keep `storage` alive now."""
         return self._references.get(storage, 0)
-
-    def live(self) -> list[Storage]:
-        """Storages alive now, in order of birth."""
-        return list(self._references)

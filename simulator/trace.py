@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import attrs
 
 from hardware.dtypes import DType
-from simulator.graph import BackwardRule, ForwardGraph, Op, Shape, Storage, Tensor, make_storage, make_tensor
+from simulator.graph import BackwardRule, ForwardGraph, Op, Shape, Storage, Tensor, flat, make_storage, make_tensor
 from simulator.roles import Role
 from simulator.sizes import Dim, Dimensions, Value
 
@@ -93,8 +93,9 @@ class Trace:
         frame.close()
 
     @contextmanager
-    def layer(self, slot: int) -> Iterator[None]:
-        """Everything inside belongs to layer `slot` of the stack."""
+    def layer(self, slot: int, *arguments: Tensor | None) -> Iterator[None]:
+        """Everything inside belongs to layer `slot` of the stack, called with `arguments`."""
+        self.graph.arguments[slot] = [t.storage for t in arguments if t is not None]
         self.slot, self._first_op = slot, len(self.graph.ops)
         yield
         self.slot, self._first_op = None, 0
@@ -180,9 +181,8 @@ class Trace:
 
     def fresh(self, name: str, shape: Shape, dtype: DType, memory: tuple[Dim, ...] | None = None) -> Tensor:
         """A new storage for the output of op `name`, to be handed to `emit`."""
-        dims = tuple(d for axis in shape for d in axis)
         label = f"{self.module}.{name}.{len(self.graph.ops) - self._first_op}"
-        tensor = make_tensor(make_storage(label, dims, dtype, self._role, self.slot), shape, dtype)
+        tensor = make_tensor(make_storage(label, flat(shape), dtype, self._role, self.slot), shape, dtype)
         if memory is not None:
             tensor.memory = memory
         return tensor

@@ -85,7 +85,7 @@ def forward(t: Trace, spec: ModelSpec, layers: Sequence[tuple[int, LayerSpec]]) 
         with t.call("embed_tokens"):
             scale = t.buffer("embed_scale", dtype=t.regime.weights)
             embeds = local("inputs_embeds", ops.mul(t, ops.embedding(t, vocabulary, ids), scale))
-        local("position_ids", blocks.positions(t, ids))
+        position_ids = local("position_ids", blocks.positions(t, ids))
         masks = {}
         for window in (None, 0):
             mask = blocks.causal_mask(t, embeds)
@@ -97,7 +97,7 @@ def forward(t: Trace, spec: ModelSpec, layers: Sequence[tuple[int, LayerSpec]]) 
         hidden = local("hidden", embeds)
         for slot, layer in layers:
             mask = masks.get(layer.attention.window is None)
-            with t.layer(slot):
+            with t.layer(slot, hidden, mask, *tables, position_ids):
                 hidden = local("hidden", _layer(t, hidden, tables, mask, layer))
         hidden = local("hidden", blocks.gemma_rms_norm(t, "norm", hidden))
     blocks.language_head(t, hidden, labels, spec, vocabulary)

@@ -78,7 +78,7 @@ def forward(t: Trace, spec: ModelSpec, layers: Sequence[tuple[int, LayerSpec]]) 
             local("mask", mask)
         hidden = local("hidden", ops.dropout(t, hidden, spec.embedding_dropout))
         for slot, layer in layers:
-            with t.layer(slot):
+            with t.layer(slot, hidden, mask, position_ids):
                 hidden = local("hidden", _block(t, hidden, mask, spec, layer))
         hidden = local("hidden", _layer_norm(t, "ln_f", hidden))
     blocks.language_head(t, hidden, labels, spec, vocabulary)

@@ -63,7 +63,7 @@ def forward(t: Trace, spec: ModelSpec, layers: Sequence[tuple[int, LayerSpec]]) 
     with t.call("model") as local:
         with t.call("embed_tokens"):
             embeds = local("inputs_embeds", ops.embedding(t, vocabulary, ids))
-        local("position_ids", blocks.positions(t, ids))
+        position_ids = local("position_ids", blocks.positions(t, ids))
         mask = blocks.causal_mask(t, embeds)
         if mask is not None:
             local("mask", mask)
@@ -72,7 +72,7 @@ def forward(t: Trace, spec: ModelSpec, layers: Sequence[tuple[int, LayerSpec]]) 
             local(name, table)
         hidden = local("hidden", embeds)
         for slot, layer in layers:
-            with t.layer(slot):
+            with t.layer(slot, hidden, mask, *tables, position_ids):
                 hidden = local("hidden", _layer(t, hidden, tables, mask, layer))
         hidden = local("hidden", blocks.llama_rms_norm(t, "norm", hidden))
     blocks.language_head(t, hidden, labels, spec, vocabulary)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from simulator.autograd import Autograd
-from simulator.graph import Op, Shape, Tensor
+from simulator.graph import Op, Shape, Tensor, flat
 from simulator.ops.elementwise import autocast
 from simulator.ops.shape import clone, reshape, transpose, view, viewable
 from simulator.sizes import Dim
@@ -40,7 +40,7 @@ def addmm(t: Trace, bias: Tensor, x: Tensor, weight: Tensor, out: Axis) -> Tenso
 
 
 def _flatten(t: Trace, x: Tensor) -> Tensor:
-    rows = tuple(d for axis in x.shape[:-1] for d in axis)
+    rows = flat(x.shape[:-1])
     return reshape(t, x, (rows, x.shape[-1]))
 
 

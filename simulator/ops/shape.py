@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from simulator.autograd import Autograd
-from simulator.graph import Op, Shape, Tensor
+from simulator.graph import Op, Shape, Tensor, flat
 from simulator.sizes import Dim
 from simulator.trace import Trace
 
@@ -85,7 +85,7 @@ def contiguous(t: Trace, x: Tensor) -> Tensor:
 
 def split(t: Trace, x: Tensor, shape: Shape, parts: int) -> tuple[Tensor, ...]:
     """``x.split``: `parts` views of `shape`; backward concatenates their gradients."""
-    return t.emit("split.Tensor", [x], [t.view(x, shape, _flat(shape)) for _ in range(parts)], backward=_split_backward)
+    return t.emit("split.Tensor", [x], [t.view(x, shape, flat(shape)) for _ in range(parts)], backward=_split_backward)
 
 
 def _flat(shape: Shape) -> tuple[Dim, ...]:
@@ -103,7 +103,7 @@ def slices(t: Trace, x: Tensor, shape: Shape, parts: int) -> list[Tensor]:
 
 
 def _slice(t: Trace, x: Tensor, shape: Shape) -> Tensor:
-    renamed = dict(zip((d for axis in x.shape for d in axis), _flat(shape), strict=True))
+    renamed = dict(zip(x.dims, flat(shape), strict=True))
     out = t.view(x, shape, tuple(renamed[d] for d in x.memory))
     t.emit("slice.Tensor", [x], [out], backward=_slice_backward)
     return out
