@@ -1,9 +1,9 @@
 """The simulator: model, workload, graph, lowering, program, timeline, report.
 
-    from simulator import Training, simulate
+from simulator import Training, simulate
 
-    report = simulate("meta-llama/Llama-3.2-1B", Training(micro_batch=2, seq_len=1024))
-    print(report.peak.nbytes, report.peak.phase)
+report = simulate("meta-llama/Llama-3.2-1B", Training(micro_batch=2, seq_len=1024))
+print(report.peak.nbytes, report.peak.phase)
 """
 
 from simulator.api import simulate as simulate

@@ -28,7 +28,7 @@ class Autograd:
         saved: looks up what an op saved, recomputing it first where checkpointing dropped it.
         gradients: parameter storage to gradient storage; filled here. A parameter that is in it
             already (gradient accumulation, ``zero_grad(set_to_none=False)``) accumulates in place.
-        fused_activation_backward: False for the composite `silu_backward` of builds without its CUDA kernel.
+        kernel_workspace: whether to count what kernels allocate for themselves, unseen by the dispatcher.
     """
 
     def __init__(
@@ -37,12 +37,13 @@ class Autograd:
         recorder: Recorder,
         saved: SavedStorages,
         gradients: dict[Storage, Storage],
-        fused_activation_backward: bool = True,
+        *,
+        kernel_workspace: bool = True,
     ) -> None:
         self.graph = graph
         self.recorder = recorder
         self.gradients = gradients
-        self.fused_activation_backward = fused_activation_backward
+        self.kernel_workspace = kernel_workspace
         self._saved = saved
         self._pending: dict[Op, list[Tensor | None]] = {}
         self._leaves: dict[Storage, Tensor] = {}
@@ -83,6 +84,13 @@ class Autograd:
         tensor.memory = memory or tensor.memory
         self._made.append(tensor)
         return tensor
+
+    def workspace(self, name: str, shape: Shape, dtype: DType) -> None:
+        """Allocate what a kernel needs for itself until the node's function returns."""
+        if self.kernel_workspace:
+            tensor = self.prepare(name, shape, dtype)
+            tensor.storage.role = Role.WORKSPACE
+            self.kernel(f"{name} (workspace)", [tensor])
 
     def kernel(self, name: str, outputs: Sequence[Tensor]) -> None:
         """Run one kernel that allocates all of `outputs` at once."""

@@ -116,12 +116,30 @@ def sdpa_attention(
         return ops.contiguous(t, ops.transpose(t, out, 1, 2))
 
 
+def flash_attention_2(t: Trace, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """`flash_attention_forward` (integrations/flash_attention.py): token-major views, 16 bits, no dense mask."""
+    if t.regime.attention_mask == "padded":
+        raise UnsupportedError(
+            "'attention_mask' must be none or full with flash_attention_2: unpadding is not modelled; use sdpa or eager"
+        )
+    if t.regime.autocast is None and query.dtype == FP32:
+        raise UnsupportedError(
+            "'dtype' must be 16-bit or autocast with flash_attention_2, not fp32: the kernel has no fp32; use sdpa"
+        )
+    with t.call("", query, key, value) as local:
+        views = [local(f"view{i}", ops.transpose(t, x, 1, 2)) for i, x in enumerate((query, key, value))]
+        low = [local(f"low{i}", ops.to(t, x, t.regime.autocast or x.dtype)) for i, x in enumerate(views)]
+        return ops.flash_attention_2(t, *low)
+
+
 def attention(
     t: Trace, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, spec: AttentionSpec, *, fp32_softmax: bool
 ) -> tuple[Tensor, Tensor | None]:
     """The attention interface that ``attn_implementation`` names; returns output ``[b, s, a, d]`` and weights."""
     if t.regime.attention == "eager":
         return eager_attention(t, query, key, value, mask, spec, fp32_softmax=fp32_softmax)
+    if t.regime.attention == "flash_attention_2":
+        return flash_attention_2(t, query, key, value), None
     return sdpa_attention(t, query, key, value, mask, spec), None
 
 
@@ -164,15 +182,24 @@ def _gelu_new(t: Trace, x: Tensor) -> Tensor:
 
 
 def causal_mask(t: Trace, like: Tensor) -> Tensor | None:
-    """The 4-D additive mask of eager attention, ``[b, 1, s, s]``, or of SDPA with real padding (masking_utils.py)."""
-    masked = t.regime.attention == "eager" or t.regime.attention_mask == "padded"
-    if not masked:
+    """The 4-D mask ``[b, 1, s, s]``: additive for eager attention, boolean for SDPA with real padding.
+
+    Without padding SDPA and flash attention are told ``is_causal`` instead (masking_utils.py
+    `_ignore_causal_mask_sdpa`, `flash_attention_mask`).
+    """
+    eager, padded = t.regime.attention == "eager", t.regime.attention_mask == "padded"
+    if not eager and not (padded and t.regime.attention == "sdpa"):
         return None
-    shape = (("s",), ("s",))
+    square = (("s",), ("s",))
+    full = (("b",), *square)
     with t.call("") as local:
-        allowed = local("allowed", ops.constant(t, "le.Tensor", like, dtype=BOOL, shape=shape))
-        dtype = like.dtype if t.regime.attention == "eager" else BOOL
-        return ops.constant(t, "where.self", allowed, dtype=dtype, shape=(("b",), *shape))
+        allowed = local("allowed", ops.constant(t, "le.Tensor", like, dtype=BOOL, shape=square))
+        if padded:
+            causal = local("causal", ops.constant(t, "bitwise_and.Tensor", allowed))
+            allowed = local("allowed", ops.constant(t, "bitwise_and.Tensor", causal, shape=full))
+        if not eager:
+            return allowed
+        return ops.constant(t, "where.self", allowed, dtype=like.dtype, shape=full)
 
 
 def positions(t: Trace, like: Tensor) -> Tensor:

@@ -56,6 +56,8 @@ class Tensor:
     producer: Op | None = None
     output_index: int = 0
     is_view: bool = False
+    dense: bool = True
+    """Whether it covers its memory without gaps; a slice does not."""
 
     @property
     def dims(self) -> tuple[Dim, ...]:
@@ -64,8 +66,8 @@ class Tensor:
 
     @property
     def contiguous(self) -> bool:
-        """Whether memory order is logical order."""
-        return self.dims == self.memory
+        """Whether memory order is logical order, without gaps."""
+        return self.dense and self.dims == self.memory
 
     @property
     def is_parameter(self) -> bool:

@@ -74,7 +74,7 @@ class _Lowering:
             self.graph,
             self.checkpointed,
             keep_outputs=self.training.keep_outputs,
-            fused_activation_backward=self.training.fused_activation_backward,
+            kernel_workspace=self.training.kernel_workspace,
         )
 
     def _optimizer(self, states: dict[tuple[Storage, str], Storage]) -> list[Node]:

@@ -34,7 +34,7 @@ class MicroBatch:
         graph: the forward pass.
         checkpointed: slots of the layers whose activations are recomputed.
         keep_outputs: whether the caller's frame holds the model's outputs through backward.
-        fused_activation_backward: see `Autograd`.
+        kernel_workspace: see `Autograd`.
     """
 
     def __init__(
@@ -43,12 +43,12 @@ class MicroBatch:
         checkpointed: frozenset[int],
         *,
         keep_outputs: bool = False,
-        fused_activation_backward: bool = True,
+        kernel_workspace: bool = True,
     ) -> None:
         self.graph = graph
         self.recorder = Recorder()
         self.keep_outputs = keep_outputs
-        self._fused = fused_activation_backward
+        self._kernel_workspace = kernel_workspace
         self._use = {op: graph.uses(op) for op in graph.ops}
         self._region_of = self._regions(checkpointed)
         self._uses = self._count_uses()
@@ -73,7 +73,7 @@ class MicroBatch:
         self.recorder = self._after_forward.fork()
         for region in self._region_of.values():
             region.recomputed = None
-        Autograd(self.graph, self.recorder, self._saved, gradients, self._fused).run()
+        Autograd(self.graph, self.recorder, self._saved, gradients, kernel_workspace=self._kernel_workspace).run()
         if self.keep_outputs:
             self._release_outputs()
         assert self.graph.loss is not None

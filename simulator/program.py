@@ -161,7 +161,10 @@ class TreeBuilder:
         by_slot: dict[int | None, list[Storage]] = {}
         for storage in layered:
             by_slot.setdefault(storage.slot, []).append(storage)
-        return [kept, *(RecordedStep("free", step.phase, step.module, slot, [], found) for slot, found in by_slot.items())]
+        return [
+            kept,
+            *(RecordedStep("free", step.phase, step.module, slot, [], found) for slot, found in by_slot.items()),
+        ]
 
     def _part(self, steps: Sequence[RecordedStep], place: Place | None) -> Node:
         leaf = Leaf(tuple(self._step(step, place) for step in steps))

@@ -189,7 +189,7 @@ class Trace:
 
     def view(self, source: Tensor, shape: Shape, memory: tuple[Dim, ...] | None = None) -> Tensor:
         """An alias of `source` with another shape, to be handed to `emit`."""
-        return Tensor(source.storage, shape, memory or source.memory, source.dtype, is_view=True)
+        return Tensor(source.storage, shape, memory or source.memory, source.dtype, is_view=True, dense=source.dense)
 
     def drop(self, tensor: Tensor) -> None:
         """A Python reference to `tensor` ends after the op that ran last."""

@@ -45,3 +45,5 @@ class Training:
     torch: tuple[int, int] = (2, 13)
     fused_activation_backward: bool = True
     """False for torch builds without CUDA's fused `silu_backward` (fake-tensor runs on CPU builds)."""
+    kernel_workspace: bool = True
+    """Count what kernels allocate for themselves (flash attention's backward accumulators)."""

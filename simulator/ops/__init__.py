@@ -5,6 +5,7 @@ Saved sets follow torch tools/autograd/derivatives.yaml; kernels and their order
 op by op against real PyTorch code on fake CUDA tensors.
 """
 
+from simulator.ops.attention import flash_attention_2 as flash_attention_2
 from simulator.ops.attention import scaled_dot_product_attention as scaled_dot_product_attention
 from simulator.ops.dropout import dropout as dropout
 from simulator.ops.elementwise import add as add

@@ -9,15 +9,25 @@ from simulator.graph import Op, Tensor
 from simulator.ops.dropout import dropout
 from simulator.ops.elementwise import add, autocast, constant, mul_scalar, to
 from simulator.ops.matmul import matmul
-from simulator.ops.shape import clone, transpose
+from simulator.ops.shape import clone, narrow, transpose
 from simulator.ops.softmax import softmax
-from simulator.sizes import round_up
+from simulator.sizes import Dim, round_up
 from simulator.trace import Regime, Trace
 
 Gradients = list[Tensor | None]
+Axis = tuple[Dim, ...]
 
 #: Largest head dimension of the flash kernel (torch aten/src/ATen/native/transformers/cuda/sdp_utils.cpp).
 FLASH_MAX_HEAD_DIM = 256
+#: Block of queries, and of head dimensions up to and above 128, that the flash backward rounds up to
+#: (torch aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp `mha_bwd`).
+FLASH_QUERY_BLOCK = 128
+FLASH_DIM_BLOCKS = (32, 64)
+#: Head dimensions are padded to a multiple of this (attention.cpp `pad_last_dim<8>`).
+FLASH_DIM_STEP = 8
+#: The memory-efficient kernel wants the rows of its mask aligned to this many elements
+#: (torch aten/src/ATen/native/transformers/attention.cpp `pad_bias`).
+MASK_ALIGNMENT = 8
 #: The memory-efficient kernel pads its log-sum-exp rows to this many queries
 #: (torch aten/src/ATen/native/transformers/cuda/attention.cu, kAlignLSE).
 LOGSUMEXP_ALIGNMENT = 32
@@ -53,11 +63,52 @@ def scaled_dot_product_attention(
     query = autocast(t, query)
     grouped = key.shape[1] != query.shape[1]
     kernel = choose_kernel(t.regime, query, head_dim, masked=mask is not None, grouped=grouped)
-    if kernel == "math":
-        return _math(t, query, key, value, mask, rate)
-    if kernel == "flash":
+    with t.call("", query, key, value) as local:
+        if mask is not None and mask.dtype == BOOL:
+            mask = local("additive", _additive_mask(t, mask, query))
+        if kernel == "math":
+            return _math(t, query, key, value, mask, rate)
+        if kernel == "flash":
+            return _flash_padded(t, query, key, value, head_dim)
+        return _efficient(t, query, key, value, local("aligned", _aligned(t, mask)) if mask is not None else None)
+
+
+def _additive_mask(t: Trace, mask: Tensor, query: Tensor) -> Tensor:
+    """`convert_boolean_attn_mask`: a mask of the query's dtype, made at every call."""
+    with t.call("") as local:
+        for name in ("allowed", "forbidden"):
+            local(name, constant(t, "scalar_tensor.default", query, shape=()))
+        return constant(t, "where.self", mask, dtype=query.dtype)
+
+
+def _aligned(t: Trace, mask: Tensor) -> Tensor:
+    """`pad_bias`: a padded copy where the rows are not aligned."""
+    length = t.dimensions.bindings["s"]
+    if length % MASK_ALIGNMENT == 0:
+        return mask
+    padded = t.dim("s_pad8", round_up(length, MASK_ALIGNMENT))
+    return constant(t, "constant_pad_nd.default", mask, shape=(*mask.shape[:-1], (padded,)))
+
+
+def _flash_padded(t: Trace, query: Tensor, key: Tensor, value: Tensor, head_dim: int) -> Tensor:
+    """The flash kernel on copies padded to its head-dimension step (attention.cpp `pad_last_dim`)."""
+    if head_dim % FLASH_DIM_STEP == 0:
         return _flash(t, query, key, value)
-    return _efficient(t, query, key, value, mask)
+    wide = (t.dim("d_pad8", round_up(head_dim, FLASH_DIM_STEP)),)
+    with t.call("") as local:
+        copies = [local(f"padded{i}", _pad(t, x, wide)) for i, x in enumerate((query, key, value))]
+        out = local("out", _flash(t, *copies))
+        return narrow(t, out, query.shape)
+
+
+def _pad(t: Trace, x: Tensor, last: Axis) -> Tensor:
+    out = t.fresh("constant_pad_nd.default", (*x.shape[:-1], last), x.dtype)
+    t.emit("constant_pad_nd.default", [x], [out], backward=_pad_backward)
+    return out
+
+
+def _pad_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients:
+    return [engine.fresh("constant_pad_nd.default", op.inputs[0].shape, op.inputs[0].dtype)]
 
 
 def _flash(t: Trace, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -68,8 +119,56 @@ def _flash(t: Trace, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     random = [t.fresh(f"{name}.rng_state", ((2,),), UINT64), t.fresh(f"{name}.unused", (), UINT64)]
     outputs = [out, logsumexp, *random]
     inputs = [query, key, value]
-    t.emit(f"{name}.default", inputs, outputs, saves=[*inputs, *outputs], backward=_attention_backward)
+    _flash_dims(t, query)
+    t.emit(f"{name}.default", inputs, outputs, saves=[*inputs, *outputs], backward=_flash_backward)
     return out
+
+
+def flash_attention_2(t: Trace, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """`flash_attn_func` of the flash-attn package on ``[batch, sequence, heads, head_dim]`` (arXiv 2307.08691).
+
+    Saves what torch's own flash kernel saves, with 16 B of random state
+    (flash_attn/flash_attn_interface.py `FlashAttnFunc`).
+    """
+    out = t.fresh("flash_attn_func", query.shape, query.dtype)
+    batch, sequence, heads, _ = query.shape
+    logsumexp = t.fresh("flash_attn_func.logsumexp", (batch, heads, sequence), FP32)
+    outputs = [out, logsumexp, t.fresh("flash_attn_func.rng_state", ((2,),), UINT64)]
+    inputs = [query, key, value]
+    _flash_dims(t, query)
+    t.emit("flash_attn_func", inputs, outputs, saves=[*inputs, *outputs], backward=_flash_2_backward)
+    return out
+
+
+def _flash_dims(t: Trace, query: Tensor) -> None:
+    """Name the rounded lengths of the backward's workspace."""
+    sizes = t.dimensions.bindings
+    dim = query.shape[3][0]
+    assert isinstance(dim, str)
+    block = FLASH_DIM_BLOCKS[sizes[dim] > 128]
+    t.dim("s_pad128", round_up(sizes["s"], FLASH_QUERY_BLOCK))
+    t.dim(f"{dim}_pad", round_up(sizes[dim], block))
+
+
+def _flash_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients:
+    query, key = op.inputs[:2]
+    _flash_workspace(engine, query, query.shape[1], key.shape[1])
+    return _attention_backward(engine, op, gradients)
+
+
+def _flash_2_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients:
+    query, key = op.inputs[:2]
+    _flash_workspace(engine, query, query.shape[2], key.shape[2])
+    return _attention_backward(engine, op, gradients)
+
+
+def _flash_workspace(engine: Autograd, query: Tensor, heads: Axis, key_heads: Axis) -> None:
+    """Inside the kernel: fp32 accumulators, and dk and dv of every query head (flash_api.cpp `mha_bwd`)."""
+    batch, dim = query.shape[0], query.shape[3][0]
+    engine.workspace("softmax_d", (batch, heads, ("s_pad128",)), FP32)
+    engine.workspace("dq_accum", (batch, ("s_pad128",), heads, (f"{dim}_pad",)), FP32)
+    for name in ("dk_expanded", "dv_expanded") if key_heads != heads else ():
+        engine.workspace(name, query.shape, query.dtype)
 
 
 def _efficient(t: Trace, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
@@ -93,7 +192,7 @@ def _by_token(query: Tensor) -> tuple[str | int, ...]:
 
 def _attention_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients:
     results = [engine.prepare("attention_backward", x.shape, x.dtype, x.memory) for x in op.inputs[:3]]
-    engine.kernel(op.name.replace(".default", "_backward.default"), results)
+    engine.kernel(f"{op.name.removesuffix('.default')}_backward", results)
     return [*results, *([None] * (len(op.inputs) - 3))]
 
 

@@ -85,7 +85,10 @@ def contiguous(t: Trace, x: Tensor) -> Tensor:
 
 def split(t: Trace, x: Tensor, shape: Shape, parts: int) -> tuple[Tensor, ...]:
     """``x.split``: `parts` views of `shape`; backward concatenates their gradients."""
-    return t.emit("split.Tensor", [x], [t.view(x, shape, flat(shape)) for _ in range(parts)], backward=_split_backward)
+    views = [t.view(x, shape, flat(shape)) for _ in range(parts)]
+    for view_of_part in views:
+        view_of_part.dense = False
+    return t.emit("split.Tensor", [x], views, backward=_split_backward)
 
 
 def _flat(shape: Shape) -> tuple[Dim, ...]:
@@ -99,12 +102,14 @@ def _split_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients
 
 def slices(t: Trace, x: Tensor, shape: Shape, parts: int) -> list[Tensor]:
     """`parts` slices of `x`, each its own op: every slice's gradient is padded back to the whole of `x`."""
-    return [_slice(t, x, shape) for _ in range(parts)]
+    return [narrow(t, x, shape) for _ in range(parts)]
 
 
-def _slice(t: Trace, x: Tensor, shape: Shape) -> Tensor:
+def narrow(t: Trace, x: Tensor, shape: Shape) -> Tensor:
+    """A slice of `x`: its gradient is padded back to the whole of `x`."""
     renamed = dict(zip(x.dims, flat(shape), strict=True))
     out = t.view(x, shape, tuple(renamed[d] for d in x.memory))
+    out.dense = False
     t.emit("slice.Tensor", [x], [out], backward=_slice_backward)
     return out
 
