@@ -56,7 +56,8 @@ class Autograd:
     def run(self) -> None:
         """Backward from the loss to every parameter."""
         loss = self.graph.loss
-        assert loss is not None and loss.producer is not None
+        assert loss is not None
+        assert loss.producer is not None
         self.recorder.phase = Phase.BACKWARD
         seed = self.fresh("ones_like.default", loss.shape, FP32)
         self._made.clear()

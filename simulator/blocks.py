@@ -64,7 +64,7 @@ def apply_rotary(t: Trace, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def _rotate_half(t: Trace, x: Tensor) -> Tensor:
     with t.call("", x) as local:
         d = x.shape[-1][0]
-        half = (*x.shape[:-1], (t.dim(f"{d}/2", t.dimensions.bindings[d] // 2),))
+        half = (*x.shape[:-1], (t.dim(f"{d}/2", t.dimensions.bindings[str(d)] // 2),))
         first, second = (local(n, part) for n, part in zip(("x1", "x2"), ops.slices(t, x, half, 2), strict=True))
         return ops.cat(t, [ops.neg(t, second), first], x.shape, x.memory)
 
@@ -158,18 +158,19 @@ def activation(t: Trace, name: str, x: Tensor) -> Tensor:
     """`ACT2FN[name]` (activations.py)."""
     if name == "gelu_new":
         return _gelu_new(t, x)
-    fused = {
-        "silu": ops.silu,
-        "swish": ops.silu,
-        "gelu": ops.gelu,
-        "gelu_pytorch_tanh": ops.gelu,
-        "gelu_tanh": ops.gelu,
-    }
-    if name not in fused:
-        raise UnsupportedError(
-            f"'activation' must be one of gelu_new, {', '.join(sorted(fused))}: {name!r} is not modelled"
-        )
-    return fused[name](t, x)
+    if name not in _FUSED:
+        known = ", ".join(sorted(["gelu_new", *_FUSED]))
+        raise UnsupportedError(f"'activation' must be one of {known}: {name!r} is not modelled")
+    return _FUSED[name](t, x)
+
+
+_FUSED = {
+    "silu": ops.silu,
+    "swish": ops.silu,
+    "relu": ops.relu,
+    "gelu": ops.gelu,
+    "gelu_pytorch_tanh": ops.gelu,
+}
 
 
 def _gelu_new(t: Trace, x: Tensor) -> Tensor:
@@ -274,7 +275,7 @@ def language_head(t: Trace, hidden: Tensor, labels: Tensor, spec: ModelSpec, voc
             logits = local("logits", ops.mul_scalar(t, logits))
         loss = causal_lm_loss(t, logits, labels)
         t.graph.loss = ops.div_scalar(t, loss) if t.regime.loss_division else loss
-    t.graph.outputs = (logits,)
+    t.graph.outputs = (logits, loss) if t.regime.loss_division else (logits,)
 
 
 def causal_lm_loss(t: Trace, logits: Tensor, labels: Tensor) -> Tensor:

@@ -98,7 +98,7 @@ class Op:
 class ForwardGraph:
     """The forward pass of one micro-batch: the graph, its ops in execution order, its parameters."""
 
-    edges: nx.DiGraph
+    edges: nx.DiGraph[Any]
     ops: list[Op] = attrs.field(factory=list)
     parameters: list[Tensor] = attrs.field(factory=list)
     buffers: list[Tensor] = attrs.field(factory=list)

@@ -194,7 +194,7 @@ class MicroBatch:
 
 
 def _until_last_save(ops: list[Op], last: Op) -> list[Op]:
-    """Recomputation stops while packing the last saved tensor: before its op if that is an input, after it if an output."""
+    """Recomputation stops at the last saved tensor: before its op if it is an input, after it if an output."""
     return ops[: ops.index(last) + (1 if last.saved_outputs else 0)]
 
 

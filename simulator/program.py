@@ -26,7 +26,7 @@ class Buffer:
 
 @attrs.frozen(eq=False)
 class Reference:
-    """A buffer of one layer: `layer` counts from the turn's first layer inside a repeat, from 0 outside; None: no layer."""
+    """A buffer of one layer; `layer` counts from the turn's first layer inside a repeat, from 0 outside."""
 
     buffer: Buffer
     layer: int | None

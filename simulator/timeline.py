@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from simulator.fold import Location
-from simulator.program import Buffer, Identity, Leaf, Node, Repeat, Seq, Step, identity
+from simulator.program import Buffer, Identity, Leaf, Node, Seq, Step, identity
 from simulator.roles import Phase, Role
 from simulator.sizes import Bindings
 

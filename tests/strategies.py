@@ -6,7 +6,9 @@ from typing import Any
 
 from hypothesis import strategies as st
 
+from hardware.dtypes import BF16, FP16, FP32
 from simulator.model import AttentionSpec, FeedForwardSpec, LayerSpec, ModelSpec
+from simulator.workload import Optimizer, Training
 
 FAMILIES = ("gpt2", "llama", "gemma2")
 ACTIVATIONS = {"gpt2": ("gelu_new", "relu"), "llama": ("silu",), "gemma2": ("gelu_pytorch_tanh",)}
@@ -67,6 +69,33 @@ def attention_specs(draw: st.DrawFn, family: str, hidden: int) -> AttentionSpec:
         window=draw(st.none() | st.integers(1, 256)) if family == "gemma2" else None,
         softcap=draw(st.sampled_from((None, 50.0))) if family == "gemma2" else None,
     )
+
+
+@st.composite
+def trainings(draw: st.DrawFn) -> Training:
+    """Small workloads in every regime; some do not go with some models (`UnsupportedError`)."""
+    weights, autocast = draw(st.sampled_from([(FP32, None), (BF16, None), (FP32, BF16), (FP32, FP16)]))
+    return Training(
+        micro_batch=draw(st.integers(1, 4)),
+        seq_len=draw(st.integers(1, 64)),
+        gradient_accumulation=draw(st.integers(1, 4)),
+        weights=weights,
+        autocast=autocast,
+        optimizer=Optimizer(name="adamw", implementation=draw(st.sampled_from(["foreach", "fused", "for-loop"]))),
+        attention=draw(st.sampled_from(["eager", "sdpa", "flash_attention_2"])),
+        sdpa_backend=draw(st.sampled_from(["auto", "flash", "efficient", "math"])),
+        attention_mask=draw(st.sampled_from(["none", "full", "padded"])),
+        keep_outputs=draw(st.booleans()),
+        zero_grad=draw(st.sampled_from(["none", "zero"])),
+        kernel_workspace=draw(st.booleans()),
+    )
+
+
+def uniform_llama(layers: int) -> ModelSpec:
+    """A small Llama of `layers` equal layers."""
+    attention = AttentionSpec(heads=4, kv_heads=2, head_dim=8)
+    layer = LayerSpec(attention, FeedForwardSpec(width=48))
+    return ModelSpec("uniform", "llama", hidden=32, vocab=128, max_positions=64, layers=(layer,) * layers)
 
 
 @st.composite

@@ -17,6 +17,7 @@ from simulator.ops.elementwise import mul as mul
 from simulator.ops.elementwise import mul_scalar as mul_scalar
 from simulator.ops.elementwise import neg as neg
 from simulator.ops.elementwise import power as power
+from simulator.ops.elementwise import relu as relu
 from simulator.ops.elementwise import rsqrt as rsqrt
 from simulator.ops.elementwise import silu as silu
 from simulator.ops.elementwise import tanh as tanh

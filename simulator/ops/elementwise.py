@@ -65,6 +65,11 @@ def gelu(t: Trace, x: Tensor) -> Tensor:
     return unary(t, "gelu.default", x, ("gelu_backward.default",), saves="input")
 
 
+def relu(t: Trace, x: Tensor) -> Tensor:
+    """``torch.nn.functional.relu``: its output says where it was active."""
+    return unary(t, "relu.default", x, ("threshold_backward.default",), saves="output")
+
+
 #: torch aten/src/ATen/native/Activation.cpp `math_silu_backward`: what runs where the device has no fused kernel.
 _COMPOSITE_SILU_BACKWARD = (
     "sigmoid.default",

@@ -76,7 +76,7 @@ class OptimizerStep:
         """Let temporaries (or gradients) go."""
         for storage in storages:
             last = self.steps[-1] if self.steps else None
-            if last is None or last.slot != storage.slot or last.deaths and last.births:
+            if last is None or last.slot != storage.slot or (last.deaths and last.births):
                 self._record("free", storage.slot, [])
             self.steps[-1].deaths.append(storage)
 
