@@ -7,8 +7,9 @@ import attrs
 from simulator.graph import Storage
 from simulator.micro_batch import MicroBatch
 from simulator.optimizers import optimizers
+from simulator.optimizers.clipping import clip_gradient_norm
 from simulator.optimizers.step import OptimizerStep, Parameter
-from simulator.plan import Plan
+from simulator.plan import TRAINABLE_TENSORS, Plan
 from simulator.program import Node, Repeat, Seq, TreeBuilder
 from simulator.recorder import Step
 from simulator.roles import Phase
@@ -78,8 +79,11 @@ class _Lowering:
         )
 
     def _optimizer(self, states: dict[tuple[Storage, str], Storage]) -> list[Node]:
-        step = OptimizerStep(self.training.optimizer, self._parameters(), states)
+        step = OptimizerStep(self.training.optimizer, self._parameters(), TRAINABLE_TENSORS, states)
+        if self.training.clip is not None:
+            clip_gradient_norm(step)
         optimizers.get(self.training.optimizer.name)(step)
+        step.finish()
         if self.training.zero_grad == "none":
             step.free([p.gradient for p in step.parameters])
         return [self.builder.tree(step.steps)] if step.steps else []

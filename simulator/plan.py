@@ -16,6 +16,10 @@ from simulator.trace import Regime, Trace
 from simulator.workload import Training
 
 
+#: The dimension that counts the trainable tensors of the whole model.
+TRAINABLE_TENSORS = "tensors"
+
+
 @attrs.frozen(eq=False)
 class Plan:
     """What `lower` turns into a program.
@@ -60,7 +64,13 @@ def make_plan(model: ModelSpec, training: Training, layout: Layout | None = None
     assert forward is not None, f"family {model.family!r} has no recipe"
     forward(trace, model, layout.built(model.layers))
     trace.end_autocast()
+    trace.dim(TRAINABLE_TENSORS, _trainable_tensors(trace.graph, layout))
     return Plan(model, training, layout, trace.graph, trace.dimensions)
+
+
+def _trainable_tensors(graph: ForwardGraph, layout: Layout) -> int:
+    slots = [t.storage.slot for t in graph.parameters if t.requires_grad]
+    return sum(1 if slot is None else layout.places[slot].repeats for slot in slots)
 
 
 def apply(plan: Plan, strategies: Sequence[Strategy]) -> Plan:

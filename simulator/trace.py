@@ -116,6 +116,19 @@ class Trace:
         self.graph.parameters.append(tensor)
         return tensor
 
+    def order_layer_parameters(self, *modules: str) -> None:
+        """Put each layer's parameters in the order of ``model.parameters()``: that of its modules' registration."""
+        rank = {module: i for i, module in enumerate(modules)}
+
+        def key(tensor: Tensor) -> tuple[int, int]:
+            parts = tensor.storage.label.split(".")
+            return (tensor.storage.slot or 0, next(rank[p] for p in parts if p in rank))
+
+        parameters = self.graph.parameters
+        places = [i for i, t in enumerate(parameters) if t.storage.slot is not None]
+        for place, tensor in zip(places, sorted((parameters[i] for i in places), key=key), strict=True):
+            parameters[place] = tensor
+
     def matrix(self, name: str, rows: tuple[Dim, ...], columns: tuple[Dim, ...]) -> Tensor:
         """A two-axis weight ``[rows, columns]`` whose axes may each be several dimensions."""
         tensor = self.parameter(name, *rows, *columns)

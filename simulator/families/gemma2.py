@@ -101,6 +101,14 @@ def forward(t: Trace, spec: ModelSpec, layers: Sequence[tuple[int, LayerSpec]]) 
                 hidden = local("hidden", _layer(t, hidden, tables, mask, layer))
         hidden = local("hidden", blocks.gemma_rms_norm(t, "norm", hidden))
     blocks.language_head(t, hidden, labels, spec, vocabulary)
+    t.order_layer_parameters(
+        "self_attn",
+        "mlp",
+        "input_layernorm",
+        "post_attention_layernorm",
+        "pre_feedforward_layernorm",
+        "post_feedforward_layernorm",
+    )
 
 
 def _layer(t: Trace, x: Tensor, tables: tuple[Tensor, Tensor], mask: Tensor | None, layer: LayerSpec) -> Tensor:

@@ -1,18 +1,25 @@
-"""Optimizers: the state each keeps and the temporaries its implementation needs.
-
-One file per optimizer; `steps` runs the one that the workload names, then `zero_grad`.
-"""
+"""Optimizers: the state each keeps and the temporaries its implementation needs; one technique per file."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 from hardware.registry import Registry
-from simulator.optimizers.adam import adamw
+from simulator.optimizers.adafactor import adafactor
+from simulator.optimizers.adafactor_hf import adafactor_hf
+from simulator.optimizers.adam import adam, adamw
+from simulator.optimizers.sgd import sgd
 from simulator.optimizers.step import OptimizerStep
 
 #: An optimizer records one `step()`.
 OptimizerRule = Callable[[OptimizerStep], None]
 
 optimizers: Registry[OptimizerRule] = Registry("optimizer", "vramsim.optimizers")
-optimizers.add("adamw", adamw)
+for name, rule in {
+    "adam": adam,
+    "adamw": adamw,
+    "sgd": sgd,
+    "adafactor": adafactor,
+    "adafactor_hf": adafactor_hf,
+}.items():
+    optimizers.add(name, rule)

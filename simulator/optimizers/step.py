@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import attrs
 
 from hardware.dtypes import DType
-from simulator.graph import Storage, make_storage
+from simulator.graph import Shape, Storage, flat, make_storage
 from simulator.recorder import Step
 from simulator.roles import Phase, Role
 from simulator.sizes import Dim
@@ -20,12 +20,17 @@ class Parameter:
 
     storage: Storage
     gradient: Storage
-    shape: tuple[tuple[Dim, ...], ...]
+    shape: Shape
 
     @property
     def dims(self) -> tuple[Dim, ...]:
         """All dimensions of the weight."""
-        return tuple(d for axis in self.shape for d in axis)
+        return flat(self.shape)
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it has rows and columns (Adafactor factors those)."""
+        return len(self.shape) == 2
 
     @property
     def dtype(self) -> DType:
@@ -39,17 +44,23 @@ class OptimizerStep:
     Args:
         optimizer: the options.
         parameters: trainable weights in the order of ``model.parameters()``.
+        tensors: name of the dimension that counts the trainable tensors of the whole model.
         states: what earlier steps left, by parameter and name; a cold step starts with none and fills it.
     """
 
     def __init__(
-        self, optimizer: Optimizer, parameters: Sequence[Parameter], states: dict[tuple[Storage, str], Storage]
+        self,
+        optimizer: Optimizer,
+        parameters: Sequence[Parameter],
+        tensors: str,
+        states: dict[tuple[Storage, str], Storage],
     ) -> None:
         self.optimizer = optimizer
         self.parameters = parameters
+        self.tensors = tensors
         self.steps: list[Step] = []
         self._states = states
-        self._serial = 0
+        self._locals: dict[str, Storage] = {}
 
     def state(self, parameter: Parameter, name: str, dims: Iterable[Dim], dtype: DType, op: str) -> None:
         """Make state `name` of `parameter` with kernel `op`, unless an earlier step made it."""
@@ -62,23 +73,38 @@ class OptimizerStep:
 
     def temporary(self, parameter: Parameter, op: str, dims: Iterable[Dim], dtype: DType) -> Storage:
         """Run kernel `op`, which allocates a temporary for `parameter`; free it with `free`."""
-        self._serial += 1
         label = f"{parameter.storage.label}.{op}"
         made = make_storage(label, tuple(dims), dtype, Role.OPTIMIZER, parameter.storage.slot)
         self._record(op, parameter.storage.slot, [made])
         return made
 
-    def temporaries(self, op: str) -> list[Storage]:
+    def like(self, parameter: Parameter, op: str) -> Storage:
+        """A temporary with the shape and dtype of `parameter`."""
+        return self.temporary(parameter, op, parameter.dims, parameter.dtype)
+
+    def foreach(self, op: str, parameters: Iterable[Parameter] | None = None) -> list[Storage]:
         """A foreach kernel that allocates one temporary like every parameter at once."""
-        return [self.temporary(p, op, p.dims, p.dtype) for p in self.parameters]
+        return [self.like(p, op) for p in (self.parameters if parameters is None else parameters)]
+
+    def local(self, name: str, storage: Storage | None) -> None:
+        """Bind the Python local `name`: what it held before is freed now."""
+        old = self._locals.pop(name, None)
+        if storage is not None:
+            self._locals[name] = storage
+        if old is not None:
+            self.free([old])
 
     def free(self, storages: Iterable[Storage]) -> None:
         """Let temporaries (or gradients) go."""
         for storage in storages:
-            last = self.steps[-1] if self.steps else None
-            if last is None or last.slot != storage.slot or (last.deaths and last.births):
+            if not self.steps or self.steps[-1].slot != storage.slot:
                 self._record("free", storage.slot, [])
             self.steps[-1].deaths.append(storage)
+
+    def finish(self) -> None:
+        """The function returns: its locals go."""
+        for name in list(self._locals):
+            self.local(name, None)
 
     def _record(self, op: str, slot: int | None, births: list[Storage]) -> None:
         self.steps.append(Step(op, Phase.OPTIMIZER, "optimizer", slot, births))

@@ -1,0 +1,35 @@
+"""Stochastic gradient descent with momentum (Sutskever et al., ICML 2013), as torch runs it.
+
+Source: torch/optim/sgd.py `_single_tensor_sgd`, `_multi_tensor_sgd`, `_fused_sgd`.
+"""
+
+from __future__ import annotations
+
+from simulator.optimizers.step import OptimizerStep, Parameter
+
+
+def sgd(step: OptimizerStep) -> None:
+    """``torch.optim.SGD.step``: a momentum buffer per parameter, a copy of the gradients with weight decay."""
+    implementation = step.optimizer.implementation
+    if implementation == "for-loop":
+        for parameter in step.parameters:
+            _update_one(step, parameter)
+        return
+    decayed = step.foreach("_foreach_add.List") if implementation == "foreach" and step.optimizer.weight_decay else []
+    for parameter in step.parameters:
+        _momentum(step, parameter, "clone.default" if implementation == "foreach" else "empty_like.default")
+    step.free(decayed)
+
+
+def _update_one(step: OptimizerStep, parameter: Parameter) -> None:
+    step.local("grad", None)
+    if step.optimizer.weight_decay:
+        step.local("grad", step.like(parameter, "add.Tensor"))
+    _momentum(step, parameter, "clone.default")
+    if step.optimizer.nesterov:
+        step.local("grad", step.like(parameter, "add.Tensor (nesterov)"))
+
+
+def _momentum(step: OptimizerStep, parameter: Parameter, op: str) -> None:
+    if step.optimizer.momentum:
+        step.state(parameter, "momentum_buffer", parameter.dims, parameter.dtype, op)
