@@ -57,11 +57,15 @@ class Folded:
         return [known[size] for _, size in self.columns]
 
     def bytes(self, bindings: Bindings) -> Any:
-        """Bytes of every candidate: an array with one row per candidate, of ints or of what `bindings` holds."""
+        """Bytes of every candidate.
+
+        One row per candidate: an int64 array for ints, one with the broadcast shape of the bound arrays behind
+        it for arrays, an object array of expressions for symbols.
+        """
         prices = self.prices(bindings)
-        if all(isinstance(p, int) for p in prices):
-            return self.candidates @ np.array(prices, dtype=np.int64)
-        return np.array([_dot(row, prices) for row in self.candidates.tolist()], dtype=object)
+        if any(hasattr(price, "free_symbols") for price in prices):
+            return np.array([_dot(row, prices) for row in self.candidates.tolist()], dtype=object)
+        return np.tensordot(self.candidates, np.stack(np.broadcast_arrays(*prices)), axes=1)
 
     def peak(self, bindings: Bindings) -> Peak:
         """The largest candidate for integer `bindings`; the first one on a tie."""

@@ -15,7 +15,6 @@ from simulator.sizes import Dimensions
 from simulator.trace import Regime, Trace
 from simulator.workload import Training
 
-
 #: The dimension that counts the trainable tensors of the whole model.
 TRAINABLE_TENSORS = "tensors"
 

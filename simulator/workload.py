@@ -7,7 +7,6 @@ import attrs
 from hardware.dtypes import FP32, DType
 from hardware.errors import UsageError, unknown_name
 
-
 #: Optimizers, and the ways torch (or transformers) can run each; the first is its default on a GPU.
 IMPLEMENTATIONS = {
     "adam": ("foreach", "fused", "for-loop"),

@@ -26,6 +26,7 @@ from simulator.ops.embedding import embedding as embedding
 from simulator.ops.loss import log_softmax as log_softmax
 from simulator.ops.loss import nll_loss as nll_loss
 from simulator.ops.matmul import addmm as addmm
+from simulator.ops.matmul import bmm as bmm
 from simulator.ops.matmul import linear as linear
 from simulator.ops.matmul import matmul as matmul
 from simulator.ops.normalisation import layer_norm as layer_norm

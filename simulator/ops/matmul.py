@@ -84,10 +84,15 @@ def matmul(t: Trace, x: Tensor, y: Tensor) -> Tensor:
     y = autocast(t, y)
     x = autocast(t, x)
     with t.call("", x, y):
-        left, right = _to_batches(t, x), _to_batches(t, y)
-        result = t.fresh("bmm.default", (left.shape[0], left.shape[1], right.shape[2]), left.dtype)
-        t.emit("bmm.default", [left, right], [result], saves=_factors(left, right), backward=_bmm_backward)
+        result = bmm(t, _to_batches(t, x), _to_batches(t, y))
         return view(t, result, (*x.shape[:2], x.shape[2], y.shape[3]), "_unsafe_view.default")
+
+
+def bmm(t: Trace, x: Tensor, y: Tensor) -> Tensor:
+    """``torch.bmm`` of ``[batches, n, m]`` and ``[batches, m, p]``: saves each factor that the other's gradient needs."""
+    result = t.fresh("bmm.default", (x.shape[0], x.shape[1], y.shape[2]), x.dtype)
+    t.emit("bmm.default", [x, y], [result], saves=_factors(x, y), backward=_bmm_backward)
+    return result
 
 
 def _to_batches(t: Trace, x: Tensor) -> Tensor:
