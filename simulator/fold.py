@@ -11,7 +11,7 @@ so depth and number of micro-batches cost nothing. Bytes enter last, as ints, ar
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import attrs
@@ -42,7 +42,8 @@ class Folded:
     columns: tuple[Column, ...]
     net: Counts
     candidates: Counts
-    locations: tuple[Location, ...]
+    locate: Callable[[int], Location]
+    """Where a candidate is."""
 
     def after(self, net: Counts) -> Folded:
         """The same part, starting from what `net` has left allocated."""
@@ -71,7 +72,7 @@ class Folded:
         """The largest candidate for integer `bindings`; the first one on a tie."""
         values = self.bytes(bindings)
         index = int(np.argmax(values))
-        return Peak(int(values[index]), self.locations[index], self._by_role(self.candidates[index], bindings))
+        return Peak(int(values[index]), self.locate(index), self._by_role(self.candidates[index], bindings))
 
     def left(self, bindings: Bindings) -> int:
         """Bytes left allocated at the end."""
@@ -110,7 +111,7 @@ class Folder:
         """The folded form of `node`; columns cover everything this folder has seen so far."""
         rows = self._fold(node)
         width = len(self._index)
-        return Folded(tuple(self._index), _widen(rows.net, width), _widen(rows.candidates, width), rows.locations)
+        return Folded(tuple(self._index), _widen(rows.net, width), _widen(rows.candidates, width), rows.locate)
 
     def _fold(self, node: Node) -> _Rows:
         known = self._rows.get(node)
@@ -131,7 +132,7 @@ class Folder:
         born, died = _counts(births, width), _counts(deaths, width)
         after = np.cumsum(born - died, axis=0)
         kept = _local_peaks(births, deaths)
-        return _Rows(after[-1], (after + died)[kept], tuple(Location(leaf.steps[i]) for i in kept))
+        return _Rows(after[-1], (after + died)[kept], lambda index: Location(leaf.steps[kept[index]]))
 
     def _column(self, buffer: Buffer) -> int:
         column = self._columns.get(buffer)
@@ -145,7 +146,7 @@ class Folder:
 class _Rows:
     net: Counts
     candidates: Counts
-    locations: tuple[Location, ...]
+    locate: Callable[[int], Location]
 
 
 def _counts(columns: list[list[int]], width: int) -> Counts:
@@ -179,23 +180,35 @@ def _sequence(parts: list[_Rows], width: int) -> _Rows:
     for part in parts:
         candidates.append(_widen(part.candidates, width) + net)
         net = net + _widen(part.net, width)
-    locations = tuple(location for part in parts for location in part.locations)
-    return _Rows(net, np.concatenate(candidates), locations)
+    return _Rows(net, np.concatenate(candidates), lambda index: _locate_in(parts, index))
+
+
+def _locate_in(parts: list[_Rows], index: int) -> Location:
+    for part in parts:
+        if index < len(part.candidates):
+            return part.locate(index)
+        index -= len(part.candidates)
+    raise AssertionError("no such candidate")
 
 
 def _repeat(body: _Rows, count: int) -> _Rows:
     """First and last iteration; one of them is enough when the net only grows or only shrinks."""
     net = count * body.net
     if count == 0:
-        return _Rows(net, body.candidates[:0], ())
-    first = _Rows(net, body.candidates, _in_iteration(body.locations, 0))
+        return _Rows(net, body.candidates[:0], body.locate)
+    first = _Rows(net, body.candidates, _in_iteration(body, 0))
     if count == 1 or (body.net <= 0).all():
         return first
-    last_rows, last_places = body.candidates + (count - 1) * body.net, _in_iteration(body.locations, count - 1)
+    last = _Rows(net, body.candidates + (count - 1) * body.net, _in_iteration(body, count - 1))
     if (body.net >= 0).all():
-        return _Rows(net, last_rows, last_places)
-    return _Rows(net, np.concatenate([body.candidates, last_rows]), first.locations + last_places)
+        return last
+    both = np.concatenate([first.candidates, last.candidates])
+    return _Rows(net, both, lambda index: _locate_in([first, last], index))
 
 
-def _in_iteration(locations: tuple[Location, ...], iteration: int) -> tuple[Location, ...]:
-    return tuple(Location(at.step, (iteration, *at.iterations)) for at in locations)
+def _in_iteration(body: _Rows, iteration: int) -> Callable[[int], Location]:
+    def locate(index: int) -> Location:
+        at = body.locate(index)
+        return Location(at.step, (iteration, *at.iterations))
+
+    return locate
