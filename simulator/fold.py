@@ -57,30 +57,29 @@ class Folded:
                 known[size] = size.allocated(bindings)
         return [known[size] for _, size in self.columns]
 
-    def bytes(self, bindings: Bindings) -> Any:
-        """Bytes of every candidate.
+    def bytes(self, prices: list[Value]) -> Any:
+        """Bytes of every candidate at `prices`.
 
-        One row per candidate: an int64 array for ints, one with the broadcast shape of the bound arrays behind
-        it for arrays, an object array of expressions for symbols.
+        One row per candidate: an int64 array for ints, one with the broadcast shape of the arrays behind it for
+        arrays, an object array of expressions for symbols.
         """
-        prices = self.prices(bindings)
         if any(hasattr(price, "free_symbols") for price in prices):
             return np.array([_dot(row, prices) for row in self.candidates.tolist()], dtype=object)
         return np.tensordot(self.candidates, np.stack(np.broadcast_arrays(*prices)), axes=1)
 
-    def peak(self, bindings: Bindings) -> Peak:
-        """The largest candidate for integer `bindings`; the first one on a tie."""
-        values = self.bytes(bindings)
+    def peak(self, prices: list[Value]) -> Peak:
+        """The largest candidate for integer `prices`; the first one on a tie."""
+        values = self.bytes(prices)
         index = int(np.argmax(values))
-        return Peak(int(values[index]), self.locate(index), self._by_role(self.candidates[index], bindings))
+        return Peak(int(values[index]), self.locate(index), self._by_role(self.candidates[index], prices))
 
-    def left(self, bindings: Bindings) -> int:
+    def left(self, prices: list[Value]) -> int:
         """Bytes left allocated at the end."""
-        return int(_dot(self.net.tolist(), self.prices(bindings)))
+        return int(_dot(self.net.tolist(), prices))
 
-    def _by_role(self, row: Counts, bindings: Bindings) -> dict[Role, int]:
+    def _by_role(self, row: Counts, prices: list[Value]) -> dict[Role, int]:
         roles: dict[Role, int] = {}
-        for (role, _), count, price in zip(self.columns, row.tolist(), self.prices(bindings), strict=True):
+        for (role, _), count, price in zip(self.columns, row.tolist(), prices, strict=True):
             if count:
                 roles[role] = roles.get(role, 0) + count * price
         return roles
@@ -170,8 +169,12 @@ def _local_peaks(births: list[list[int]], deaths: list[list[int]]) -> list[int]:
 
 
 def _widen(rows: Counts, width: int) -> Counts:
-    missing = width - rows.shape[-1]
-    return np.pad(rows, [(0, 0)] * (rows.ndim - 1) + [(0, missing)]) if missing else rows
+    """The same rows with zeros for the columns that came later."""
+    if rows.shape[-1] == width:
+        return rows
+    wide = np.zeros((*rows.shape[:-1], width), dtype=np.int64)
+    wide[..., : rows.shape[-1]] = rows
+    return wide
 
 
 def _sequence(parts: list[_Rows], width: int) -> _Rows:

@@ -103,10 +103,10 @@ def _step_peaks(program: TrainingProgram) -> tuple[StepPeak, StepPeak]:
     load = folder.fold(program.load)
     cold = folder.fold(program.cold).after(load.net)
     steady = folder.fold(program.steady).after(cold.net)
-    bindings = program.bindings
-    first = _step_peak("cold", cold.peak(bindings), load.left(bindings), cold.left(bindings))
-    second = _step_peak("steady", steady.peak(bindings), cold.left(bindings), steady.left(bindings))
-    return first, second
+    prices = steady.prices(program.bindings)
+    before, between, after = (folded.left(prices) for folded in (load, cold, steady))
+    first = _step_peak("cold", cold.peak(prices), before, between)
+    return first, _step_peak("steady", steady.peak(prices), between, after)
 
 
 def _step_peak(name: str, peak: Peak, start: int, end: int) -> StepPeak:

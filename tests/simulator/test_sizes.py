@@ -72,8 +72,8 @@ def test_a_folded_program_prices_ints_arrays_and_symbols():
     start = folder.fold(program.load).net + folder.fold(program.cold).net
     steady = steady.after(start)
     batches = np.arange(1, 9)
-    swept = steady.bytes({**plan.dimensions.bindings, "b": batches}).max(axis=0)
-    formulas = steady.bytes({**plan.dimensions.bindings, "b": symbol("b")})
+    swept = steady.bytes(steady.prices({**plan.dimensions.bindings, "b": batches})).max(axis=0)
+    formulas = steady.bytes(steady.prices({**plan.dimensions.bindings, "b": symbol("b")}))
     for index, batch in enumerate(batches.tolist()):
         single = simulate(uniform_llama(layers=5), Training(micro_batch=batch, seq_len=32)).steady.nbytes
         assert swept[index] == single
