@@ -1,1 +1,1 @@
-"""studies"""
+"""Questions people ask: estimate, validate; figures and the command line."""
