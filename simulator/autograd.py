@@ -19,6 +19,11 @@ from simulator.sizes import Dim
 SavedStorages = Callable[[Op], tuple[list[Storage], list[Storage]]]
 
 
+def is_broadcast(gradient: Tensor, tensor: Tensor) -> bool:
+    """Whether `gradient` has to be summed to the shape of `tensor`: it has axes or dimensions that `tensor` lacks."""
+    return len(gradient.dims) > len(tensor.dims) or len(gradient.shape) > len(tensor.shape)
+
+
 class Autograd:
     """One backward pass over a forward graph.
 
@@ -142,7 +147,7 @@ class Autograd:
         """Bring a gradient to the shape and dtype of the tensor it belongs to (engine.cpp `validate_outputs`)."""
         if gradient is None:
             return None
-        if len(gradient.dims) > len(tensor.dims):
+        if is_broadcast(gradient, tensor):
             gradient = self._replace(gradient, self.fresh("sum.dim_IntList", tensor.shape, gradient.dtype))
         if gradient.dtype != tensor.dtype:
             gradient = self._replace(gradient, self.like("_to_copy.default", gradient, tensor.dtype))

@@ -205,7 +205,7 @@ def causal_mask(t: Trace, like: Tensor) -> Tensor | None:
 
 def positions(t: Trace, like: Tensor) -> Tensor:
     """``position_ids``: int64, one row."""
-    row = (("s",),)
+    row = ((), ("s",))
     with t.call(""):
         return ops.constant(t, "add.Tensor", ops.constant(t, "arange.default", like, dtype=INT64, shape=row))
 
@@ -252,7 +252,7 @@ def projection(t: Trace, name: str, x: Tensor, out: tuple[str, ...], bias: bool)
     """An `nn.Linear` from the last axis of `x` to `out`."""
     with t.call(name, x):
         weight = t.matrix("weight", out, x.shape[-1])
-        return ops.linear(t, x, weight, t.parameter("bias", *out) if bias else None, out)
+        return ops.linear(t, x, weight, t.vector("bias", out) if bias else None, out)
 
 
 def batch(t: Trace) -> tuple[Tensor, Tensor]:

@@ -47,6 +47,14 @@ def round_up(value: Value, multiple: Value) -> Value:
     return ceil_div(value, multiple) * multiple
 
 
+def product(dims: Iterable[Dim], bindings: Bindings) -> Value:
+    """The bound dimensions multiplied."""
+    count: Value = 1
+    for dim in dims:
+        count = count * (dim if isinstance(dim, int) else bindings[dim])
+    return count
+
+
 def _pick(left: Value, right: Value, symbolic: str, array: str, plain: Any) -> Value:
     if isinstance(left, int) and isinstance(right, int):
         return plain(left, right)
@@ -76,10 +84,7 @@ class Size:
 
     def elements(self, bindings: Bindings) -> Value:
         """How many elements: the product of the bound dimensions."""
-        count: Value = 1
-        for dim in self.dims:
-            count = count * (dim if isinstance(dim, int) else bindings[dim])
-        return count
+        return product(self.dims, bindings)
 
     def nbytes(self, bindings: Bindings) -> Value:
         """Exact bytes, before the allocator rounds."""
@@ -108,7 +113,11 @@ class Dimensions:
     """The dimension table of one simulation: every name, its value, and each derived one defined once."""
 
     def __init__(self, values: Mapping[str, Value] | None = None) -> None:
-        self._values: dict[str, Value] = dict(values or {})
+        self._values: dict[str, Value] = {}
+        self.ones: set[Dim] = {1}
+        """Dimensions bound to 1."""
+        for name, value in (values or {}).items():
+            self.bind(name, value)
 
     @property
     def bindings(self) -> Bindings:
@@ -126,9 +135,6 @@ class Dimensions:
             number += 1
             candidate = f"{name}.{number}"
         self._values[candidate] = value
+        if isinstance(value, int) and value == 1:
+            self.ones.add(candidate)
         return candidate
-
-
-def total(sizes: Iterable[Size], bindings: Bindings) -> Value:
-    """Sum of the exact bytes of `sizes`."""
-    return sum((size.nbytes(bindings) for size in sizes), 0)

@@ -129,10 +129,16 @@ class Trace:
         for place, tensor in zip(places, sorted((parameters[i] for i in places), key=key), strict=True):
             parameters[place] = tensor
 
+    def vector(self, name: str, dims: tuple[Dim, ...]) -> Tensor:
+        """A one-axis weight whose axis may be several dimensions."""
+        tensor = self.parameter(name, *dims)
+        tensor.shape = self.squeezed((dims,))
+        return tensor
+
     def matrix(self, name: str, rows: tuple[Dim, ...], columns: tuple[Dim, ...]) -> Tensor:
         """A two-axis weight ``[rows, columns]`` whose axes may each be several dimensions."""
         tensor = self.parameter(name, *rows, *columns)
-        tensor.shape = (rows, columns)
+        tensor.shape = self.squeezed((rows, columns))
         return tensor
 
     def buffer(self, name: str, *dims: Dim, dtype: DType) -> Tensor:
@@ -153,7 +159,7 @@ class Trace:
         storage = make_storage(label, tuple(dims), dtype, role, self.slot)
         storage.persistent = True
         self.graph.edges.add_node(storage)
-        return make_tensor(storage, tuple((d,) for d in dims), dtype)
+        return make_tensor(storage, self.squeezed(tuple((d,) for d in dims)), dtype)
 
     # ops -----------------------------------------------------------------------------------------------------------
 
@@ -192,17 +198,29 @@ class Trace:
             self.graph.edges.add_edge(tensor.storage, op, saves=True)
             op.saved_outputs |= tensor.storage in made and tensor.storage not in {t.storage for t in op.inputs}
 
+    def squeezed(self, shape: Shape) -> Shape:
+        """`shape` without the dimensions that are 1: they take no part in what can be viewed and what must be copied.
+
+        So the graph of a batch of one differs from that of larger batches, as it does in torch.
+        """
+        ones = self.dimensions.ones
+        if not any(d in ones for axis in shape for d in axis):
+            return shape
+        return tuple(tuple(d for d in axis if d not in ones) for axis in shape)
+
     def fresh(self, name: str, shape: Shape, dtype: DType, memory: tuple[Dim, ...] | None = None) -> Tensor:
         """A new storage for the output of op `name`, to be handed to `emit`."""
+        shape = self.squeezed(shape)
         label = f"{self.module}.{name}.{len(self.graph.ops) - self._first_op}"
         tensor = make_tensor(make_storage(label, flat(shape), dtype, self._role, self.slot), shape, dtype)
         if memory is not None:
-            tensor.memory = memory
+            (tensor.memory,) = self.squeezed((memory,))
         return tensor
 
     def view(self, source: Tensor, shape: Shape, memory: tuple[Dim, ...] | None = None) -> Tensor:
         """An alias of `source` with another shape, to be handed to `emit`."""
-        return Tensor(source.storage, shape, memory or source.memory, source.dtype, is_view=True, dense=source.dense)
+        shape, (order,) = self.squeezed(shape), self.squeezed((memory or source.memory,))
+        return Tensor(source.storage, shape, order, source.dtype, is_view=True, dense=source.dense)
 
     def drop(self, tensor: Tensor) -> None:
         """A Python reference to `tensor` ends after the op that ran last."""

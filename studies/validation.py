@@ -54,12 +54,42 @@ _DROPOUT_RATES = {
 }
 #: Keys of a case that say how it was run or recorded, or that matter in modes refused below; none changes training.
 _HARMLESS = frozenset(
-    "mode lora device fake timeline layers emulate logits_to_keep_prefill new_tokens model config_override "
-    "config_class config tags id experts".split()
+    [
+        "mode",
+        "lora",
+        "device",
+        "fake",
+        "timeline",
+        "layers",
+        "emulate",
+        "logits_to_keep_prefill",
+        "new_tokens",
+        "model",
+        "config_override",
+        "config_class",
+        "config",
+        "tags",
+        "id",
+        "experts",
+    ]
 )
 _USED = frozenset(
-    "dtype autocast attn sdpa_backend batch seq grad_accum optimizer checkpointing attention_mask keep_outputs clip "
-    "dropout_off zero_grad".split()
+    [
+        "dtype",
+        "autocast",
+        "attn",
+        "sdpa_backend",
+        "batch",
+        "seq",
+        "grad_accum",
+        "optimizer",
+        "checkpointing",
+        "attention_mask",
+        "keep_outputs",
+        "clip",
+        "dropout_off",
+        "zero_grad",
+    ]
 )
 
 

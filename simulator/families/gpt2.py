@@ -133,7 +133,7 @@ def _conv1d(t: Trace, name: str, x: Tensor, out: tuple[Dim, ...]) -> Tensor:
     """`Conv1D` (pytorch_utils.py): a linear layer whose weight is stored ``[in, out]``."""
     with t.call(name, x):
         weight = t.matrix("weight", x.shape[-1], out)
-        return ops.addmm(t, t.parameter("bias", *out), x, weight, out)
+        return ops.addmm(t, t.vector("bias", out), x, weight, out)
 
 
 def _layer_norm(t: Trace, name: str, x: Tensor) -> Tensor:

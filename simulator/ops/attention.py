@@ -11,7 +11,7 @@ from simulator.ops.elementwise import add, autocast, constant, mul_scalar, to
 from simulator.ops.matmul import matmul
 from simulator.ops.shape import clone, narrow, transpose
 from simulator.ops.softmax import softmax
-from simulator.sizes import Dim, round_up
+from simulator.sizes import Dim, product, round_up
 from simulator.trace import Regime, Trace
 
 Gradients = list[Tensor | None]
@@ -143,11 +143,14 @@ def flash_attention_2(t: Trace, query: Tensor, key: Tensor, value: Tensor) -> Te
 def _flash_dims(t: Trace, query: Tensor) -> None:
     """Name the rounded lengths of the backward's workspace."""
     sizes = t.dimensions.bindings
-    dim = query.shape[3][0]
-    assert isinstance(dim, str)
-    block = FLASH_DIM_BLOCKS[sizes[dim] > 128]
+    head_dim = product(query.shape[3], sizes)
+    block = FLASH_DIM_BLOCKS[head_dim > 128]
     t.dim("s_pad128", round_up(sizes["s"], FLASH_QUERY_BLOCK))
-    t.dim(f"{dim}_pad", round_up(sizes[dim], block))
+    t.dim(_padded_name(query), round_up(head_dim, block))
+
+
+def _padded_name(query: Tensor) -> str:
+    return "*".join(map(str, query.shape[3])) + "_pad"
 
 
 def _flash_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients:
@@ -164,9 +167,9 @@ def _flash_2_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradien
 
 def _flash_workspace(engine: Autograd, query: Tensor, heads: Axis, key_heads: Axis) -> None:
     """Inside the kernel: fp32 accumulators, and dk and dv of every query head (flash_api.cpp `mha_bwd`)."""
-    batch, dim = query.shape[0], query.shape[3][0]
+    batch = query.shape[0]
     engine.workspace("softmax_d", (batch, heads, ("s_pad128",)), FP32)
-    engine.workspace("dq_accum", (batch, ("s_pad128",), heads, (f"{dim}_pad",)), FP32)
+    engine.workspace("dq_accum", (batch, ("s_pad128",), heads, (_padded_name(query),)), FP32)
     for name in ("dk_expanded", "dv_expanded") if key_heads != heads else ():
         engine.workspace(name, query.shape, query.dtype)
 

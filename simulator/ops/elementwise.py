@@ -159,7 +159,7 @@ def promote(x: Tensor, y: Tensor) -> DType:
 
 
 def _broadcast(t: Trace, name: str, x: Tensor, y: Tensor) -> Tensor:
-    large = x if len(x.dims) >= len(y.dims) else y
+    large = max(x, y, key=lambda tensor: (len(tensor.dims), len(tensor.shape)))
     return t.fresh(name, large.shape, promote(x, y), large.memory)
 
 

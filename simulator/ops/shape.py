@@ -40,6 +40,7 @@ def _view_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients:
 
 def reshape(t: Trace, x: Tensor, shape: Shape) -> Tensor:
     """``x.reshape(shape)``: a view where the layout allows it, else a copy."""
+    shape = t.squeezed(shape)
     if shape == x.shape:
         return x
     if viewable(x, shape):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 import weakref
 
+from simulator.autograd import is_broadcast
 from simulator.graph import Op, Shape, Storage, Tensor, flat, make_storage, make_tensor
 from simulator.plan import Plan
 from simulator.roles import Role
@@ -161,7 +162,7 @@ class NaiveMicroBatches:
         held = {g.storage for g in rest if g is not None}
         held |= {g.tensor.storage for g in (*done, *incoming) if g is not None}
         for needed, make in (
-            (len(gradient.dims) > len(tensor.dims), lambda g: engine.fresh("sum", tensor.shape, g.dtype)),
+            (is_broadcast(gradient, tensor), lambda g: engine.fresh("sum", tensor.shape, g.dtype)),
             (gradient.dtype != tensor.dtype, lambda g: engine.like("cast", g, tensor.dtype)),
         ):
             if needed:

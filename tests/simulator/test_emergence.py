@@ -16,7 +16,7 @@ H = (*A, *D)
 
 def linear(t, name, x, out):
     with t.call(name, x):
-        return ops.linear(t, x, t.matrix("weight", out, x.shape[-1]), t.parameter("bias", *out), out)
+        return ops.linear(t, x, t.matrix("weight", out, x.shape[-1]), t.vector("bias", out), out)
 
 
 def layer_norm(t, name, x):
