@@ -280,7 +280,7 @@ def language_head(t: Trace, hidden: Tensor, labels: Tensor, spec: ModelSpec, voc
 
 def causal_lm_loss(t: Trace, logits: Tensor, labels: Tensor) -> Tensor:
     """`ForCausalLMLoss` (loss/loss_utils.py): fp32 logits, padded and shifted labels, mean cross-entropy."""
-    with t.call("", logits) as local:
+    with t.call("loss_function", logits) as local:
         logits = local("logits", ops.to(t, logits, FP32))
         longer = t.dim("s+1", t.dimensions.bindings["s"] + 1)
         padded = local("labels", ops.constant(t, "constant_pad_nd.default", labels, shape=(("b",), (longer,))))

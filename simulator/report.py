@@ -12,7 +12,7 @@ from simulator.model import ModelSpec
 from simulator.plan import Plan
 from simulator.program import Node
 from simulator.roles import Phase, Role
-from simulator.timeline import Live, Timeline, live_at, timeline
+from simulator.timeline import Live, Timeline, layer_at, live_at, timeline
 from simulator.workload import Training
 
 
@@ -66,6 +66,12 @@ class Report:
     def parameters(self) -> int:
         """Parameters of the whole model, each tied weight once."""
         return count_parameters(self.plan)
+
+    def layer_of(self, step: StepPeak | None = None) -> int | None:
+        """Index of the layer in which a peak (by default the highest) is; None outside the layers."""
+        step = step or self.peak
+        node = self.program.steady if step.step == "steady" else self.program.cold
+        return layer_at(node, step.location)
 
     def live(self, step: StepPeak | None = None) -> list[Live]:
         """The storages alive at a peak (by default the highest), largest first."""

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from simulator.fold import Location
-from simulator.program import Buffer, Identity, Leaf, Node, Seq, Step, identity
+from simulator.program import Buffer, Identity, Leaf, Node, Reference, Seq, Step, identity
 from simulator.roles import Phase, Role
 from simulator.sizes import Bindings
 
@@ -28,27 +28,42 @@ class Moment:
         return None if self.step.layer is None else self.base + self.step.layer
 
 
-def moments(node: Node, micro_batches: int | None = None) -> Iterator[Moment]:
-    """Every step of `node` in order.
+@attrs.frozen(eq=False)
+class Visit:
+    """One straight run of steps and where it runs."""
+
+    leaf: Leaf
+    base: int
+    iterations: tuple[int, ...]
+
+
+def visits(node: Node, micro_batches: int | None = None) -> Iterator[Visit]:
+    """Every straight run of `node` in order.
 
     Args:
         micro_batches: of repeats over micro-batches, run only the first so many; each leaves behind
             what the one before it left, so nothing else changes.
     """
-    yield from _moments(node, 0, (), micro_batches)
+    yield from _visits(node, 0, (), micro_batches)
 
 
-def _moments(node: Node, base: int, iterations: tuple[int, ...], limit: int | None) -> Iterator[Moment]:
+def _visits(node: Node, base: int, iterations: tuple[int, ...], limit: int | None) -> Iterator[Visit]:
     if isinstance(node, Leaf):
-        for step in node.steps:
-            yield Moment(step, base, iterations)
+        yield Visit(node, base, iterations)
     elif isinstance(node, Seq):
         for part in node.parts:
-            yield from _moments(part, base, iterations, limit)
+            yield from _visits(part, base, iterations, limit)
     else:
         for iteration in range(node.count if limit is None or node.first is not None else min(limit, node.count)):
             start = base if node.first is None else node.first + iteration * node.stride
-            yield from _moments(node.body, start, (*iterations, iteration), limit)
+            yield from _visits(node.body, start, (*iterations, iteration), limit)
+
+
+def moments(node: Node, micro_batches: int | None = None) -> Iterator[Moment]:
+    """Every step of `node` in order; see `visits`."""
+    for visit in visits(node, micro_batches):
+        for step in visit.leaf.steps:
+            yield Moment(step, visit.base, visit.iterations)
 
 
 @attrs.frozen
@@ -66,6 +81,7 @@ class LiveSet:
 
     def __init__(self) -> None:
         self._live: dict[Identity, Buffer] = {}
+        self._nets: dict[Leaf, tuple[list[Reference], list[Reference]]] = {}
 
     def run(self, moment: Moment, *, deaths: bool = True) -> None:
         """Apply one step; without its `deaths`, the state at the step's own peak."""
@@ -77,6 +93,25 @@ class LiveSet:
             name = identity(reference, moment.base)
             assert name in self._live, f"{name} is freed but not live, at {moment.step.name}"
             del self._live[name]
+
+    def skip(self, visit: Visit) -> None:
+        """Apply what a whole straight run leaves behind, without its steps."""
+        born, died = self._net(visit.leaf)
+        for reference in died:
+            del self._live[identity(reference, visit.base)]
+        for reference in born:
+            self._live[identity(reference, visit.base)] = reference.buffer
+
+    def _net(self, leaf: Leaf) -> tuple[list[Reference], list[Reference]]:
+        """References born in `leaf` that survive it, and those that die in it without being born there."""
+        if leaf not in self._nets:
+            born: dict[tuple[str, int | None], Reference] = {}
+            died: list[Reference] = []
+            for step in leaf.steps:
+                born.update((identity(r, 0), r) for r in step.births)
+                died += [r for r in step.deaths if born.pop(identity(r, 0), None) is None]
+            self._nets[leaf] = list(born.values()), died
+        return self._nets[leaf]
 
     def storages(self, bindings: Bindings) -> list[Live]:
         """What is alive, largest first."""
@@ -91,14 +126,32 @@ def live_at(before: list[Node], node: Node, location: Location, bindings: Bindin
     """
     live = LiveSet()
     for earlier in before:
-        for moment in moments(earlier, micro_batches=1):
-            live.run(moment)
-    for moment in moments(node, micro_batches=1):
-        here = moment.step is location.step and moment.iterations == location.iterations
-        live.run(moment, deaths=not here)
-        if here:
-            return live.storages(bindings)
+        for visit in visits(earlier, micro_batches=1):
+            live.skip(visit)
+    for visit in visits(node, micro_batches=1):
+        if _holds(visit, location):
+            return _run_to(live, visit, location).storages(bindings)
+        live.skip(visit)
     raise AssertionError(f"no step {location.step.name} at {location.iterations}")
+
+
+def _holds(visit: Visit, location: Location) -> bool:
+    return visit.iterations == location.iterations and any(step is location.step for step in visit.leaf.steps)
+
+
+def _run_to(live: LiveSet, visit: Visit, location: Location) -> LiveSet:
+    """Run a straight run up to the births of `location`."""
+    for step in visit.leaf.steps:
+        live.run(Moment(step, visit.base, visit.iterations), deaths=step is not location.step)
+        if step is location.step:
+            break
+    return live
+
+
+def layer_at(node: Node, location: Location) -> int | None:
+    """Real index of the layer at `location` in `node`; None outside the layers."""
+    found = next(visit for visit in visits(node, micro_batches=1) if _holds(visit, location))
+    return Moment(location.step, found.base, found.iterations).layer
 
 
 @attrs.frozen(eq=False)

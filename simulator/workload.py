@@ -58,26 +58,70 @@ class Optimizer:
             raise UsageError(f"'amsgrad' belongs to adam and adamw, not to {self.name}; leave it out")
 
 
+ATTENTIONS = ("eager", "sdpa", "flash_attention_2")
+SDPA_BACKENDS = ("auto", "flash", "efficient", "math")
+ATTENTION_MASKS = ("none", "full", "padded")
+ZERO_GRADS = ("none", "zero")
+
+#: Bounds that keep every byte count inside 64 bits and every mistake of a unit visible.
+LARGEST_MICRO_BATCH = 2**20
+LARGEST_SEQ_LEN = 2**24
+LARGEST_ACCUMULATION = 2**20
+
+
 @attrs.frozen(kw_only=True)
 class Training:
-    """One optimizer step of training on one device."""
+    """One optimizer step of training on one device; every field changes memory.
+
+    Raises:
+        UsageError: a field outside its bounds, or a name that no table holds.
+    """
 
     micro_batch: int = 1
     seq_len: int = 1024
     gradient_accumulation: int = 1
     weights: DType = FP32
+    """Element type of parameters, gradients and optimizer state."""
     autocast: DType | None = None
+    """Element type of ``torch.autocast``; it goes with fp32 weights."""
     optimizer: Optimizer = Optimizer()
     attention: str = "sdpa"
+    """transformers' ``attn_implementation``."""
     sdpa_backend: str = "auto"
     attention_mask: str = "none"
     """``none``, ``full`` (given, but nothing is padded) or ``padded``."""
     keep_outputs: bool = False
+    """Whether the caller's frame holds the model's outputs through backward."""
     clip: float | None = None
+    """Largest global norm of the gradients (``clip_grad_norm_``); None does not clip."""
     zero_grad: str = "none"
     """``none`` (``set_to_none=True``) or ``zero``."""
     torch: tuple[int, int] = (2, 13)
+    """Version whose behaviour is simulated."""
     fused_activation_backward: bool = True
     """False for torch builds without CUDA's fused `silu_backward` (fake-tensor runs on CPU builds)."""
     kernel_workspace: bool = True
     """Count what kernels allocate for themselves (flash attention's backward accumulators)."""
+
+    def __attrs_post_init__(self) -> None:
+        _check_count("micro_batch", self.micro_batch, LARGEST_MICRO_BATCH)
+        _check_count("seq_len", self.seq_len, LARGEST_SEQ_LEN)
+        _check_count("gradient_accumulation", self.gradient_accumulation, LARGEST_ACCUMULATION)
+        _check_name("attention", self.attention, ATTENTIONS)
+        _check_name("sdpa_backend", self.sdpa_backend, SDPA_BACKENDS)
+        _check_name("attention_mask", self.attention_mask, ATTENTION_MASKS)
+        _check_name("zero_grad", self.zero_grad, ZERO_GRADS)
+        if self.clip is not None and not 0 < self.clip < float("inf"):
+            raise UsageError(f"'clip' must be a finite number > 0: {self.clip}; leave it out not to clip")
+        if self.autocast is not None and self.weights != FP32:
+            raise UsageError(f"'autocast' goes with fp32 weights, not {self.weights}: choose one of the two")
+
+
+def _check_count(field: str, value: object, largest: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= largest:
+        raise UsageError(f"'{field}' must be a whole number from 1 to {largest}: {value!r}")
+
+
+def _check_name(field: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise unknown_name(field, value, known)

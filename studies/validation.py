@@ -29,7 +29,7 @@ PHASES = {
     Phase.INPUT: "input",
     Phase.LOAD: "build",
 }
-#: The oracle's categories for our roles; what forward makes is `activation` or `fwd_temp` as it outlives forward or not.
+#: The oracle's categories for our roles; what forward makes is its `activation` or `fwd_temp`.
 CATEGORIES = {
     Role.PARAMETER: "param",
     Role.BUFFER: "buffer",
@@ -53,44 +53,10 @@ _DROPOUT_RATES = {
     "Gemma2Config": ("attention_dropout",),
 }
 #: Keys of a case that say how it was run or recorded, or that matter in modes refused below; none changes training.
-_HARMLESS = frozenset(
-    [
-        "mode",
-        "lora",
-        "device",
-        "fake",
-        "timeline",
-        "layers",
-        "emulate",
-        "logits_to_keep_prefill",
-        "new_tokens",
-        "model",
-        "config_override",
-        "config_class",
-        "config",
-        "tags",
-        "id",
-        "experts",
-    ]
-)
-_USED = frozenset(
-    [
-        "dtype",
-        "autocast",
-        "attn",
-        "sdpa_backend",
-        "batch",
-        "seq",
-        "grad_accum",
-        "optimizer",
-        "checkpointing",
-        "attention_mask",
-        "keep_outputs",
-        "clip",
-        "dropout_off",
-        "zero_grad",
-    ]
-)
+_HARMLESS = {"mode", "lora", "device", "fake", "timeline", "layers", "emulate", "logits_to_keep_prefill"}
+_HARMLESS |= {"new_tokens", "model", "config_override", "config_class", "config", "tags", "id", "experts"}
+_USED = {"dtype", "autocast", "attn", "sdpa_backend", "batch", "seq", "grad_accum", "optimizer", "checkpointing"}
+_USED |= {"attention_mask", "keep_outputs", "clip", "dropout_off", "zero_grad"}
 
 
 @attrs.frozen

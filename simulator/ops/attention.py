@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from hardware.dtypes import BF16, BOOL, FP16, FP32, INT64, UINT64
-from hardware.errors import UsageError
 from simulator.autograd import Autograd
 from simulator.graph import Op, Tensor
 from simulator.ops.dropout import dropout
@@ -231,11 +230,3 @@ def _causal_mask(t: Trace, query: Tensor) -> Tensor:
         for name in ("allowed", "forbidden"):
             local(name, constant(t, "scalar_tensor.default", query, shape=()))
         return constant(t, "where.self", lower, dtype=query.dtype)
-
-
-def require_kernel(name: str) -> str:
-    """`name` if it is a kernel of SDPA; `UsageError` otherwise."""
-    kernels = ("auto", "flash", "efficient", "math")
-    if name not in kernels:
-        raise UsageError(f"'sdpa_backend' must be one of {', '.join(kernels)}: {name!r}")
-    return name

@@ -89,7 +89,7 @@ def matmul(t: Trace, x: Tensor, y: Tensor) -> Tensor:
 
 
 def bmm(t: Trace, x: Tensor, y: Tensor) -> Tensor:
-    """``torch.bmm`` of ``[batches, n, m]`` and ``[batches, m, p]``: saves each factor that the other's gradient needs."""
+    """``torch.bmm`` of ``[batches, n, m]`` and ``[batches, m, p]``: saves what the other factor's gradient needs."""
     result = t.fresh("bmm.default", (x.shape[0], x.shape[1], y.shape[2]), x.dtype)
     t.emit("bmm.default", [x, y], [result], saves=_factors(x, y), backward=_bmm_backward)
     return result

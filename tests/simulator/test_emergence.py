@@ -44,7 +44,7 @@ def saved(t) -> list[Storage]:
 
 
 def test_saved_bytes_of_a_megatron_layer():
-    """s b h (34 + 5 a s / h) bytes per layer (arXiv 2205.05198, equation 1), which leaves out the statistics of the norms."""
+    """s b h (34 + 5 a s / h) bytes per layer (arXiv 2205.05198, equation 1; it leaves out the norms' statistics)."""
     t = Trace(Regime(weights=BF16), Dimensions())
     x = t.parameter("x", *S, *B, *H)
     x.shape, x.storage.persistent = (S, B, H), False  # what the layer below hands over

@@ -1,0 +1,49 @@
+"""What vramsim knows by name: model presets and GPUs, as plain data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hardware.gpus import all_gpus
+from simulator.plan import make_plan
+from simulator.presets import preset_names, preset_source
+from simulator.reading import read_model
+from simulator.report import count_parameters
+from simulator.workload import Training
+
+
+def model_rows() -> list[dict[str, Any]]:
+    """One object per preset: `id`, `params`, sizes and source; parameters are counted on the graph."""
+    return [_model_row(name) for name in preset_names()]
+
+
+def _model_row(name: str) -> dict[str, Any]:
+    model = read_model(name)
+    return {
+        "id": name,
+        "params": count_parameters(make_plan(model, Training(attention="eager", seq_len=2))),
+        "family": model.family,
+        "layers": len(model.layers),
+        "hidden": model.hidden,
+        "vocab": model.vocab,
+        "max_positions": model.max_positions,
+        "source": preset_source(name),
+    }
+
+
+def gpu_rows() -> list[dict[str, Any]]:
+    """One object per GPU: `id`, capacity in bytes with its evidence, source and confidence."""
+    return [
+        {
+            "id": gpu.name,
+            "product": gpu.product,
+            "vendor": gpu.vendor,
+            "capacity_low_bytes": gpu.capacity.low,
+            "capacity_high_bytes": gpu.capacity.high,
+            "capacity_basis": gpu.capacity.basis,
+            "capacity_evidence": gpu.capacity.evidence,
+            "source": gpu.source,
+            "confidence": gpu.confidence,
+        }
+        for gpu in all_gpus()
+    ]

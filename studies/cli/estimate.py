@@ -1,0 +1,143 @@
+"""``vramsim estimate``: the peak of one training step, what it is made of, and whether it fits."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from studies.cli.output import Table, show, show_json
+
+if TYPE_CHECKING:
+    from studies.estimate import Estimate
+
+Text = str | None
+Number = int | None
+
+
+def command(
+    model: Annotated[str, typer.Argument(help="Preset name, path to a config.json or its folder, or - for stdin.")],
+    gpus: Annotated[str, typer.Option(help="GPU name (see vramsim gpus) or a capacity such as 24GiB.")],
+    task: Annotated[Text, typer.Option(help="full or pretrain.")] = None,
+    dtype: Annotated[
+        Text, typer.Option(help="fp32, bf16, fp16, amp-bf16 or amp-fp16 (autocast, fp32 weights).")
+    ] = None,
+    optimizer: Annotated[Text, typer.Option(help="NAME[,option=value...], e.g. adamw,implementation=fused.")] = None,
+    micro_batch: Annotated[Number, typer.Option(help="Sequences per forward pass.")] = None,
+    global_batch: Annotated[Number, typer.Option(help="Sequences per optimizer step.")] = None,
+    gradient_accumulation: Annotated[Number, typer.Option(help="Micro-batches per optimizer step.")] = None,
+    seq_len: Annotated[Number, typer.Option(help="Tokens per sequence.")] = None,
+    attention: Annotated[Text, typer.Option(help="eager, sdpa or flash_attention_2.")] = None,
+    sdpa_backend: Annotated[Text, typer.Option(help="auto, flash, efficient or math.")] = None,
+    padding: Annotated[Text, typer.Option(help="Attention mask: none, full (nothing padded) or padded.")] = None,
+    checkpointing: Annotated[Text, typer.Option(help="Activation checkpointing: none or full.")] = None,
+    clip: Annotated[float | None, typer.Option(help="Largest global norm of the gradients.")] = None,
+    zero_grad: Annotated[Text, typer.Option(help="none (set_to_none=True) or zero.")] = None,
+    keep_outputs: Annotated[
+        bool, typer.Option("--keep-outputs", help="The outputs are held through backward.")
+    ] = False,
+    torch: Annotated[Text, typer.Option(help="PyTorch version whose behaviour is simulated.")] = None,
+    min_headroom: Annotated[str, typer.Option(help="Least room to leave, e.g. 5% or 2GiB.")] = "0",
+    plot: Annotated[Text, typer.Option(help="Draw the live-memory timeline to this .png, .svg or .pdf.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Let --plot overwrite a file.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with 5 where something is not modelled.")] = False,
+) -> int:
+    """Estimate the GPU memory of one training step."""
+    from simulator.reading import read_model
+    from studies.estimate import estimate
+    from studies.options import TrainingOptions
+    from studies.plots import check_target
+
+    del strict  # the entry point reads it: it only changes an exit code
+    target = check_target(plot, force=force) if plot is not None else None
+    options = TrainingOptions(
+        task=task,
+        dtype=dtype,
+        optimizer=optimizer,
+        micro_batch=micro_batch,
+        global_batch=global_batch,
+        gradient_accumulation=gradient_accumulation,
+        seq_len=seq_len,
+        attention=attention,
+        sdpa_backend=sdpa_backend,
+        padding=padding,
+        checkpointing=checkpointing,
+        clip=clip,
+        zero_grad=zero_grad,
+        keep_outputs=keep_outputs,
+        torch=torch,
+    )
+    result = estimate(read_model(model), gpus, options, min_headroom)
+    if target is not None:
+        from studies.plots import save_timeline
+
+        save_timeline(result, target)
+    if json:
+        show_json(result.to_json_dict())
+    else:
+        show(tables(result))
+    return result.verdict.exit_code
+
+
+def tables(result: Estimate) -> list[Table]:
+    """The estimate as tables of text."""
+    return [_summary(result), _by_role(result), _by_layer(result), _largest(result), _assumptions(result)]
+
+
+def _summary(result: Estimate) -> Table:
+    from hardware.units import both, gib
+    from studies.estimate import METRIC, METRIC_NOTE
+
+    capacity, report = result.cluster.gpu.capacity, result.report
+    span = both(capacity.low) if capacity.low == capacity.high else f"{gib(capacity.low)} to {gib(capacity.high)}"
+    rows = [
+        ("peak per GPU", f"{both(result.peak.nbytes)} {METRIC}"),
+        ("", METRIC_NOTE),
+        ("capacity", f"{span} ({result.cluster.gpu.name}; {capacity.evidence})"),
+        ("headroom", both(result.headroom)),
+        ("verdict", result.verdict.text),
+        ("where", _where(result)),
+        ("cold step", f"{gib(report.cold.nbytes)}, in {report.cold.phase.value}"),
+        ("steady step", f"{gib(report.steady.nbytes)}, in {report.steady.phase.value}"),
+        ("model", f"{report.model.name}: {report.parameters:,} parameters, {len(report.model.layers)} layers"),
+    ]
+    return Table(f"{report.model.name} on {result.cluster}", rows)
+
+
+def _where(result: Estimate) -> str:
+    peak, layer = result.peak, result.report.layer_of()
+    place = f", layer {layer}" if layer is not None else ""
+    module = f", module {peak.module}" if peak.module else ""
+    return f"{peak.step} step, {peak.phase.value}{place}{module}, op {peak.op}"
+
+
+def _by_role(result: Estimate) -> Table:
+    from hardware.units import gib
+
+    roles = sorted(result.peak.by_role.items(), key=lambda item: -item[1])
+    rows = [(role.value, gib(nbytes), f"{100 * nbytes / result.peak.nbytes:.1f} %") for role, nbytes in roles]
+    return Table("at the peak, by role", rows, right=frozenset({1, 2}))
+
+
+def _by_layer(result: Estimate) -> Table:
+    from hardware.units import mib
+
+    rows = [(g.name, f"{mib(g.nbytes_each)}{' each' if g.count > 1 else ''}") for g in result.layers]
+    return Table("at the peak, by layer", rows, right=frozenset({1}))
+
+
+def _largest(result: Estimate) -> Table:
+    from hardware.units import mib
+
+    rows = []
+    for storage in result.live[:8]:
+        label, layer = storage.identity
+        where = "" if layer is None else f"layer {layer}"
+        buffer = storage.buffer
+        rows.append((label, where, buffer.dtype.name, buffer.role.value, mib(storage.nbytes)))
+    return Table("at the peak, largest storages", rows, right=frozenset({4}))
+
+
+def _assumptions(result: Estimate) -> Table:
+    return Table("assumed, because not given", [(line,) for line in result.assumptions])

@@ -1,0 +1,68 @@
+"""What people see: aligned text, in colour on a terminal, plain everywhere else."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import attrs
+
+
+@attrs.frozen
+class Table:
+    """Rows of text under a title; the columns named in `right` are right-aligned."""
+
+    title: str
+    rows: Sequence[Sequence[str]]
+    header: Sequence[str] = ()
+    right: frozenset[int] = frozenset()
+
+
+def show_json(data: Any) -> None:
+    """JSON on standard output."""
+    print(json.dumps(data, indent=2))
+
+
+def show(tables: Sequence[Table]) -> None:
+    """Tables on standard output: rich ones on a terminal, aligned text elsewhere or with NO_COLOR set."""
+    if sys.stdout.isatty() and not os.environ.get("NO_COLOR"):
+        _show_rich(tables)
+    else:
+        print("\n\n".join(_plain(table) for table in tables))
+
+
+def _plain(table: Table) -> str:
+    rows = [table.header, *table.rows] if table.header else list(table.rows)
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))] if rows else []
+    lines = [table.title] if table.title else []
+    for row in rows:
+        cells = [_aligned(cell, widths[i], right=i in table.right) for i, cell in enumerate(row)]
+        lines.append(("  " + "  ".join(cells)).rstrip())
+    return "\n".join(lines)
+
+
+def _aligned(cell: str, width: int, *, right: bool) -> str:
+    return cell.rjust(width) if right else cell.ljust(width)
+
+
+def _show_rich(tables: Sequence[Table]) -> None:
+    from rich.console import Console
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    console = Console()
+    for index, table in enumerate(tables):
+        if index:
+            console.print()
+        grid = RichTable(
+            title=Text(table.title), title_justify="left", title_style="bold", box=None, show_header=bool(table.header)
+        )
+        for column in range(len((table.header or table.rows[0]) if table.rows or table.header else ())):
+            head = table.header[column] if table.header else ""
+            grid.add_column(Text(head), justify="right" if column in table.right else "left", overflow="fold")
+        for row in table.rows:
+            grid.add_row(*(Text(cell) for cell in row))
+        console.print(grid)

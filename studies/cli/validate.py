@@ -1,0 +1,77 @@
+"""``vramsim validate``: hold the simulator against recordings."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from studies.cli.output import Table, show, show_json
+
+if TYPE_CHECKING:
+    from studies.validation import Validation
+
+BOUND_NOT_MET = 3
+
+app = typer.Typer(rich_markup_mode=None, no_args_is_help=True, help="Compare the simulator with recorded peaks.")
+
+
+@app.callback()
+def validations() -> None:
+    """Compare the simulator with recorded peaks."""
+
+
+@app.command("oracle")
+def oracle(
+    cases: Annotated[str, typer.Option(help="JSON lines, one recorded case each.")],
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    max_mean: Annotated[float | None, typer.Option(help="Fail above this mean absolute error, in percent.")] = None,
+    max_worst: Annotated[float | None, typer.Option(help="Fail above this worst absolute error, in percent.")] = None,
+) -> None:
+    """Simulate every case of a file and compare the peaks of the cold and the steady step."""
+    from studies.validation import validate_oracle
+
+    validation = validate_oracle(cases)
+    if json:
+        show_json(validation.to_json_dict())
+    else:
+        show(_tables(validation))
+    exceeded = [*_exceeded(validation, "mean", max_mean), *_exceeded(validation, "worst", max_worst)]
+    for line in exceeded:
+        print(f"error: {line}", file=sys.stderr)
+    if exceeded:
+        raise typer.Exit(BOUND_NOT_MET)
+
+
+def _exceeded(validation: Validation, which: str, bound: float | None) -> list[str]:
+    found: float | None = getattr(validation.summary, f"{which}_abs_error_pct")
+    if bound is None:
+        return []
+    if found is None:
+        return [f"'max-{which}' {bound:g} cannot be met: no case was compared"]
+    return [f"'max-{which}' must be at least the {which} error of {found:.4f} %: {bound:g}"] if found > bound else []
+
+
+def _tables(validation: Validation) -> list[Table]:
+    rows = [
+        (row.name, _bytes(row.expected_bytes), _bytes(row.simulated_bytes), _percent(row.error_pct), row.reason or "")
+        for row in validation.rows
+    ]
+    summary = validation.summary
+    totals = [
+        ("compared", str(summary.n)),
+        ("unsupported", str(summary.unsupported)),
+        ("mean absolute error", _percent(summary.mean_abs_error_pct)),
+        ("worst absolute error", _percent(summary.worst_abs_error_pct)),
+    ]
+    header = ("case", "expected bytes", "simulated bytes", "error", "why not compared")
+    return [Table("cases", rows, header, frozenset({1, 2, 3})), Table("summary", totals)]
+
+
+def _bytes(nbytes: int | None) -> str:
+    return "-" if nbytes is None else f"{nbytes:,}"
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:+.4f} %"

@@ -1,0 +1,187 @@
+"""The question of ``vramsim estimate``: does this training step fit on this GPU, and what fills it?"""
+
+from __future__ import annotations
+
+import enum
+from functools import cached_property
+from typing import Any
+
+import attrs
+
+from hardware.cluster import Cluster, parse_cluster
+from hardware.errors import UnsupportedError
+from simulator.api import simulate
+from simulator.model import ModelSpec
+from simulator.report import Report, StepPeak
+from simulator.timeline import Live
+from studies.options import Resolved, TrainingOptions, parse_headroom, resolve
+
+SCHEMA_VERSION = 1
+METRIC = "allocated"
+METRIC_NOTE = (
+    "live tensors, each rounded up to 512 B; the CUDA context, library workspaces and fragmentation come on top"
+)
+
+
+class Verdict(enum.Enum):
+    """What the peak means for the GPU, with its exit code."""
+
+    FITS = ("fits", 0)
+    DOES_NOT_FIT = ("does not fit", 3)
+    TOO_LITTLE_HEADROOM = ("fits, but with less headroom than asked for", 4)
+    UNCERTAIN = ("fits only if the capacity is at the high end of its sources", 4)
+
+    def __init__(self, text: str, exit_code: int) -> None:
+        self.text = text
+        self.exit_code = exit_code
+
+
+@attrs.frozen
+class LayerGroup:
+    """Bytes at the peak of some consecutive layers that hold the same each; `first` None: outside the layers."""
+
+    first: int | None
+    last: int | None
+    nbytes_each: int
+
+    @property
+    def name(self) -> str:
+        """``layer 3``, ``layers 0-30`` or ``outside the layers``."""
+        if self.first is None:
+            return "outside the layers"
+        return f"layer {self.first}" if self.first == self.last else f"layers {self.first}-{self.last}"
+
+    @property
+    def count(self) -> int:
+        """How many layers."""
+        return 1 if self.first is None or self.last is None else self.last - self.first + 1
+
+
+class Estimate:
+    """A report held against a GPU."""
+
+    def __init__(self, report: Report, cluster: Cluster, min_headroom: int, assumptions: tuple[str, ...]) -> None:
+        self.report = report
+        self.cluster = cluster
+        self.min_headroom = min_headroom
+        self.assumptions = assumptions
+
+    @property
+    def peak(self) -> StepPeak:
+        """The higher of the two steps' peaks."""
+        return self.report.peak
+
+    @property
+    def headroom(self) -> int:
+        """Bytes left at the peak on a card at the low end of the capacity's range; negative when it does not fit."""
+        return self.cluster.gpu.capacity.low - self.peak.nbytes
+
+    @property
+    def verdict(self) -> Verdict:
+        """Whether it fits."""
+        capacity = self.cluster.gpu.capacity
+        if self.peak.nbytes > capacity.high:
+            return Verdict.DOES_NOT_FIT
+        if self.headroom < 0:
+            return Verdict.UNCERTAIN
+        return Verdict.TOO_LITTLE_HEADROOM if self.headroom < self.min_headroom else Verdict.FITS
+
+    @cached_property
+    def live(self) -> list[Live]:
+        """Storages alive at the peak, largest first."""
+        return self.report.live()
+
+    @cached_property
+    def layers(self) -> list[LayerGroup]:
+        """Bytes at the peak by layer, equal neighbours together; what belongs to no layer comes first."""
+        by_layer: dict[int | None, int] = {}
+        for storage in self.live:
+            layer = storage.identity[1]
+            by_layer[layer] = by_layer.get(layer, 0) + storage.nbytes
+        groups = [LayerGroup(None, None, by_layer.pop(None, 0))]
+        for layer in sorted(by_layer, key=lambda index: index or 0):
+            groups = _with_layer(groups, layer, by_layer[layer])
+        return groups
+
+    def to_json_dict(self) -> dict[str, Any]:
+        """The estimate as plain data; byte counts are ints and say so in their names."""
+        capacity = self.cluster.gpu.capacity
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "model": _model_dict(self.report),
+            "gpu": {
+                "name": self.cluster.gpu.name,
+                "capacity_low_bytes": capacity.low,
+                "capacity_high_bytes": capacity.high,
+                "capacity_basis": capacity.basis,
+                "capacity_evidence": capacity.evidence,
+            },
+            "metric": METRIC,
+            "metric_note": METRIC_NOTE,
+            "peak_bytes": self.peak.nbytes,
+            "peak": _step_dict(self.peak, self.report),
+            "cold": _step_dict(self.report.cold, self.report),
+            "steady": _step_dict(self.report.steady, self.report),
+            "headroom_bytes": self.headroom,
+            "min_headroom_bytes": self.min_headroom,
+            "fits": self.verdict in (Verdict.FITS, Verdict.TOO_LITTLE_HEADROOM),
+            "verdict": self.verdict.text,
+            "by_layer": [{"layers": g.name, "count": g.count, "each_bytes": g.nbytes_each} for g in self.layers],
+            "largest": [_live_dict(storage) for storage in self.live[:10]],
+            "strategies": list(self.report.plan.applied),
+            "assumptions": list(self.assumptions),
+        }
+
+
+def estimate(model: ModelSpec, gpus: str, options: TrainingOptions, min_headroom: str = "0") -> Estimate:
+    """Simulate `model` under `options` and hold the peak against `gpus`.
+
+    Raises:
+        UsageError: an option that is wrong, in one line.
+        UnsupportedError: one that is not modelled, several GPUs among them.
+    """
+    cluster = parse_cluster(gpus)
+    if cluster.count > 1:
+        raise UnsupportedError(f"'gpus' must be one device so far: {gpus}; strategies for several are not modelled yet")
+    resolved: Resolved = resolve(options, model)
+    headroom = parse_headroom(min_headroom, cluster.gpu.capacity.low)
+    report = simulate(model, resolved.training, resolved.strategies)
+    return Estimate(report, cluster, headroom, resolved.assumptions)
+
+
+def _with_layer(groups: list[LayerGroup], layer: int | None, nbytes: int) -> list[LayerGroup]:
+    last = groups[-1]
+    if last.first is not None and layer is not None and last.nbytes_each == nbytes and last.last == layer - 1:
+        return [*groups[:-1], attrs.evolve(last, last=layer)]
+    return [*groups, LayerGroup(layer, layer, nbytes)]
+
+
+def _model_dict(report: Report) -> dict[str, Any]:
+    model = report.model
+    sizes = {"layers": len(model.layers), "hidden": model.hidden, "vocab": model.vocab}
+    return {"id": model.name, "family": model.family, "params": report.parameters, **sizes}
+
+
+def _step_dict(step: StepPeak, report: Report) -> dict[str, Any]:
+    return {
+        "step": step.step,
+        "peak_bytes": step.nbytes,
+        "phase": step.phase.value,
+        "layer": report.layer_of(step),
+        "module": step.module,
+        "op": step.op,
+        "by_role_bytes": {role.value: nbytes for role, nbytes in step.by_role.items()},
+        "start_bytes": step.start_bytes,
+        "end_bytes": step.end_bytes,
+    }
+
+
+def _live_dict(storage: Live) -> dict[str, Any]:
+    label, layer = storage.identity
+    return {
+        "name": label,
+        "layer": layer,
+        "dtype": storage.buffer.dtype.name,
+        "role": storage.buffer.role.value,
+        "allocated_bytes": storage.nbytes,
+    }

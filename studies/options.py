@@ -1,0 +1,215 @@
+"""From the words of the command line to a workload; the same names serve sweeps and config files."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import attrs
+
+from hardware.dtypes import BF16, FP16, FP32, DType
+from hardware.errors import UnsupportedError, UsageError, unknown_name
+from hardware.units import parse
+from simulator.model import ModelSpec
+from simulator.plan import Strategy
+from simulator.workload import Optimizer, Training
+from strategies.checkpointing import FullCheckpointing
+
+#: ``--dtype``: element types of the weights and of autocast.
+DTYPES: dict[str, tuple[DType, DType | None]] = {
+    "fp32": (FP32, None),
+    "bf16": (BF16, None),
+    "fp16": (FP16, None),
+    "amp-bf16": (FP32, BF16),
+    "amp-fp16": (FP32, FP16),
+}
+#: ``--task``: both train every parameter; they differ in data, not in memory.
+TASKS = ("full", "pretrain")
+CHECKPOINTING = ("none", "full")
+#: transformers refuses ``sdpa`` for a model with soft-capped scores.
+_DEFAULT_ATTENTION = {"gemma2": "eager"}
+
+
+@attrs.frozen(kw_only=True)
+class TrainingOptions:
+    """The options of ``vramsim estimate`` as they are typed; None is what the user left out."""
+
+    task: str | None = None
+    dtype: str | None = None
+    optimizer: str | None = None
+    micro_batch: int | None = None
+    global_batch: int | None = None
+    gradient_accumulation: int | None = None
+    seq_len: int | None = None
+    attention: str | None = None
+    sdpa_backend: str | None = None
+    padding: str | None = None
+    checkpointing: str | None = None
+    clip: float | None = None
+    zero_grad: str | None = None
+    keep_outputs: bool = False
+    torch: str | None = None
+
+
+@attrs.frozen
+class Resolved:
+    """The workload and strategies that options stand for, and what was assumed for those left out."""
+
+    training: Training
+    strategies: tuple[Strategy, ...]
+    assumptions: tuple[str, ...]
+
+
+def resolve(options: TrainingOptions, model: ModelSpec) -> Resolved:
+    """The workload of `options` for `model`.
+
+    Raises:
+        UsageError: an option that is wrong or that clashes with another, in one line.
+        UnsupportedError: one that is not modelled.
+    """
+    chosen = _Chosen(options, model)
+    _check_task(chosen["task"])
+    weights, autocast = _look_up("dtype", chosen["dtype"], DTYPES)
+    training = Training(
+        micro_batch=chosen["micro_batch"],
+        seq_len=_sequence(chosen["seq_len"], model),
+        gradient_accumulation=_accumulation(options, chosen),
+        weights=weights,
+        autocast=autocast,
+        optimizer=parse_optimizer(chosen["optimizer"]),
+        attention=chosen["attention"],
+        sdpa_backend=chosen["sdpa_backend"],
+        attention_mask=chosen["padding"],
+        keep_outputs=options.keep_outputs,
+        clip=options.clip,
+        zero_grad=chosen["zero_grad"],
+        torch=_version(chosen["torch"]),
+    )
+    return Resolved(training, _strategies(chosen["checkpointing"]), (*chosen.assumed(training), *model.assumptions))
+
+
+class _Chosen:
+    """Options with defaults filled in, remembering which were."""
+
+    def __init__(self, options: TrainingOptions, model: ModelSpec) -> None:
+        self._options = options
+        self._defaults: dict[str, Any] = {
+            "task": "full",
+            "dtype": "fp32",
+            "optimizer": "adamw",
+            "micro_batch": 1,
+            "seq_len": min(1024, model.max_positions),
+            "attention": _DEFAULT_ATTENTION.get(model.family, "sdpa"),
+            "sdpa_backend": "auto",
+            "padding": "none",
+            "checkpointing": "none",
+            "zero_grad": "none",
+            "torch": "2.13",
+        }
+
+    def __getitem__(self, name: str) -> Any:
+        given = getattr(self._options, name)
+        return self._defaults[name] if given is None else given
+
+    def assumed(self, training: Training) -> list[str]:
+        left_out = [name for name in self._defaults if getattr(self._options, name) is None]
+        lines = [f"--{name.replace('_', '-')} {self._defaults[name]}" for name in left_out]
+        if self._options.global_batch is None and self._options.gradient_accumulation is None:
+            lines.append("--gradient-accumulation 1")
+        if self._options.clip is None:
+            lines.append("gradients are not clipped (--clip)")
+        if not self._options.keep_outputs:
+            lines.append("the model's outputs are dropped before backward (--keep-outputs holds them)")
+        lines.append(f"optimizer implementation {training.optimizer.implementation}" + _decay(training.optimizer))
+        return lines
+
+
+def _decay(optimizer: Optimizer) -> str:
+    return f", weight decay {optimizer.weight_decay:g}"
+
+
+def _look_up(field: str, name: str, table: dict[str, Any]) -> Any:
+    if name not in table:
+        raise unknown_name(field, name, table)
+    return table[name]
+
+
+def _check_task(task: str) -> None:
+    if task in ("lora", "qlora"):
+        raise UnsupportedError(f"'task' {task} is not modelled yet; modelled: {', '.join(TASKS)}")
+    if task not in TASKS:
+        raise unknown_name("task", task, TASKS)
+
+
+def _sequence(length: int, model: ModelSpec) -> int:
+    """Learned positions end where their table ends; rotary ones only get worse."""
+    if model.family == "gpt2" and length > model.max_positions:
+        raise UsageError(f"'seq-len' must be at most the model's {model.max_positions} positions: {length}; shorten it")
+    return length
+
+
+def _accumulation(options: TrainingOptions, chosen: _Chosen) -> int:
+    if options.global_batch is None:
+        return 1 if options.gradient_accumulation is None else options.gradient_accumulation
+    if options.gradient_accumulation is not None:
+        raise UsageError("'global-batch' and 'gradient-accumulation' say the same thing: give one of the two")
+    micro_batch: int = chosen["micro_batch"]
+    if options.global_batch < 1 or micro_batch < 1 or options.global_batch % micro_batch:
+        raise UsageError(
+            f"'global-batch' must be a multiple of 'micro-batch' {micro_batch} on one device: {options.global_batch}"
+        )
+    return options.global_batch // micro_batch
+
+
+def _version(text: str) -> tuple[int, int]:
+    parts = text.split(".")
+    if len(parts) < 2 or not all(part.isdigit() for part in parts[:2]):
+        raise UsageError(f"'torch' must be a version such as 2.13: {text!r}")
+    version = int(parts[0]), int(parts[1])
+    if not (2, 1) <= version <= (2, 99):
+        raise UsageError(f"'torch' must be 2.1 or newer: {text!r}")
+    return version
+
+
+def _strategies(checkpointing: str) -> tuple[Strategy, ...]:
+    if checkpointing not in CHECKPOINTING:
+        raise unknown_name("checkpointing", checkpointing, CHECKPOINTING)
+    return (FullCheckpointing(),) if checkpointing == "full" else ()
+
+
+def parse_optimizer(text: str) -> Optimizer:
+    """``NAME[,option=value...]``, for instance ``adamw,implementation=fused`` or ``sgd,momentum=0.9``."""
+    name, *settings = text.split(",")
+    values: dict[str, Any] = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise UsageError(f"'optimizer' options are written name=value: {setting!r}")
+        values[key] = _typed(key, value)
+    return Optimizer(name=name, **values)
+
+
+def _typed(key: str, value: str) -> Any:
+    types = {"implementation": str, "momentum": float, "weight_decay": float, "nesterov": bool, "amsgrad": bool}
+    if key not in types:
+        raise unknown_name("optimizer option", key, types)
+    if types[key] is bool:
+        if value not in ("true", "false"):
+            raise UsageError(f"'{key}' must be true or false: {value!r}")
+        return value == "true"
+    try:
+        return types[key](value)
+    except ValueError:
+        raise UsageError(f"'{key}' must be a number: {value!r}") from None
+
+
+def parse_headroom(text: str, capacity: int) -> int:
+    """Bytes of ``--min-headroom``: a share of the capacity (``5%``) or an amount (``2GiB``)."""
+    if not text.endswith("%"):
+        return 0 if text == "0" else parse("min-headroom", text)
+    try:
+        share = float(text[:-1])
+    except ValueError:
+        share = -1.0
+    if not 0 <= share < 100:
+        raise UsageError(f"'min-headroom' must be a percentage from 0% to below 100%, or bytes such as 2GiB: {text!r}")
+    return int(capacity * share / 100)

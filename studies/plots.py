@@ -1,0 +1,212 @@
+"""The live-memory timeline of a cold and a steady step: numbers first, then a drawing of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import attrs
+import numpy as np
+import numpy.typing as npt
+
+from hardware.errors import UsageError
+from hardware.units import GIB, gib
+from simulator.roles import Phase, Role
+from simulator.timeline import Timeline
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from studies.estimate import Estimate
+
+FORMATS = (".png", ".svg", ".pdf")
+#: Steps drawn at most; between them the highest one is kept, so that no peak is lost.
+MOST_POINTS = 4000
+#: A role that never holds this share of the peak is drawn but not named in the legend.
+VISIBLE = 0.002
+
+#: Bottom to top: what is always there first. Colours: Okabe and Ito's palette (jfly.uni-koeln.de/color) and tints of it.
+COLOURS = {
+    Role.BUFFER: "#999999",
+    Role.PARAMETER: "#0072B2",
+    Role.OPTIMIZER_STATE: "#56B4E9",
+    Role.GRADIENT: "#009E73",
+    Role.WEIGHT_CAST: "#9AD3BF",
+    Role.INPUT: "#5B5B5B",
+    Role.ACTIVATION: "#E69F00",
+    Role.RECOMPUTE: "#F3CF80",
+    Role.LOSS_HEAD: "#D55E00",
+    Role.BACKWARD: "#CC79A7",
+    Role.WORKSPACE: "#7F3C5F",
+    Role.OPTIMIZER: "#F0E442",
+}
+
+
+@attrs.frozen(eq=False)
+class TimelineInfo:
+    """Everything the drawing shows, in bytes.
+
+    Attributes:
+        title: model, regime and GPU.
+        series: live bytes of each role that occurs, in the order they are stacked.
+        total: their sum.
+        spans: the parts of the step axis: step name, phase, first and last index.
+        peak: index and bytes of the highest point.
+        capacity: low and high end of the GPU's capacity.
+    """
+
+    title: str
+    series: dict[Role, npt.NDArray[np.int64]]
+    total: npt.NDArray[np.int64]
+    spans: list[tuple[str, Phase, int, int]]
+    peak: tuple[int, int]
+    capacity: tuple[int, int]
+
+
+def timeline_info(result: Estimate) -> TimelineInfo:
+    """The numbers of the timeline plot."""
+    timeline = result.report.timeline()
+    first = timeline.marks["cold"]
+    kept = first + _kept(timeline.total[first:])
+    nbytes = timeline.nbytes[kept]
+    series = {role: nbytes[:, timeline.roles.index(role)] for role in COLOURS}
+    total = timeline.total[kept]
+    peak = int(np.argmax(total))
+    return TimelineInfo(
+        title=_title(result),
+        series={role: values for role, values in series.items() if values.any()},
+        total=total,
+        spans=_spans(timeline, kept),
+        peak=(peak, int(total[peak])),
+        capacity=(result.cluster.gpu.capacity.low, result.cluster.gpu.capacity.high),
+    )
+
+
+def _kept(total: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Indices to draw: of every run of steps, its highest."""
+    if len(total) <= MOST_POINTS:
+        return np.arange(len(total))
+    edges = np.linspace(0, len(total), MOST_POINTS + 1).astype(np.int64)
+    return np.array([a + int(np.argmax(total[a:b])) for a, b in zip(edges[:-1], edges[1:], strict=True)])
+
+
+def _spans(timeline: Timeline, kept: npt.NDArray[np.int64]) -> list[tuple[str, Phase, int, int]]:
+    """Runs of the same step and phase; recomputation is part of backward, and inputs of forward."""
+    drawn = {Phase.RECOMPUTE: Phase.BACKWARD, Phase.INPUT: Phase.FORWARD}
+    steady = timeline.marks["steady"]
+    spans: list[tuple[str, Phase, int, int]] = []
+    for index, step in enumerate(kept.tolist()):
+        phase = drawn.get(timeline.phases[step], timeline.phases[step])
+        name = "steady" if step >= steady else "cold"
+        if spans and spans[-1][:2] == (name, phase):
+            spans[-1] = (name, phase, spans[-1][2], index)
+        else:
+            spans.append((name, phase, index, index))
+    return spans
+
+
+def _title(result: Estimate) -> str:
+    training = result.report.training
+    regime = f"autocast {training.autocast}" if training.autocast else str(training.weights)
+    batch = f"batch {training.micro_batch} x {training.seq_len}"
+    accumulation = training.gradient_accumulation
+    more = f" x {accumulation} micro-batches" if accumulation > 1 else ""
+    strategies = "".join(f", {name.replace('_', ' ')}" for name in result.report.plan.applied)
+    optimizer = f"{training.optimizer.name} ({training.optimizer.implementation})"
+    return f"{result.report.model.name} on {result.cluster}\n{regime}, {batch}{more}, {optimizer}{strategies}"
+
+
+def plot_timeline(info: TimelineInfo, ax: Axes) -> Axes:
+    """Draw `info` on `ax`: stacked areas by role, phases, the peak and the capacity; returns `ax`."""
+    steps = np.arange(len(info.total))
+    stack = [values / GIB for values in info.series.values()]
+    labels = [role.value if values.max() >= VISIBLE * info.peak[1] else "_" for role, values in info.series.items()]
+    ax.stackplot(steps, *stack, labels=labels, colors=[COLOURS[role] for role in info.series], step="post", linewidth=0)
+    _limits(info, ax)
+    _draw_capacity(info, ax)
+    _draw_phases(info, ax)
+    _draw_peak(info, ax)
+    ax.set_xlabel("ops in execution order")
+    ax.set_ylabel("allocated memory (GiB)")
+    ax.set_title(info.title, loc="left", fontsize=11)
+    handles, names = ax.get_legend_handles_labels()
+    ax.legend(handles[::-1], names[::-1], loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False)
+    ax.spines[["top", "right"]].set_visible(False)
+    return ax
+
+
+def _limits(info: TimelineInfo, ax: Axes) -> None:
+    """Show the capacity unless that would flatten the areas."""
+    top = info.peak[1]
+    if info.capacity[0] < 1.6 * top:
+        top = max(top, info.capacity[1])
+    ax.set_xlim(0, max(len(info.total) - 1, 1))
+    ax.set_ylim(0, top / GIB * 1.16)
+
+
+def _draw_capacity(info: TimelineInfo, ax: Axes) -> None:
+    low, high = info.capacity
+    inside = low / GIB <= ax.get_ylim()[1]
+    text = f"capacity {gib(low)}" if low == high else f"capacity {gib(low)} to {gib(high)}"
+    if inside:
+        ax.axhspan(low / GIB, max(high / GIB, low / GIB), color="black", alpha=0.15, linewidth=0)
+        ax.axhline(low / GIB, color="black", linewidth=1, linestyle="--")
+        ax.text(0.995 * len(info.total), low / GIB, text, ha="right", va="bottom", fontsize=8)
+    else:
+        ax.annotate(f"{text} (above)", (0.995, 0.985), xycoords="axes fraction", ha="right", va="top", fontsize=8)
+
+
+def _draw_phases(info: TimelineInfo, ax: Axes) -> None:
+    """A line where a phase begins, its name below the axis where there is room, the step's name above."""
+    width = len(info.total)
+    for index, (name, phase, first, last) in enumerate(info.spans):
+        starts_step = index == 0 or info.spans[index - 1][0] != name
+        ax.axvline(first, color="black", linewidth=1.2 if starts_step else 0.5, alpha=0.8 if starts_step else 0.35)
+        if starts_step:
+            ax.annotate(
+                f"{name} step", (first, 1.0), (4, -4), xycoords=("data", "axes fraction"),
+                textcoords="offset points", va="top", fontsize=9, fontweight="bold",
+            )  # fmt: skip
+        if last - first > 0.045 * width:
+            ax.annotate(
+                phase.value, ((first + last) / 2, 0.945), xycoords=("data", "axes fraction"),
+                ha="center", va="top", fontsize=8, color="#333333",
+            )  # fmt: skip
+
+
+def _draw_peak(info: TimelineInfo, ax: Axes) -> None:
+    index, nbytes = info.peak
+    right = index > 0.6 * len(info.total)
+    ax.plot([index], [nbytes / GIB], marker="o", markersize=4, color="black")
+    ax.annotate(
+        f"peak {gib(nbytes)}", (index, nbytes / GIB), (-6 if right else 6, 6), textcoords="offset points",
+        ha="right" if right else "left", va="bottom", fontsize=9, fontweight="bold",
+    )  # fmt: skip
+
+
+def check_target(path: str, *, force: bool) -> Path:
+    """The file to draw to, checked before anything is simulated.
+
+    Raises:
+        UsageError: a format that is not drawn, a folder that is not there, or a file that would be overwritten.
+    """
+    target = Path(path)
+    if target.suffix.lower() not in FORMATS:
+        raise UsageError(f"'plot' must end in {', '.join(FORMATS)}: {path!r}")
+    if target.is_dir() or not target.parent.is_dir():
+        raise UsageError(f"'plot' must be a file in a folder that exists: {path!r}")
+    if target.exists() and not force:
+        raise UsageError(f"'plot' would overwrite {path!r}: choose another name or add --force")
+    return target
+
+
+def save_timeline(result: Estimate, target: Path) -> None:
+    """Draw the timeline of an estimate to a file."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 5.5), layout="constrained")
+    plot_timeline(timeline_info(result), figure.add_subplot())
+    try:
+        figure.savefig(target, dpi=150)
+    except OSError as error:
+        raise UsageError(f"'plot' cannot be written: {target} ({error.strerror})") from None
