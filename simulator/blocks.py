@@ -194,6 +194,10 @@ def causal_mask(t: Trace, like: Tensor) -> Tensor | None:
     square = (("s",), ("s",))
     full = (("b",), *square)
     with t.call("") as local:
+        for name, shape in (("batch", (("b",),)), ("head", ())):
+            local(name, ops.constant(t, "arange.default", like, dtype=INT64, shape=shape))
+        for name in ("query", "key"):
+            local(name, positions(t, like))
         allowed = local("allowed", ops.constant(t, "le.Tensor", like, dtype=BOOL, shape=square))
         if padded:
             causal = local("causal", ops.constant(t, "bitwise_and.Tensor", allowed))

@@ -18,7 +18,8 @@ import attrs
 import numpy as np
 import numpy.typing as npt
 
-from simulator.program import Buffer, Leaf, Node, Repeat, Seq, Step
+from simulator.graph import Storage
+from simulator.program import Leaf, Node, Repeat, Seq, Step
 from simulator.roles import Role
 from simulator.sizes import Bindings, Size, Value
 
@@ -103,7 +104,7 @@ class Folder:
 
     def __init__(self) -> None:
         self._index: dict[Column, int] = {}
-        self._columns: dict[Buffer, int] = {}
+        self._columns: dict[Storage, int] = {}
         self._rows: dict[Node, _Rows] = {}
 
     def fold(self, node: Node) -> Folded:
@@ -125,19 +126,19 @@ class Folder:
         return _repeat(self._fold(node.body), node.count)
 
     def _fold_leaf(self, leaf: Leaf) -> _Rows:
-        births = [[self._column(r.buffer) for r in step.births] for step in leaf.steps]
-        deaths = [[self._column(r.buffer) for r in step.deaths] for step in leaf.steps]
+        births = [[self._column(r.storage) for r in step.births] for step in leaf.steps]
+        deaths = [[self._column(r.storage) for r in step.deaths] for step in leaf.steps]
         width = len(self._index)
         born, died = _counts(births, width), _counts(deaths, width)
         after = np.cumsum(born - died, axis=0)
         kept = _local_peaks(births, deaths)
         return _Rows(after[-1], (after + died)[kept], lambda index: Location(leaf.steps[kept[index]]))
 
-    def _column(self, buffer: Buffer) -> int:
-        column = self._columns.get(buffer)
+    def _column(self, storage: Storage) -> int:
+        column = self._columns.get(storage)
         if column is None:
-            column = self._index.setdefault((buffer.role, buffer.size), len(self._index))
-            self._columns[buffer] = column
+            column = self._index.setdefault((storage.role, storage.size), len(self._index))
+            self._columns[storage] = column
         return column
 
 

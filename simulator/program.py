@@ -2,33 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import attrs
 
-from hardware.dtypes import DType
 from simulator.graph import Storage
 from simulator.layout import Layout, Place
 from simulator.recorder import Step as RecordedStep
-from simulator.roles import Phase, Role
-from simulator.sizes import Size
-
-
-@attrs.frozen(eq=False)
-class Buffer:
-    """A storage as the program names it: the same label in every layer of a pattern."""
-
-    label: str
-    size: Size
-    dtype: DType
-    role: Role
+from simulator.roles import Phase
 
 
 @attrs.frozen(eq=False)
 class Reference:
-    """A buffer of one layer; `layer` counts from the turn's first layer inside a repeat, from 0 outside."""
+    """A storage of one layer; `layer` counts from the turn's first layer inside a repeat, from 0 outside."""
 
-    buffer: Buffer
+    storage: Storage
     layer: int | None
 
 
@@ -74,54 +62,9 @@ Node = Leaf | Seq | Repeat
 Identity = tuple[str, int | None]
 
 
-@attrs.frozen
-class Event:
-    """One allocation or free of the unrolled program."""
-
-    step: Step
-    layer: int | None
-    """Real index of the layer the step runs in."""
-    allocates: bool
-    buffer: Buffer
-    identity: Identity
-
-
-def unroll(node: Node, base: int = 0) -> Iterator[Event]:
-    """Every event in order; `base` is added to the layer index of references."""
-    if isinstance(node, Leaf):
-        yield from _leaf_events(node, base)
-    elif isinstance(node, Seq):
-        for part in node.parts:
-            yield from unroll(part, base)
-    else:
-        for iteration in range(node.count):
-            yield from unroll(node.body, base if node.first is None else node.first + iteration * node.stride)
-
-
-def _leaf_events(leaf: Leaf, base: int) -> Iterator[Event]:
-    for step in leaf.steps:
-        layer = None if step.layer is None else base + step.layer
-        for allocates, references in ((True, step.births), (False, step.deaths)):
-            for reference in references:
-                yield Event(step, layer, allocates, reference.buffer, identity(reference, base))
-
-
 def identity(reference: Reference, base: int) -> Identity:
     """The one name of a storage in the unrolled program."""
-    return reference.buffer.label, None if reference.layer is None else base + reference.layer
-
-
-def checked(events: Iterator[Event]) -> Iterator[Event]:
-    """The same events, with the invariant that nothing is allocated or freed twice."""
-    live: set[Identity] = set()
-    for event in events:
-        if event.allocates:
-            assert event.identity not in live, f"{event.identity} is allocated twice, at {event.step.name}"
-            live.add(event.identity)
-        else:
-            assert event.identity in live, f"{event.identity} is freed but not live, at {event.step.name}"
-            live.remove(event.identity)
-        yield event
+    return reference.storage.label, None if reference.layer is None else base + reference.layer
 
 
 # from recorded steps to a tree ---------------------------------------------------------------------------------------
@@ -132,8 +75,6 @@ class TreeBuilder:
 
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
-        self._buffers: dict[Storage, Buffer] = {}
-        self._references: dict[tuple[Storage, int | None], Reference] = {}
 
     def tree(self, steps: Sequence[RecordedStep]) -> Node:
         """Consecutive steps of one turn of a pattern become a `Repeat`, the others a `Leaf`.
@@ -167,10 +108,11 @@ class TreeBuilder:
         ]
 
     def _part(self, steps: Sequence[RecordedStep], place: Place | None) -> Node:
-        leaf = Leaf(tuple(self._step(step, place) for step in steps))
         if place is None:
-            return leaf
+            return Leaf(tuple(Step(s.name, s.phase, s.module, None, *self._outside(s)) for s in steps))
         period = place.run.period
+        first = place.run.first_slot + place.turn * period
+        leaf = Leaf(tuple(_inside(step, first, period) for step in steps))
         if not _descends(steps):
             return Repeat(place.repeats, leaf, place.base, period)
         return Repeat(place.repeats, leaf, place.base + (place.repeats - 1) * period, -period)
@@ -178,42 +120,28 @@ class TreeBuilder:
     def _place(self, slot: int | None) -> Place | None:
         return None if slot is None else self._layout.places[slot]
 
-    def _step(self, step: RecordedStep, place: Place | None) -> Step:
-        offset = None if place is None or step.slot is None else self._layout.places[step.slot].offset
-        births = tuple(self._reference(s, place) for s in step.births)
-        deaths = tuple(self._reference(s, place) for s in step.deaths)
-        return Step(step.name, step.phase, step.module, offset, births, deaths)
+    def _outside(self, step: RecordedStep) -> tuple[tuple[Reference, ...], tuple[Reference, ...]]:
+        """References of a step outside the stack, with real layer indices."""
+        births, deaths = (tuple(Reference(s, self._real(s.slot)) for s in part) for part in (step.births, step.deaths))
+        return births, deaths
 
-    def _reference(self, storage: Storage, place: Place | None) -> Reference:
-        key = (storage, self._layer(storage.slot, place))
-        known = self._references.get(key)
-        if known is None:
-            known = Reference(self._buffer(storage), key[1])
-            self._references[key] = known
-        return known
-
-    def _buffer(self, storage: Storage) -> Buffer:
-        buffer = self._buffers.get(storage)
-        if buffer is None:
-            buffer = Buffer(storage.label, storage.size, storage.dtype, storage.role)
-            self._buffers[storage] = buffer
-        return buffer
-
-    def _layer(self, slot: int | None, place: Place | None) -> int | None:
+    def _real(self, slot: int | None) -> int | None:
         if slot is None:
             return None
-        if place is None:
-            own = self._layout.places[slot]
-            assert own.repeats == 1, "a step outside the stack reaches into one of several hidden layers"
-            return own.base + own.offset
-        return self._relative(slot, place)
+        place = self._layout.places[slot]
+        assert place.repeats == 1, "a step outside the stack reaches into one of several hidden layers"
+        return place.base + place.offset
 
-    def _relative(self, slot: int, place: Place) -> int:
-        """Distance in layers from this turn's first layer; neighbours lie next to each other whatever is hidden."""
-        first = place.run.first_slot + place.turn * place.run.period
-        distance = slot - first
-        assert -place.run.period <= distance < 2 * place.run.period, "a layer reaches further than its neighbours"
-        return distance
+
+def _inside(step: RecordedStep, first: int, period: int) -> Step:
+    """A step of the turn that starts at slot `first`: its references count from there."""
+    births = tuple([Reference(s, None if s.slot is None else s.slot - first) for s in step.births])
+    deaths = tuple([Reference(s, None if s.slot is None else s.slot - first) for s in step.deaths])
+    for reference in deaths:
+        distance = reference.layer
+        assert distance is None or -period <= distance < 2 * period, "a layer reaches further than its neighbours"
+    offset = None if step.slot is None else step.slot - first
+    return Step(step.name, step.phase, step.module, offset, births, deaths)
 
 
 def _same_turn(left: Place | None, right: Place | None) -> bool:

@@ -114,7 +114,7 @@ class Dimensions:
 
     def __init__(self, values: Mapping[str, Value] | None = None) -> None:
         self._values: dict[str, Value] = {}
-        self.ones: set[Dim] = {1}
+        self.ones: set[Dim] = set()
         """Dimensions bound to 1."""
         for name, value in (values or {}).items():
             self.bind(name, value)

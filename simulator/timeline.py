@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from simulator.fold import Location
-from simulator.program import Buffer, Identity, Leaf, Node, Reference, Seq, Step, identity
+from simulator.graph import Storage
+from simulator.program import Identity, Leaf, Node, Reference, Seq, Step, identity
 from simulator.roles import Phase, Role
 from simulator.sizes import Bindings
 
@@ -71,7 +72,7 @@ class Live:
     """A storage alive at some moment."""
 
     identity: Identity
-    buffer: Buffer
+    storage: Storage
     nbytes: int
     """Allocated bytes: rounded up to 512."""
 
@@ -80,7 +81,7 @@ class LiveSet:
     """Storages alive, kept up to date step by step; asserts that nothing is allocated or freed twice."""
 
     def __init__(self) -> None:
-        self._live: dict[Identity, Buffer] = {}
+        self._live: dict[Identity, Storage] = {}
         self._nets: dict[Leaf, tuple[list[Reference], list[Reference]]] = {}
 
     def run(self, moment: Moment, *, deaths: bool = True) -> None:
@@ -88,7 +89,7 @@ class LiveSet:
         for reference in moment.step.births:
             name = identity(reference, moment.base)
             assert name not in self._live, f"{name} is allocated twice, at {moment.step.name}"
-            self._live[name] = reference.buffer
+            self._live[name] = reference.storage
         for reference in moment.step.deaths if deaths else ():
             name = identity(reference, moment.base)
             assert name in self._live, f"{name} is freed but not live, at {moment.step.name}"
@@ -100,7 +101,7 @@ class LiveSet:
         for reference in died:
             del self._live[identity(reference, visit.base)]
         for reference in born:
-            self._live[identity(reference, visit.base)] = reference.buffer
+            self._live[identity(reference, visit.base)] = reference.storage
 
     def _net(self, leaf: Leaf) -> tuple[list[Reference], list[Reference]]:
         """References born in `leaf` that survive it, and those that die in it without being born there."""
@@ -185,20 +186,20 @@ def timeline(parts: dict[str, Node], bindings: Bindings, micro_batches: int | No
     rows: list[list[int]] = []
     phases: list[Phase] = []
     marks: dict[str, int] = {}
-    prices: dict[Buffer, int] = {}
+    prices: dict[Storage, int] = {}
     for name, node in parts.items():
         marks[name] = len(rows)
         for moment in moments(node, micro_batches):
             for reference in moment.step.births:
-                live[column[reference.buffer.role]] += _price(reference.buffer, bindings, prices)
+                live[column[reference.storage.role]] += _price(reference.storage, bindings, prices)
             rows.append(live.copy())
             phases.append(moment.step.phase)
             for reference in moment.step.deaths:
-                live[column[reference.buffer.role]] -= _price(reference.buffer, bindings, prices)
+                live[column[reference.storage.role]] -= _price(reference.storage, bindings, prices)
     return Timeline(roles, np.array(rows, dtype=np.int64), tuple(phases), marks)
 
 
-def _price(buffer: Buffer, bindings: Bindings, known: dict[Buffer, int]) -> int:
-    if buffer not in known:
-        known[buffer] = int(buffer.size.allocated(bindings))
-    return known[buffer]
+def _price(storage: Storage, bindings: Bindings, known: dict[Storage, int]) -> int:
+    if storage not in known:
+        known[storage] = int(storage.size.allocated(bindings))
+    return known[storage]

@@ -204,7 +204,7 @@ class Trace:
         So the graph of a batch of one differs from that of larger batches, as it does in torch.
         """
         ones = self.dimensions.ones
-        if not any(d in ones for axis in shape for d in axis):
+        if not ones:
             return shape
         return tuple(tuple(d for d in axis if d not in ones) for axis in shape)
 

@@ -127,7 +127,7 @@ class Estimate:
             "fits": self.verdict in (Verdict.FITS, Verdict.TOO_LITTLE_HEADROOM),
             "verdict": self.verdict.text,
             "by_layer": [{"layers": g.name, "count": g.count, "each_bytes": g.nbytes_each} for g in self.layers],
-            "largest": [_live_dict(storage) for storage in self.live[:10]],
+            "largest": [_live_dict(live) for live in self.live[:10]],
             "strategies": list(self.report.plan.applied),
             "assumptions": list(self.assumptions),
         }
@@ -176,12 +176,12 @@ def _step_dict(step: StepPeak, report: Report) -> dict[str, Any]:
     }
 
 
-def _live_dict(storage: Live) -> dict[str, Any]:
-    label, layer = storage.identity
+def _live_dict(live: Live) -> dict[str, Any]:
+    label, layer = live.identity
     return {
         "name": label,
         "layer": layer,
-        "dtype": storage.buffer.dtype.name,
-        "role": storage.buffer.role.value,
-        "allocated_bytes": storage.nbytes,
+        "dtype": live.storage.dtype.name,
+        "role": live.storage.role.value,
+        "allocated_bytes": live.nbytes,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,7 +26,7 @@ MOST_POINTS = 4000
 #: A role that never holds this share of the peak is drawn but not named in the legend.
 VISIBLE = 0.002
 
-#: Bottom to top: what is always there first. Colours: Okabe and Ito's palette (jfly.uni-koeln.de/color) and tints of it.
+#: Bottom to top: what is always there first. Okabe and Ito's palette (jfly.uni-koeln.de/color) and tints of it.
 COLOURS = {
     Role.BUFFER: "#999999",
     Role.PARAMETER: "#0072B2",
@@ -87,7 +88,7 @@ def _kept(total: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     if len(total) <= MOST_POINTS:
         return np.arange(len(total))
     edges = np.linspace(0, len(total), MOST_POINTS + 1).astype(np.int64)
-    return np.array([a + int(np.argmax(total[a:b])) for a, b in zip(edges[:-1], edges[1:], strict=True)])
+    return np.array([a + int(np.argmax(total[a:b])) for a, b in pairwise(edges.tolist())])
 
 
 def _spans(timeline: Timeline, kept: npt.NDArray[np.int64]) -> list[tuple[str, Phase, int, int]]:

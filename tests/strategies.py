@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from hardware.dtypes import BF16, FP16, FP32
 from simulator.model import AttentionSpec, FeedForwardSpec, LayerSpec, ModelSpec
-from simulator.workload import Optimizer, Training
+from simulator.workload import IMPLEMENTATIONS, Optimizer, Training
 
 FAMILIES = ("gpt2", "llama", "gemma2")
 ACTIVATIONS = {"gpt2": ("gelu_new", "relu"), "llama": ("silu",), "gemma2": ("gelu_pytorch_tanh",)}
@@ -72,6 +72,18 @@ def attention_specs(draw: st.DrawFn, family: str, hidden: int) -> AttentionSpec:
 
 
 @st.composite
+def optimizers(draw: st.DrawFn) -> Optimizer:
+    """Every optimizer in every implementation, with the options it takes."""
+    name = draw(st.sampled_from(sorted(IMPLEMENTATIONS)))
+    options: dict[str, Any] = {"weight_decay": draw(st.sampled_from([0.0, 0.1]))}
+    if name == "sgd" and draw(st.booleans()):
+        options |= {"momentum": 0.9, "nesterov": draw(st.booleans())}
+    if name in ("adam", "adamw"):
+        options["amsgrad"] = draw(st.booleans())
+    return Optimizer(name=name, implementation=draw(st.sampled_from(IMPLEMENTATIONS[name])), **options)
+
+
+@st.composite
 def trainings(draw: st.DrawFn) -> Training:
     """Small workloads in every regime; some do not go with some models (`UnsupportedError`)."""
     weights, autocast = draw(st.sampled_from([(FP32, None), (BF16, None), (FP32, BF16), (FP32, FP16)]))
@@ -81,11 +93,12 @@ def trainings(draw: st.DrawFn) -> Training:
         gradient_accumulation=draw(st.integers(1, 4)),
         weights=weights,
         autocast=autocast,
-        optimizer=Optimizer(name="adamw", implementation=draw(st.sampled_from(["foreach", "fused", "for-loop"]))),
+        optimizer=draw(optimizers()),
         attention=draw(st.sampled_from(["eager", "sdpa", "flash_attention_2"])),
         sdpa_backend=draw(st.sampled_from(["auto", "flash", "efficient", "math"])),
         attention_mask=draw(st.sampled_from(["none", "full", "padded"])),
         keep_outputs=draw(st.booleans()),
+        clip=draw(st.sampled_from([None, 1.0])),
         zero_grad=draw(st.sampled_from(["none", "zero"])),
         kernel_workspace=draw(st.booleans()),
     )

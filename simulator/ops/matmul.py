@@ -23,11 +23,14 @@ def linear(t: Trace, x: Tensor, weight: Tensor, bias: Tensor | None = None, out:
         bias = autocast(t, bias)
     weight = autocast(t, weight)
     x = autocast(t, x)
-    transposed = transpose(t, weight, 0, 1)
-    flat = _flatten(t, x)
     last = out or weight.shape[0]
-    product = _mm(t, flat, transposed, last) if bias is None else _addmm(t, bias, flat, transposed, last)
-    return view(t, product, (*x.shape[:-1], last), "_unsafe_view.default" if bias is None else "view.default")
+    if bias is None:
+        transposed = transpose(t, weight, 0, 1)
+        product = _mm(t, _flatten(t, x), transposed, last)
+        return view(t, product, (*x.shape[:-1], last), "_unsafe_view.default")
+    flat_x = _flatten(t, x)  # with a bias the input is flattened first, which decides the order of backward
+    product = _addmm(t, bias, flat_x, transpose(t, weight, 0, 1), last)
+    return view(t, product, (*x.shape[:-1], last))
 
 
 def addmm(t: Trace, bias: Tensor, x: Tensor, weight: Tensor, out: Axis) -> Tensor:

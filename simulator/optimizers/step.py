@@ -94,12 +94,15 @@ class OptimizerStep:
         if old is not None:
             self.free([old])
 
-    def free(self, storages: Iterable[Storage]) -> None:
-        """Let temporaries (or gradients) go."""
-        for storage in storages:
-            if not self.steps or self.steps[-1].slot != storage.slot:
-                self._record("free", storage.slot, [])
-            self.steps[-1].deaths.append(storage)
+    def free(self, storages: Sequence[Storage]) -> None:
+        """Let temporaries (or gradients) go, after the kernel that ran last.
+
+        Those of several layers go in a step outside the layers: a step of one layer must not stand
+        between two steps of another, or repeating the layer would change their order.
+        """
+        if not self.steps or len({storage.slot for storage in storages}) > 1:
+            self._record("free", None, [])
+        self.steps[-1].deaths.extend(storages)
 
     def finish(self) -> None:
         """The function returns: its locals go."""

@@ -131,11 +131,10 @@ def _largest(result: Estimate) -> Table:
     from hardware.units import mib
 
     rows = []
-    for storage in result.live[:8]:
-        label, layer = storage.identity
+    for live in result.live[:8]:
+        label, layer = live.identity
         where = "" if layer is None else f"layer {layer}"
-        buffer = storage.buffer
-        rows.append((label, where, buffer.dtype.name, buffer.role.value, mib(storage.nbytes)))
+        rows.append((label, where, live.storage.dtype.name, live.storage.role.value, mib(live.nbytes)))
     return Table("at the peak, largest storages", rows, right=frozenset({4}))
 
 

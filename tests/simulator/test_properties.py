@@ -38,11 +38,11 @@ def allocating(node, bindings, live):
     """Live bytes after every allocating step of `node`, which starts with `live` bytes."""
     trace = []
     for moment in moments(node):
-        births = sum(int(r.buffer.size.allocated(bindings)) for r in moment.step.births)
+        births = sum(int(r.storage.size.allocated(bindings)) for r in moment.step.births)
         live += births
         if births:
             trace.append(live)
-        live -= sum(int(r.buffer.size.allocated(bindings)) for r in moment.step.deaths)
+        live -= sum(int(r.storage.size.allocated(bindings)) for r in moment.step.deaths)
     return trace, live
 
 
@@ -92,10 +92,10 @@ def test_naive_interpreter_agrees(model, training):
     for moment in moments(program.cold):
         if moment.step.phase.value == "optimizer":
             break
-        births = sum(int(r.buffer.size.allocated(program.bindings)) for r in moment.step.births)
+        births = sum(int(r.storage.size.allocated(program.bindings)) for r in moment.step.births)
         live += births
         found += [live] if births else []
-        live -= sum(int(r.buffer.size.allocated(program.bindings)) for r in moment.step.deaths)
+        live -= sum(int(r.storage.size.allocated(program.bindings)) for r in moment.step.deaths)
     assert found == [value for trace in expected for value in trace]
 
 
@@ -112,7 +112,7 @@ def test_a_steady_step_leaks_nothing(model, training, strategies):
         for moment in moments(node):
             live.run(moment)
     allowed = PERSISTENT | ({Role.GRADIENT} if training.zero_grad == "zero" else set())
-    assert {storage.buffer.role for storage in live.storages(report.program.bindings)} <= allowed
+    assert {storage.storage.role for storage in live.storages(report.program.bindings)} <= allowed
 
 
 @some
@@ -126,7 +126,7 @@ def test_live_set_is_the_peak(model, training, strategies):
         live = report.live(step)
         assert sum(storage.nbytes for storage in live) == step.nbytes
         for role, nbytes in step.by_role.items():
-            assert sum(s.nbytes for s in live if s.buffer.role is role) == nbytes
+            assert sum(s.nbytes for s in live if s.storage.role is role) == nbytes
 
 
 @some
@@ -161,7 +161,7 @@ def test_a_million_events_unroll():
             live.run(moment)
             events += len(moment.step.births) + len(moment.step.deaths)
     assert events > 900_000
-    assert {s.buffer.role for s in live.storages(report.program.bindings)} <= PERSISTENT
+    assert {s.storage.role for s in live.storages(report.program.bindings)} <= PERSISTENT
 
 
 def trainings_example():

@@ -50,8 +50,8 @@ def kept_by_middle_layer(report):
     for step in (step for step in middle.body.steps if step.layer == 0):
         for reference in step.births:
             kept[identity(reference, 0)] = (
-                int(reference.buffer.size.nbytes(bindings)),
-                reference.buffer.dtype.name,
+                int(reference.storage.size.nbytes(bindings)),
+                reference.storage.dtype.name,
                 step.name,
             )
         for reference in step.deaths:

@@ -1,0 +1,97 @@
+"""The simulator against real PyTorch code: our own committed cases, and the shared ones where they are present."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from hardware.errors import UnsupportedError, UsageError
+from simulator import simulate
+from studies.validation import oracle_case, read_cases, role_difference, validate_oracle
+
+OWN = Path(__file__).parents[1] / "data" / "oracle" / "sample.jsonl"
+SHARED = Path(__file__).parents[3] / "shared" / "oracle" / "single" / "cases.jsonl"
+FILES = [path for path in (OWN, SHARED) if path.exists()]
+FAMILIES = {"GPT2Config", "LlamaConfig", "Gemma2Config"}
+
+
+def trainings_of(path):
+    """The full-training cases of the three families."""
+    return [
+        line
+        for line in read_cases(path)
+        if line["config_class"] in FAMILIES and line["case"]["mode"] == "train" and not line["case"]["lora"]
+    ]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_peaks_and_phases(path):
+    """Every full-training case: 0.5 % on average, 2 % at worst, the peak in the same phase."""
+    names = {line["id"] for line in trainings_of(path)}
+    validation = validate_oracle(path)
+    rows = [row for row in validation.rows if row.name.split(":")[0] in names]
+    assert len(rows) == 2 * len(names)
+    assert [row.name for row in rows if row.error_pct is None] == []
+    errors = [abs(row.error_pct) for row in rows]
+    assert sum(errors) / len(errors) <= 0.5
+    assert max(errors) <= 2
+    assert [row.name for row in rows if row.phase_expected != row.phase_simulated] == []
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_bytes_by_role_at_the_peak(path):
+    for line in trainings_of(path):
+        report = simulate(*oracle_case(line))
+        for quantity in ("first_iteration", "steady"):
+            assert role_difference(line, quantity, report) <= 0.02, (line["id"], quantity)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_parameters(path):
+    for line in trainings_of(path):
+        assert simulate(*oracle_case(line)).parameters == line["params_total"]
+
+
+def test_nothing_is_dropped(tmp_path):
+    """Cases that cannot be simulated are rows with their reason, whatever is wrong with them."""
+    good = next(read_cases(OWN))
+    lines = [
+        good,
+        {**good, "id": "infer", "case": {**good["case"], "mode": "infer"}},
+        {**good, "id": "lora", "case": {**good["case"], "lora": {"r": 8}}},
+        {**good, "id": "family", "config_class": "OPTConfig"},
+        {**good, "id": "option", "case": {**good["case"], "compile": True}},
+        {**good, "id": "optimizer", "case": {**good["case"], "optimizer": {"name": "lion"}}},
+        {**good, "id": "broken", "config": {"n_embd": 0}},
+        {"name": "ddp/w2", "config": {}, "peak_bytes": 12, "first_step_peak_bytes": 10},
+    ]
+    path = tmp_path / "cases.jsonl"
+    path.write_text("\n\n".join(json.dumps(line) for line in lines))
+    validation = validate_oracle(path)
+    assert len(validation.rows) == 2 * len(lines)
+    assert validation.summary.n == 2
+    for row in validation.rows[2:]:
+        assert row.error_pct is None
+        assert row.simulated_bytes is None
+        assert row.expected_bytes > 0
+        assert row.reason
+        assert "\n" not in row.reason
+    data = validation.to_json_dict()
+    assert set(data) == {"rows", "summary"}
+    assert json.loads(json.dumps(data)) == data
+
+
+@pytest.mark.parametrize(("text", "hint"), [("{", "line 1"), ("[]", "line 1"), ("\n{}\n", "line 2")])
+def test_a_broken_file_names_its_line(tmp_path, text, hint):
+    path = tmp_path / "cases.jsonl"
+    path.write_text(text)
+    with pytest.raises(UsageError, match=hint):
+        validate_oracle(path)
+
+
+def test_an_option_that_is_not_known_is_refused():
+    line = next(read_cases(OWN))
+    with pytest.raises(UnsupportedError, match="sequence_packing"):
+        oracle_case({**line, "case": {**line["case"], "sequence_packing": True}})
