@@ -46,6 +46,8 @@ CATEGORIES = {
 }
 _FORWARD_CATEGORIES = ("activation", "fwd_temp")
 _QUANTITIES = ("first_iteration", "steady", "prefill", "decode", "generate")
+#: Quantities of a case on several devices -> its keys.
+_DISTRIBUTED = {"first_iteration": "first_step_peak_bytes", "steady": "peak_bytes"}
 _IMPLEMENTATIONS = {"foreach": "foreach", "fused": "fused", "forloop": "for-loop"}
 _DROPOUT_RATES = {
     "GPT2Config": ("resid_pdrop", "embd_pdrop", "attn_pdrop"),
@@ -106,9 +108,18 @@ def validate_oracle(path: str | Path) -> Validation:
     """Simulate every case of a file in the form of the oracle's ``cases.jsonl``.
 
     Raises:
-        UsageError: no such file, or a line that is not a case; the line number is named.
+        UsageError: no such file, no case in it, or a line that is not a case; the line number is named.
     """
-    return Validation(tuple(row for line in read_cases(path) for row in _rows(line)))
+    rows = tuple(row for line in list(read_cases(path)) for row in _rows(line))
+    if not rows:
+        raise UsageError(f"'cases' must hold at least one case, as a line of JSON: {path}")
+    return Validation(rows)
+
+
+def check_bound(field: str, bound: float | None) -> None:
+    """A bound on an error in percent; `UsageError` for one that no error can meet or miss."""
+    if bound is not None and not 0 <= bound < float("inf"):
+        raise UsageError(f"{field!r} must be a percentage >= 0: {bound}")
 
 
 def read_cases(path: str | Path) -> Iterator[dict[str, Any]]:
@@ -127,15 +138,38 @@ def _parse(line: str, number: int, path: str | Path) -> dict[str, Any]:
         case = json.loads(line)
     except json.JSONDecodeError as error:
         raise UsageError(f"line {number} of {path} is not JSON: {error.msg} at column {error.colno}") from None
-    if not isinstance(case, dict) or not ("id" in case or "name" in case):
-        raise UsageError(f"line {number} of {path} must be an object with an 'id' (or 'name')")
-    return case
+    except (ValueError, RecursionError):
+        raise UsageError(f"line {number} of {path} holds a number too long or lists too deep") from None
+    problem = _problem(case)
+    if problem:
+        raise UsageError(f"line {number} of {path} must {problem}")
+    return dict(case)
+
+
+def _problem(line: Any) -> str | None:
+    """What a line lacks to be a case: its name, its workload, and a peak to compare with."""
+    if not isinstance(line, dict) or not isinstance(line.get("id", line.get("name")), str):
+        return "be an object with an 'id' (or 'name')"
+    if "case" not in line:
+        keys = [key for key in _DISTRIBUTED.values() if key in line]
+        peaks = [line[key] for key in keys]
+    else:
+        if not (isinstance(line["case"], dict) and isinstance(line.get("config"), dict)):
+            return "have objects as 'case' and 'config'"
+        if not isinstance(line.get("config_class"), str):
+            return "have a name as 'config_class', such as 'LlamaConfig'"
+        keys = [key for key in _QUANTITIES if key in line]
+        peaks = [line[key].get("peak_r512") if isinstance(line[key], dict) else None for key in keys]
+    if not keys:
+        return f"have a recorded peak: {', '.join(_QUANTITIES)}, or of several devices {_DISTRIBUTED['steady']}"
+    wrong = [key for key, peak in zip(keys, peaks, strict=True) if not (type(peak) is int and peak > 0)]
+    return f"have a positive whole number of bytes as the peak of {wrong[0]!r}" if wrong else None
 
 
 def _rows(line: dict[str, Any]) -> list[Row]:
-    names = [quantity for quantity in _QUANTITIES if isinstance(line.get(quantity), dict)]
-    if not names or not isinstance(line.get("case"), dict):
+    if "case" not in line:
         return _distributed_rows(line)
+    names = [quantity for quantity in _QUANTITIES if quantity in line]
     try:
         report = simulate(*oracle_case(line))
     except UsageError as error:
@@ -143,10 +177,6 @@ def _rows(line: dict[str, Any]) -> list[Row]:
     except Exception as error:  # one broken case must not hide the others; it counts as not simulated
         return [_unsupported(line, name, f"our error: {type(error).__name__}: {error}") for name in names]
     return [_compared(line, name, report) for name in names]
-
-
-#: Quantities of a distributed case -> its keys.
-_DISTRIBUTED = {"first_iteration": "first_step_peak_bytes", "steady": "peak_bytes"}
 
 
 def _distributed_rows(line: dict[str, Any]) -> list[Row]:
@@ -170,7 +200,7 @@ def _compared(line: dict[str, Any], quantity: str, report: Report) -> Row:
         expected_bytes=expected["peak_r512"],
         simulated_bytes=step.nbytes,
         error_pct=error,
-        phase_expected=expected["phase"],
+        phase_expected=expected.get("phase"),
         phase_simulated=PHASES[step.phase],
     )
 

@@ -107,9 +107,10 @@ def slices(t: Trace, x: Tensor, shape: Shape, parts: int) -> list[Tensor]:
 
 
 def narrow(t: Trace, x: Tensor, shape: Shape) -> Tensor:
-    """A slice of `x`: its gradient is padded back to the whole of `x`."""
-    renamed = dict(zip(x.dims, flat(shape), strict=True))
-    out = t.view(x, shape, tuple(renamed[d] for d in x.memory))
+    """A slice of the last axis of `x`: its gradient is padded back to the whole of `x`."""
+    whole, part = x.shape[-1], shape[-1]
+    memory = tuple(d for dim in x.memory for d in (part if (dim,) == whole else (dim,)))
+    out = t.view(x, shape, memory)
     out.dense = False
     t.emit("slice.Tensor", [x], [out], backward=_slice_backward)
     return out

@@ -14,11 +14,14 @@ from studies.cli import catalogue, estimate, validate
 OUR_ERROR = 1
 USAGE = 2
 UNSUPPORTED = 5
+#: Characters of an error; what a user typed, and we repeat, may be endless.
+LONGEST_ERROR = 600
 
 app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="GPU memory of LLM training, before anything runs on a GPU.",
     epilog="Exit codes: 0 fits, 1 our error, 2 usage, 3 does not fit (or a bound is not met), "
     "4 too little headroom, 5 unsupported under --strict.",
@@ -60,8 +63,8 @@ def run(arguments: list[str]) -> int:
     except UsageError as error:
         strict = "--strict" in arguments and isinstance(error, UnsupportedError)
         return _fail(str(error), UNSUPPORTED if strict else USAGE)
-    except BrokenPipeError:
-        sys.stderr.close()
+    except BrokenPipeError:  # the reader (`| head`) has seen enough; nothing may be flushed to it at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
         if getattr(error, "exit_code", None) == USAGE and hasattr(error, "format_message"):
@@ -82,7 +85,8 @@ def _our_error(error: Exception) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"error: {message}", file=sys.stderr)
+    shown = message if len(message) <= LONGEST_ERROR else message[:LONGEST_ERROR] + " ..."
+    print(f"error: {shown}", file=sys.stderr)
     return code
 
 

@@ -10,11 +10,11 @@ import typer
 from studies.cli.output import Table, show, show_json
 
 if TYPE_CHECKING:
-    from studies.validation import Validation
+    from studies.validation import Row, Validation
 
 BOUND_NOT_MET = 3
 
-app = typer.Typer(rich_markup_mode=None, no_args_is_help=True, help="Compare the simulator with recorded peaks.")
+app = typer.Typer(rich_markup_mode=None, help="Compare the simulator with recorded peaks.")
 
 
 @app.callback()
@@ -30,8 +30,10 @@ def oracle(
     max_worst: Annotated[float | None, typer.Option(help="Fail above this worst absolute error, in percent.")] = None,
 ) -> None:
     """Simulate every case of a file and compare the peaks of the cold and the steady step."""
-    from studies.validation import validate_oracle
+    from studies.validation import check_bound, validate_oracle
 
+    check_bound("max-mean", max_mean)
+    check_bound("max-worst", max_worst)
     validation = validate_oracle(cases)
     if json:
         show_json(validation.to_json_dict())
@@ -55,7 +57,7 @@ def _exceeded(validation: Validation, which: str, bound: float | None) -> list[s
 
 def _tables(validation: Validation) -> list[Table]:
     rows = [
-        (row.name, _bytes(row.expected_bytes), _bytes(row.simulated_bytes), _percent(row.error_pct), row.reason or "")
+        (row.name, _bytes(row.expected_bytes), _bytes(row.simulated_bytes), _error(row.error_pct), _remark(row))
         for row in validation.rows
     ]
     summary = validation.summary
@@ -65,7 +67,7 @@ def _tables(validation: Validation) -> list[Table]:
         ("mean absolute error", _percent(summary.mean_abs_error_pct)),
         ("worst absolute error", _percent(summary.worst_abs_error_pct)),
     ]
-    header = ("case", "expected bytes", "simulated bytes", "error", "why not compared")
+    header = ("case", "expected bytes", "simulated bytes", "error", "phase, or why not compared")
     return [Table("cases", rows, header, frozenset({1, 2, 3})), Table("summary", totals)]
 
 
@@ -73,5 +75,18 @@ def _bytes(nbytes: int | None) -> str:
     return "-" if nbytes is None else f"{nbytes:,}"
 
 
-def _percent(value: float | None) -> str:
+def _error(value: float | None) -> str:
     return "-" if value is None else f"{value:+.4f} %"
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f} %"
+
+
+def _remark(row: Row) -> str:
+    """The phase of the peak, or both where they differ; the reason of a row that was not compared."""
+    if row.reason is not None:
+        return row.reason
+    if row.phase_simulated == row.phase_expected:
+        return row.phase_expected or ""
+    return f"{row.phase_simulated}, expected {row.phase_expected}"

@@ -141,7 +141,7 @@ def test_a_wrong_config_on_stdin(capsys, monkeypatch, text, hint):
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(config=configs(), data=st.data())
 def test_any_config_gives_a_number_or_one_line(capsys, tmp_path, config, data):
-    """A legal config file is simulated; one with a key broken is refused in one line or simulated, never a traceback."""
+    """A config file is simulated or, with a key broken, refused in one line: never a traceback."""
     if data.draw(st.booleans()):
         key = data.draw(st.sampled_from(sorted(config)))
         config[key] = data.draw(st.sampled_from([None, -1, 0, "x", 10**30, 1.5, [], {}]))
@@ -199,6 +199,7 @@ def test_bounds_of_validate(capsys, tmp_path):
 
 def test_the_start_loads_no_heavy_library():
     """Help and errors answer at once: nothing slow is imported before it is needed."""
-    code = "import sys, studies.cli.main; print([m for m in ('numpy', 'networkx', 'matplotlib', 'sympy', 'rich') if m in sys.modules])"
+    heavy = ("numpy", "networkx", "matplotlib", "sympy", "rich")
+    code = f"import sys, studies.cli.main; print([name for name in {heavy} if name in sys.modules])"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert loaded.strip() == "[]"
