@@ -86,4 +86,4 @@ class _Lowering:
         step.finish()
         if self.training.zero_grad == "none":
             step.free([p.gradient for p in step.parameters])
-        return [self.builder.tree(step.steps)] if step.steps else []
+        return [self.builder.tree(step.steps)] if step.steps else []  # plain SGD allocates nothing at all

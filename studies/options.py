@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from decimal import Decimal
 from typing import Any
 
 import attrs
@@ -25,6 +27,9 @@ DTYPES: dict[str, tuple[DType, DType | None]] = {
 #: ``--task``: both train every parameter; they differ in data, not in memory.
 TASKS = ("full", "pretrain")
 CHECKPOINTING = ("none", "full")
+_PERCENTAGE = re.compile(r"([0-9]{1,2}(?:\.[0-9]{1,9})?)\s*%")
+#: ``2.13``, or all that `torch.__version__` says, such as ``2.6.0+cu124``.
+_TORCH_VERSION = re.compile(r"([0-9]{1,3})\.([0-9]{1,3})(?:[.+a-z].{0,40})?")
 #: transformers refuses ``sdpa`` for a model with soft-capped scores.
 _DEFAULT_ATTENTION = {"gemma2": "eager"}
 
@@ -119,12 +124,18 @@ class _Chosen:
             lines.append("gradients are not clipped (--clip)")
         if not self._options.keep_outputs:
             lines.append("the model's outputs are dropped before backward (--keep-outputs holds them)")
-        lines.append(f"optimizer implementation {training.optimizer.implementation}" + _decay(training.optimizer))
+        defaults = _optimizer_defaults(self["optimizer"], training.optimizer)
+        lines += [f"options of --optimizer: {','.join(defaults)}"] if defaults else []
         return lines
 
 
-def _decay(optimizer: Optimizer) -> str:
-    return f", weight decay {optimizer.weight_decay:g}"
+def _optimizer_defaults(text: str, optimizer: Optimizer) -> list[str]:
+    """The options that apply to `optimizer` and that `text` leaves out, as one would type them."""
+    foreign = {"name", *(() if optimizer.name == "sgd" else ("momentum", "nesterov"))}
+    foreign |= set() if optimizer.name in ("adam", "adamw") else {"amsgrad"}
+    given = {setting.partition("=")[0] for setting in text.split(",")[1:]}
+    left_out = [field.name for field in attrs.fields(Optimizer) if field.name not in foreign | given]
+    return [f"{name}={str(getattr(optimizer, name)).lower()}" for name in left_out]
 
 
 def _look_up(field: str, name: str, table: dict[str, Any]) -> Any:
@@ -161,12 +172,12 @@ def _accumulation(options: TrainingOptions, chosen: _Chosen) -> int:
 
 
 def _version(text: str) -> tuple[int, int]:
-    parts = text.split(".")
-    if len(parts) < 2 or not all(part.isdigit() for part in parts[:2]):
+    match = _TORCH_VERSION.fullmatch(text)
+    if match is None:
         raise UsageError(f"'torch' must be a version such as 2.13: {text!r}")
-    version = int(parts[0]), int(parts[1])
+    version = int(match[1]), int(match[2])
     if not (2, 1) <= version <= (2, 99):
-        raise UsageError(f"'torch' must be 2.1 or newer: {text!r}")
+        raise UsageError(f"'torch' must be a version 2.x from 2.1 on: {text!r}")
     return version
 
 
@@ -183,7 +194,9 @@ def parse_optimizer(text: str) -> Optimizer:
     for setting in settings:
         key, equals, value = setting.partition("=")
         if not equals:
-            raise UsageError(f"'optimizer' options are written name=value: {setting!r}")
+            raise UsageError(f"'optimizer' options are written NAME,option=value,...: {setting!r}")
+        if key in values:
+            raise UsageError(f"'optimizer' must name {key!r} once: {text!r}")
         values[key] = _typed(key, value)
     return Optimizer(name=name, **values)
 
@@ -204,12 +217,11 @@ def _typed(key: str, value: str) -> Any:
 
 def parse_headroom(text: str, capacity: int) -> int:
     """Bytes of ``--min-headroom``: a share of the capacity (``5%``) or an amount (``2GiB``)."""
-    if not text.endswith("%"):
-        return 0 if text == "0" else parse("min-headroom", text)
+    match = _PERCENTAGE.fullmatch(text)
+    if match:
+        return int(capacity * Decimal(match[1]) / 100)
     try:
-        share = float(text[:-1])
-    except ValueError:
-        share = -1.0
-    if not 0 <= share < 100:
-        raise UsageError(f"'min-headroom' must be a percentage from 0% to below 100%, or bytes such as 2GiB: {text!r}")
-    return int(capacity * share / 100)
+        return 0 if text == "0" else parse("min-headroom", text)
+    except UsageError:
+        rule = "a percentage from 0% to below 100%, or bytes with their unit such as 2GiB"
+        raise UsageError(f"'min-headroom' must be {rule}: {text!r}") from None

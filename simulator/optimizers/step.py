@@ -100,6 +100,8 @@ class OptimizerStep:
         Those of several layers go in a step outside the layers: a step of one layer must not stand
         between two steps of another, or repeating the layer would change their order.
         """
+        if not storages:
+            return
         if not self.steps or len({storage.slot for storage in storages}) > 1:
             self._record("free", None, [])
         self.steps[-1].deaths.extend(storages)

@@ -63,9 +63,6 @@ def run(arguments: list[str]) -> int:
     except UsageError as error:
         strict = "--strict" in arguments and isinstance(error, UnsupportedError)
         return _fail(str(error), UNSUPPORTED if strict else USAGE)
-    except BrokenPipeError:  # the reader (`| head`) has seen enough; nothing may be flushed to it at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except Exception as error:
         if getattr(error, "exit_code", None) == USAGE and hasattr(error, "format_message"):
             return _fail(_one_line(error.format_message()), USAGE)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import attrs
@@ -23,15 +24,28 @@ class Table:
 
 def show_json(data: Any) -> None:
     """JSON on standard output."""
-    print(json.dumps(data, indent=2))
+    with _until_the_reader_leaves():
+        print(json.dumps(data, indent=2))
+
+
+@contextmanager
+def _until_the_reader_leaves() -> Iterator[None]:
+    """A reader such as `head` may stop early: that is no error, and the exit code stays that of the answer."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # what is still buffered must not be flushed to the pipe at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def show(tables: Sequence[Table]) -> None:
     """Tables on standard output: rich ones on a terminal, aligned text elsewhere or with NO_COLOR set."""
-    if sys.stdout.isatty() and not os.environ.get("NO_COLOR"):
-        _show_rich(tables)
-    else:
-        print("\n\n".join(_plain(table) for table in tables))
+    with _until_the_reader_leaves():
+        if sys.stdout.isatty() and not os.environ.get("NO_COLOR"):
+            _show_rich(tables)
+        else:
+            print("\n\n".join(_plain(table) for table in tables))
 
 
 def _plain(table: Table) -> str:
