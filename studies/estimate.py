@@ -6,14 +6,13 @@ import enum
 from functools import cached_property
 from typing import Any
 
-import attrs
-
 from hardware.cluster import Cluster, parse_cluster
 from hardware.errors import UnsupportedError
 from simulator.api import simulate
 from simulator.model import ModelSpec
 from simulator.report import Report, StepPeak
 from simulator.timeline import Live
+from studies.breakdown import LayerGroup, by_place
 from studies.options import Resolved, TrainingOptions, parse_headroom, resolve
 
 SCHEMA_VERSION = 1
@@ -34,27 +33,6 @@ class Verdict(enum.Enum):
     def __init__(self, text: str, exit_code: int) -> None:
         self.text = text
         self.exit_code = exit_code
-
-
-@attrs.frozen
-class LayerGroup:
-    """Bytes at the peak of some consecutive layers that hold the same each; `first` None: outside the layers."""
-
-    first: int | None
-    last: int | None
-    nbytes_each: int
-
-    @property
-    def name(self) -> str:
-        """``layer 3``, ``layers 0-30`` or ``outside the layers``."""
-        if self.first is None:
-            return "outside the layers"
-        return f"layer {self.first}" if self.first == self.last else f"layers {self.first}-{self.last}"
-
-    @property
-    def count(self) -> int:
-        """How many layers."""
-        return 1 if self.first is None or self.last is None else self.last - self.first + 1
 
 
 class Estimate:
@@ -93,15 +71,8 @@ class Estimate:
 
     @cached_property
     def layers(self) -> list[LayerGroup]:
-        """Bytes at the peak by layer, equal neighbours together; what belongs to no layer comes first."""
-        by_layer: dict[int | None, int] = {}
-        for storage in self.live:
-            layer = storage.identity[1]
-            by_layer[layer] = by_layer.get(layer, 0) + storage.nbytes
-        groups = [LayerGroup(None, None, by_layer.pop(None, 0))]
-        for layer in sorted(by_layer, key=lambda index: index or 0):
-            groups = _with_layer(groups, layer, by_layer[layer])
-        return groups
+        """Bytes at the peak by layer, equal neighbours together, and by module outside the layers."""
+        return by_place(self.live, self.report.plan.graph)
 
     def to_json_dict(self) -> dict[str, Any]:
         """The estimate as plain data; byte counts are ints and say so in their names."""
@@ -147,13 +118,6 @@ def estimate(model: ModelSpec, gpus: str, options: TrainingOptions, min_headroom
     headroom = parse_headroom(min_headroom, cluster.gpu.capacity.low)
     report = simulate(model, resolved.training, resolved.strategies)
     return Estimate(report, cluster, headroom, resolved.assumptions)
-
-
-def _with_layer(groups: list[LayerGroup], layer: int | None, nbytes: int) -> list[LayerGroup]:
-    last = groups[-1]
-    if last.first is not None and layer is not None and last.nbytes_each == nbytes and last.last == layer - 1:
-        return [*groups[:-1], attrs.evolve(last, last=layer)]
-    return [*groups, LayerGroup(layer, layer, nbytes)]
 
 
 def _model_dict(report: Report) -> dict[str, Any]:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from studies.cli.output import Table, show, show_json
+from studies.cli.output import Table, show, show_json, size
 
 if TYPE_CHECKING:
     from studies.estimate import Estimate
+
+#: Storages listed one by one.
+MOST_STORAGES = 8
+#: What makes a storage's name unique, and means nothing to a reader.
+_NUMBERED = re.compile(r"(\.default)?(\.[0-9]+)?$")
 
 Text = str | None
 Number = int | None
@@ -113,30 +119,32 @@ def _where(result: Estimate) -> str:
 
 
 def _by_role(result: Estimate) -> Table:
-    from hardware.units import gib
-
     roles = sorted(result.peak.by_role.items(), key=lambda item: -item[1])
-    rows = [(role.value, gib(nbytes), f"{100 * nbytes / result.peak.nbytes:.1f} %") for role, nbytes in roles]
+    rows = [(role.value, size(nbytes), _share(nbytes, result)) for role, nbytes in roles]
     return Table("at the peak, by role", rows, right=frozenset({1, 2}))
 
 
 def _by_layer(result: Estimate) -> Table:
-    from hardware.units import mib
+    rows = []
+    for group in result.layers:
+        each = f"{group.count} x {size(group.nbytes_each)}" if group.count > 1 else ""
+        rows.append((group.name, each, size(group.nbytes), _share(group.nbytes, result)))
+    return Table("at the peak, by layer", rows, right=frozenset({1, 2, 3}))
 
-    rows = [(g.name, f"{mib(g.nbytes_each)}{' each' if g.count > 1 else ''}") for g in result.layers]
-    return Table("at the peak, by layer", rows, right=frozenset({1}))
+
+def _share(nbytes: int, result: Estimate) -> str:
+    return f"{100 * nbytes / result.peak.nbytes:.1f} %"
 
 
 def _largest(result: Estimate) -> Table:
-    from hardware.units import mib
-
     rows = []
-    for live in result.live[:8]:
+    for live in result.live[:MOST_STORAGES]:
         label, layer = live.identity
         where = "" if layer is None else f"layer {layer}"
-        rows.append((label, where, live.storage.dtype.name, live.storage.role.value, mib(live.nbytes)))
+        name = _NUMBERED.sub("", label).removeprefix(".")
+        rows.append((name, where, live.storage.dtype.name, live.storage.role.value, size(live.nbytes)))
     return Table("at the peak, largest storages", rows, right=frozenset({4}))
 
 
 def _assumptions(result: Estimate) -> Table:
-    return Table("assumed, because not given", [(line,) for line in result.assumptions])
+    return Table("defaults and assumptions, because not given", [(line,) for line in result.assumptions])

@@ -48,6 +48,15 @@ def show(tables: Sequence[Table]) -> None:
             print("\n\n".join(_plain(table) for table in tables))
 
 
+def size(nbytes: int) -> str:
+    """GiB for what counts, smaller units for what would read 0.00 GiB."""
+    from hardware.units import GIB, MIB, gib, mib
+
+    if nbytes >= GIB // 10:
+        return gib(nbytes)
+    return mib(nbytes) if nbytes >= MIB // 10 else f"{nbytes} B"
+
+
 def _plain(table: Table) -> str:
     rows = [table.header, *table.rows] if table.header else list(table.rows)
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))] if rows else []
