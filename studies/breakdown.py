@@ -47,14 +47,12 @@ def by_place(live: Sequence[Live], graph: ForwardGraph) -> list[LayerGroup]:
         else:
             layers[layer] = layers.get(layer, 0) + storage.nbytes
     total = sum(outside.values()) + sum(layers.values())
-    for module in modules:
-        if outside[module] < NAMED * total:
-            outside[ELSEWHERE] += outside.pop(module)
-    before = [LayerGroup(m or TOP_LEVEL, outside[m]) for m in modules if m in outside and modules[m]]
-    after = [
-        LayerGroup(m or TOP_LEVEL, outside[m]) for m in (*modules, ELSEWHERE) if m in outside and not modules.get(m)
-    ]
-    return [*before, *_runs(sorted(layers.items())), *after]
+    named = {m: LayerGroup(m or TOP_LEVEL, outside[m]) for m in modules if outside[m] >= NAMED * total}
+    rest = sum(outside.values()) - sum(group.nbytes for group in named.values())
+    before = [group for module, group in named.items() if modules[module]]
+    after = [group for module, group in named.items() if not modules[module]]
+    elsewhere = [LayerGroup(ELSEWHERE, rest)] if rest else []
+    return [*before, *_runs(sorted(layers.items())), *after, *elsewhere]
 
 
 def _modules(graph: ForwardGraph) -> dict[str, bool]:

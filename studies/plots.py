@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,15 +17,25 @@ from simulator.roles import Phase, Role
 from simulator.timeline import Timeline
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
 
     from studies.estimate import Estimate
 
 FORMATS = (".png", ".svg", ".pdf")
+#: Micro-batches drawn after the first, which they are all like but for the gradients that are there already.
+LATER_MICRO_BATCHES = 2
 #: Steps drawn at most; between them the highest one is kept, so that no peak is lost.
 MOST_POINTS = 4000
 #: A role that never holds this share of the peak is drawn but not named in the legend.
 VISIBLE = 0.002
+
+#: As wide as a digit, so that numbers line up.
+FIGURE_SPACE = "\u2007"
+#: Keeps text readable over lines and areas.
+BEHIND_TEXT = {"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 1}
+#: Names of phases where there is little room.
+SHORT = {Phase.FORWARD: "fwd", Phase.BACKWARD: "bwd", Phase.OPTIMIZER: "opt"}
 
 #: Bottom to top: what is always there first. Okabe and Ito's palette (jfly.uni-koeln.de/color) and tints of it.
 COLOURS = {
@@ -54,6 +65,7 @@ class TimelineInfo:
         spans: the parts of the step axis: step name, phase, first and last index.
         peak: index and bytes of the highest point.
         capacity: low and high end of the GPU's capacity.
+        micro_batches: how many of a step's are drawn, and how many there are; the others are like the last one.
     """
 
     title: str
@@ -62,17 +74,26 @@ class TimelineInfo:
     spans: list[tuple[str, Phase, int, int]]
     peak: tuple[int, int]
     capacity: tuple[int, int]
+    micro_batches: tuple[int, int]
 
 
 def timeline_info(result: Estimate) -> TimelineInfo:
-    """The numbers of the timeline plot."""
-    timeline = result.report.timeline()
+    """The numbers of the timeline plot.
+
+    Raises:
+        UsageError: bytes that no array of 64-bit integers holds.
+    """
+    if result.peak.nbytes >= 2**63:
+        raise UsageError(f"'plot' cannot show a peak of {gib(result.peak.nbytes)}: choose a smaller workload")
+    timeline = result.report.timeline(LATER_MICRO_BATCHES)
+    accumulation = result.report.training.gradient_accumulation
     first = timeline.marks["cold"]
     kept = first + _kept(timeline.total[first:])
     nbytes = timeline.nbytes[kept]
     series = {role: nbytes[:, timeline.roles.index(role)] for role in COLOURS}
     total = timeline.total[kept]
-    peak = int(np.argmax(total))
+    steps = np.array([timeline.marks["steady"] <= index for index in kept])
+    peak = int(np.argmax(np.where(steps == (result.peak.step == "steady"), total, 0)))
     return TimelineInfo(
         title=_title(result),
         series={role: values for role, values in series.items() if values.any()},
@@ -80,6 +101,7 @@ def timeline_info(result: Estimate) -> TimelineInfo:
         spans=_spans(timeline, kept),
         peak=(peak, int(total[peak])),
         capacity=(result.cluster.gpu.capacity.low, result.cluster.gpu.capacity.high),
+        micro_batches=(min(accumulation, 1 + LATER_MICRO_BATCHES), accumulation),
     )
 
 
@@ -109,31 +131,45 @@ def _spans(timeline: Timeline, kept: npt.NDArray[np.int64]) -> list[tuple[str, P
 def _title(result: Estimate) -> str:
     training = result.report.training
     regime = f"autocast {training.autocast}" if training.autocast else str(training.weights)
-    batch = f"batch {training.micro_batch} x {training.seq_len}"
+    batch = f"micro-batch {training.micro_batch} x {training.seq_len} tokens"
     accumulation = training.gradient_accumulation
-    more = f" x {accumulation} micro-batches" if accumulation > 1 else ""
+    more = f", {accumulation} per step" if accumulation > 1 else ""
     strategies = "".join(f", {name.replace('_', ' ')}" for name in result.report.plan.applied)
-    optimizer = f"{training.optimizer.name} ({training.optimizer.implementation})"
-    return f"{result.report.model.name} on {result.cluster}\n{regime}, {batch}{more}, {optimizer}{strategies}"
+    how = f"{training.attention} attention, {training.optimizer.name} ({training.optimizer.implementation})"
+    return f"{result.report.model.name} on {result.cluster}\n{regime}, {batch}{more}, {how}{strategies}"
 
 
 def plot_timeline(info: TimelineInfo, ax: Axes) -> Axes:
     """Draw `info` on `ax`: stacked areas by role, phases, the peak and the capacity; returns `ax`."""
     steps = np.arange(len(info.total))
     stack = [values / GIB for values in info.series.values()]
-    labels = [role.value if values.max() >= VISIBLE * info.peak[1] else "_" for role, values in info.series.items()]
-    ax.stackplot(steps, *stack, labels=labels, colors=[COLOURS[role] for role in info.series], step="post", linewidth=0)
+    colours = [COLOURS[role] for role in info.series]
+    areas = ax.stackplot(steps, *stack, colors=colours, step="post", linewidth=0)
     _limits(info, ax)
-    _draw_capacity(info, ax)
     _draw_phases(info, ax)
+    _draw_capacity(info, ax)
     _draw_peak(info, ax)
-    ax.set_xlabel("ops in execution order")
+    _draw_legend(info, ax, areas)
+    drawn, given = info.micro_batches
+    ax.set_xlabel("ops in execution order" + (f" (first {drawn} of {given} micro-batches)" if drawn < given else ""))
     ax.set_ylabel("allocated memory (GiB)")
     ax.set_title(info.title, loc="left", fontsize=11)
-    handles, names = ax.get_legend_handles_labels()
-    ax.legend(handles[::-1], names[::-1], loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False)
     ax.spines[["top", "right"]].set_visible(False)
     return ax
+
+
+def _draw_legend(info: TimelineInfo, ax: Axes, areas: Sequence[Artist]) -> None:
+    """Roles in the order of the stack, with what each holds at the peak: its spike may be thinner than a line."""
+    shown = []
+    for area, (role, values) in zip(areas, info.series.items(), strict=True):
+        if values.max() >= VISIBLE * info.peak[1]:
+            number = f"{values[info.peak[0]] / GIB:.2f}".rjust(6, FIGURE_SPACE)
+            shown.append((area, f"{number}  {role.value}"))
+    legend = ax.legend(
+        *zip(*shown[::-1], strict=True),
+        title="GiB at the peak", loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False, alignment="left",
+    )  # fmt: skip
+    legend.get_title().set_fontweight("bold")
 
 
 def _limits(info: TimelineInfo, ax: Axes) -> None:
@@ -150,38 +186,45 @@ def _draw_capacity(info: TimelineInfo, ax: Axes) -> None:
     inside = low / GIB <= ax.get_ylim()[1]
     text = f"capacity {gib(low)}" if low == high else f"capacity {gib(low)} to {gib(high)}"
     if inside:
-        ax.axhspan(low / GIB, max(high / GIB, low / GIB), color="black", alpha=0.15, linewidth=0)
+        ax.axhspan(low / GIB, high / GIB, color="black", alpha=0.2, linewidth=0)
         ax.axhline(low / GIB, color="black", linewidth=1, linestyle="--")
-        ax.text(0.995 * len(info.total), low / GIB, text, ha="right", va="bottom", fontsize=8)
+        left = info.peak[0] > 0.4 * len(info.total)  # on the side where the peak's own label is not
+        ax.annotate(
+            text, (0.005 if left else 0.995, high / GIB), (0, 3), xycoords=("axes fraction", "data"),
+            textcoords="offset points", ha="left" if left else "right", va="bottom", fontsize=8,
+            bbox=BEHIND_TEXT,
+        )  # fmt: skip
     else:
         ax.annotate(f"{text} (above)", (0.995, 0.985), xycoords="axes fraction", ha="right", va="top", fontsize=8)
 
 
 def _draw_phases(info: TimelineInfo, ax: Axes) -> None:
-    """A line where a phase begins, its name below the axis where there is room, the step's name above."""
+    """A line where a phase begins, behind the areas; its name, short where there is little room; the step's above."""
     width = len(info.total)
     for index, (name, phase, first, last) in enumerate(info.spans):
         starts_step = index == 0 or info.spans[index - 1][0] != name
-        ax.axvline(first, color="black", linewidth=1.2 if starts_step else 0.5, alpha=0.8 if starts_step else 0.35)
+        line = {"linewidth": 1.2, "alpha": 0.8} if starts_step else {"linewidth": 0.5, "alpha": 0.35}
+        ax.axvline(first, color="black", zorder=2 if starts_step else 0, **line)
         if starts_step:
             ax.annotate(
                 f"{name} step", (first, 1.0), (4, -4), xycoords=("data", "axes fraction"),
                 textcoords="offset points", va="top", fontsize=9, fontweight="bold",
             )  # fmt: skip
-        if last - first > 0.045 * width:
+        if last - first > 0.022 * width:
+            text = phase.value if last - first > 0.08 * width else SHORT.get(phase, "")
             ax.annotate(
-                phase.value, ((first + last) / 2, 0.945), xycoords=("data", "axes fraction"),
+                text, ((first + last) / 2, 0.945), xycoords=("data", "axes fraction"),
                 ha="center", va="top", fontsize=8, color="#333333",
             )  # fmt: skip
 
 
 def _draw_peak(info: TimelineInfo, ax: Axes) -> None:
     index, nbytes = info.peak
-    right = index > 0.6 * len(info.total)
+    right = index > 0.8 * len(info.total)
     ax.plot([index], [nbytes / GIB], marker="o", markersize=4, color="black")
     ax.annotate(
         f"peak {gib(nbytes)}", (index, nbytes / GIB), (-6 if right else 6, 6), textcoords="offset points",
-        ha="right" if right else "left", va="bottom", fontsize=9, fontweight="bold",
+        ha="right" if right else "left", va="bottom", fontsize=9, fontweight="bold", bbox=BEHIND_TEXT,
     )  # fmt: skip
 
 
