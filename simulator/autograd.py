@@ -120,33 +120,35 @@ class Autograd:
         recorder.module, recorder.slot = op.module, op.slot
         saved, early = self._saved(op)
         assert op.backward is not None
-        results = op.backward(self, op, gradients)
-        results = [g if t.requires_grad else None for g, t in zip(results, op.inputs, strict=True)]
-        for result in results:
-            if result is not None:
-                recorder.retain(result.storage)
+        results: list[Tensor | None] = []
+        for gradient, tensor in zip(op.backward(self, op, gradients), op.inputs, strict=True):
+            wanted = gradient is not None and tensor.requires_grad
+            results.append(gradient if wanted else None)
+            if gradient is not None and wanted:
+                recorder.retain(gradient.storage)
         self._release_made()
         self._release(early)
-        results = [self._validate(g, t) for g, t in zip(results, op.inputs, strict=True)]
-        self._release([g.storage for g in gradients if g is not None])
+        results = [g and self._validate(g, t) for g, t in zip(results, op.inputs, strict=True)]
+        for gradient in gradients:
+            if gradient is not None:
+                recorder.release(gradient.storage)
         self._release(saved)
-        for result, tensor in zip(results, op.inputs, strict=True):
-            if result is not None:
-                self._send(result, tensor)
+        for gradient, tensor in zip(results, op.inputs, strict=True):
+            if gradient is not None:
+                self._send(gradient, tensor)
 
     def _release_made(self) -> None:
         """The node's function returns: its temporaries go."""
-        self._release([made.storage for made in self._made])
+        for made in self._made:
+            self.recorder.release(made.storage)
         self._made.clear()
 
     def _release(self, storages: Sequence[Storage]) -> None:
         for storage in storages:
             self.recorder.release(storage)
 
-    def _validate(self, gradient: Tensor | None, tensor: Tensor) -> Tensor | None:
+    def _validate(self, gradient: Tensor, tensor: Tensor) -> Tensor:
         """Bring a gradient to the shape and dtype of the tensor it belongs to (engine.cpp `validate_outputs`)."""
-        if gradient is None:
-            return None
         if is_broadcast(gradient, tensor):
             gradient = self._replace(gradient, self.fresh("sum.dim_IntList", tensor.shape, gradient.dtype))
         if gradient.dtype != tensor.dtype:

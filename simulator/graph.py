@@ -112,9 +112,13 @@ class ForwardGraph:
     def uses(self, op: Op) -> Uses:
         """The storages that `op` reads, saves and holds."""
         found = Uses([], [], [])
-        for storage, edge in self.edges.pred[op].items():
-            for why in edge:
-                getattr(found, why).append(storage)
+        for storage, _, edge in self.edges.in_edges(op, data=True):
+            if "reads" in edge:
+                found.reads.append(storage)
+            if "saves" in edge:
+                found.saves.append(storage)
+            if "holds" in edge:
+                found.holds.append(storage)
         return found
 
     def births(self, op: Op) -> list[Storage]:

@@ -110,6 +110,8 @@ def _longest(kinds: list[int], position: int) -> tuple[int, int]:
         count = _repetitions(kinds, position, period)
         if count > 1 and period * count > best[0] * best[1]:
             best = (period, count)
+        if best[0] * best[1] == len(kinds) - position:
+            break
     return best
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 
 import attrs
 
 from simulator.graph import Storage
-from simulator.layout import Layout, Place
+from simulator.layout import Layout
 from simulator.recorder import Step as RecordedStep
 from simulator.roles import Phase
 
@@ -75,27 +76,26 @@ class TreeBuilder:
 
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
+        self._turns = [(place.run.first_slot, place.turn) for place in layout.places]
 
     def tree(self, steps: Sequence[RecordedStep]) -> Node:
         """Consecutive steps of one turn of a pattern become a `Repeat`, the others a `Leaf`.
 
         Steps that neither allocate nor free (views, in-place updates) are left out.
         """
-        steps = [part for step in steps if step.births or step.deaths for part in self._by_layer(step)]
-        parts: list[Node] = []
-        start = 0
-        while start < len(steps):
-            place = self._place(steps[start].slot)
-            end = start
-            while end < len(steps) and _same_turn(place, self._place(steps[end].slot)):
-                end += 1
-            parts.append(self._part(steps[start:end], place))
-            start = end
+        active = [part for step in steps if step.births or step.deaths for part in self._by_layer(step)]
+        parts = [self._part(list(group)) for _, group in groupby(active, key=self._turn)]
         return parts[0] if len(parts) == 1 else Seq(tuple(parts))
+
+    def _turn(self, step: RecordedStep) -> tuple[int, int] | None:
+        """What steps of one turn of a pattern have in common; None outside the stack."""
+        return None if step.slot is None else self._turns[step.slot]
 
     def _by_layer(self, step: RecordedStep) -> list[RecordedStep]:
         """A step outside the stack that frees storages of layers (autocast's cache, say) frees every layer's own."""
-        layered = [s for s in step.deaths if s.slot is not None] if step.slot is None else []
+        if step.slot is not None:
+            return [step]
+        layered = [s for s in step.deaths if s.slot is not None]
         if not layered:
             return [step]
         kept = attrs.evolve(step, deaths=[s for s in step.deaths if s.slot is None])
@@ -107,18 +107,17 @@ class TreeBuilder:
             *(RecordedStep("free", step.phase, step.module, slot, [], found) for slot, found in by_slot.items()),
         ]
 
-    def _part(self, steps: Sequence[RecordedStep], place: Place | None) -> Node:
-        if place is None:
+    def _part(self, steps: list[RecordedStep]) -> Node:
+        slot = steps[0].slot
+        if slot is None:
             return Leaf(tuple(Step(s.name, s.phase, s.module, None, *self._outside(s)) for s in steps))
+        place = self._layout.places[slot]
         period = place.run.period
         first = place.run.first_slot + place.turn * period
         leaf = Leaf(tuple(_inside(step, first, period) for step in steps))
         if not _descends(steps):
             return Repeat(place.repeats, leaf, place.base, period)
         return Repeat(place.repeats, leaf, place.base + (place.repeats - 1) * period, -period)
-
-    def _place(self, slot: int | None) -> Place | None:
-        return None if slot is None else self._layout.places[slot]
 
     def _outside(self, step: RecordedStep) -> tuple[tuple[Reference, ...], tuple[Reference, ...]]:
         """References of a step outside the stack, with real layer indices."""
@@ -142,12 +141,6 @@ def _inside(step: RecordedStep, first: int, period: int) -> Step:
         assert distance is None or -period <= distance < 2 * period, "a layer reaches further than its neighbours"
     offset = None if step.slot is None else step.slot - first
     return Step(step.name, step.phase, step.module, offset, births, deaths)
-
-
-def _same_turn(left: Place | None, right: Place | None) -> bool:
-    if left is None or right is None:
-        return left is right
-    return left.run == right.run and left.turn == right.turn
 
 
 def _descends(steps: Sequence[RecordedStep]) -> bool:

@@ -67,6 +67,7 @@ class Trace:
         self.slot: int | None = None
         self._modules: list[str] = []
         self._casts: dict[Tensor, Tensor] = {}
+        self._squeezed: dict[tuple[Shape, int], Shape] = {}
         self._role = Role.ACTIVATION
         self._first_op = 0
 
@@ -182,21 +183,15 @@ class Trace:
         edges.add_node(op)
         for tensor in inputs:
             edges.add_edge(tensor.storage, op, reads=True)
-        read = {t.storage for t in inputs}
         for index, tensor in enumerate(outputs):
             tensor.producer, tensor.output_index = (op, index) if differentiable else (None, 0)
             tensor.requires_grad = differentiable and tensor.dtype.floating
-            if tensor.storage not in read:
+            if not tensor.is_view:
                 edges.add_edge(op, tensor.storage)
-        if differentiable:
-            self._save(op, saves)
+        for tensor in saves if differentiable else ():
+            edges.add_edge(tensor.storage, op, saves=True)
+            op.saved_outputs |= tensor.producer is op
         return op.outputs
-
-    def _save(self, op: Op, saves: Sequence[Tensor]) -> None:
-        made = {t.storage for t in op.outputs}
-        for tensor in saves:
-            self.graph.edges.add_edge(tensor.storage, op, saves=True)
-            op.saved_outputs |= tensor.storage in made and tensor.storage not in {t.storage for t in op.inputs}
 
     def squeezed(self, shape: Shape) -> Shape:
         """`shape` without the dimensions that are 1: they take no part in what can be viewed and what must be copied.
@@ -206,7 +201,11 @@ class Trace:
         ones = self.dimensions.ones
         if not ones:
             return shape
-        return tuple(tuple(d for d in axis if d not in ones) for axis in shape)
+        known = self._squeezed.get((shape, len(ones)))
+        if known is None:
+            known = tuple(tuple(d for d in axis if d not in ones) for axis in shape)
+            self._squeezed[shape, len(ones)] = known
+        return known
 
     def fresh(self, name: str, shape: Shape, dtype: DType, memory: tuple[Dim, ...] | None = None) -> Tensor:
         """A new storage for the output of op `name`, to be handed to `emit`."""

@@ -62,7 +62,8 @@ class TimelineInfo:
         title: model, regime and GPU.
         series: live bytes of each role that occurs, in the order they are stacked.
         total: their sum.
-        spans: the parts of the step axis: step name, phase, first and last index.
+        ops: the number of the op at each point; where there are too many, the highest of each run is kept.
+        spans: the parts of the op axis: step name, phase, first and last index.
         peak: index and bytes of the highest point.
         capacity: low and high end of the GPU's capacity.
         micro_batches: how many of a step's are drawn, and how many there are; the others are like the last one.
@@ -71,6 +72,7 @@ class TimelineInfo:
     title: str
     series: dict[Role, npt.NDArray[np.int64]]
     total: npt.NDArray[np.int64]
+    ops: npt.NDArray[np.int64]
     spans: list[tuple[str, Phase, int, int]]
     peak: tuple[int, int]
     capacity: tuple[int, int]
@@ -98,6 +100,7 @@ def timeline_info(result: Estimate) -> TimelineInfo:
         title=_title(result),
         series={role: values for role, values in series.items() if values.any()},
         total=total,
+        ops=kept - first,
         spans=_spans(timeline, kept),
         peak=(peak, int(total[peak])),
         capacity=(result.cluster.gpu.capacity.low, result.cluster.gpu.capacity.high),
@@ -141,10 +144,9 @@ def _title(result: Estimate) -> str:
 
 def plot_timeline(info: TimelineInfo, ax: Axes) -> Axes:
     """Draw `info` on `ax`: stacked areas by role, phases, the peak and the capacity; returns `ax`."""
-    steps = np.arange(len(info.total))
     stack = [values / GIB for values in info.series.values()]
     colours = [COLOURS[role] for role in info.series]
-    areas = ax.stackplot(steps, *stack, colors=colours, step="post", linewidth=0)
+    areas = ax.stackplot(info.ops, *stack, colors=colours, step="post", linewidth=0)
     _limits(info, ax)
     _draw_phases(info, ax)
     _draw_capacity(info, ax)
@@ -177,7 +179,7 @@ def _limits(info: TimelineInfo, ax: Axes) -> None:
     top = info.peak[1]
     if info.capacity[0] < 1.6 * top:
         top = max(top, info.capacity[1])
-    ax.set_xlim(0, max(len(info.total) - 1, 1))
+    ax.set_xlim(0, max(int(info.ops[-1]), 1))
     ax.set_ylim(0, top / GIB * 1.16)
 
 
@@ -188,7 +190,7 @@ def _draw_capacity(info: TimelineInfo, ax: Axes) -> None:
     if inside:
         ax.axhspan(low / GIB, high / GIB, color="black", alpha=0.2, linewidth=0)
         ax.axhline(low / GIB, color="black", linewidth=1, linestyle="--")
-        left = info.peak[0] > 0.4 * len(info.total)  # on the side where the peak's own label is not
+        left = info.ops[info.peak[0]] > 0.4 * info.ops[-1]  # on the side where the peak's own label is not
         ax.annotate(
             text, (0.005 if left else 0.995, high / GIB), (0, 3), xycoords=("axes fraction", "data"),
             textcoords="offset points", ha="left" if left else "right", va="bottom", fontsize=8,
@@ -200,8 +202,9 @@ def _draw_capacity(info: TimelineInfo, ax: Axes) -> None:
 
 def _draw_phases(info: TimelineInfo, ax: Axes) -> None:
     """A line where a phase begins, behind the areas; its name, short where there is little room; the step's above."""
-    width = len(info.total)
-    for index, (name, phase, first, last) in enumerate(info.spans):
+    width = int(info.ops[-1])
+    for index, (name, phase, start, end) in enumerate(info.spans):
+        first, last = int(info.ops[start]), int(info.ops[end])
         starts_step = index == 0 or info.spans[index - 1][0] != name
         line = {"linewidth": 1.2, "alpha": 0.8} if starts_step else {"linewidth": 0.5, "alpha": 0.35}
         ax.axvline(first, color="black", zorder=2 if starts_step else 0, **line)
@@ -219,11 +222,11 @@ def _draw_phases(info: TimelineInfo, ax: Axes) -> None:
 
 
 def _draw_peak(info: TimelineInfo, ax: Axes) -> None:
-    index, nbytes = info.peak
-    right = index > 0.8 * len(info.total)
-    ax.plot([index], [nbytes / GIB], marker="o", markersize=4, color="black")
+    op, nbytes = int(info.ops[info.peak[0]]), info.peak[1]
+    right = op > 0.8 * info.ops[-1]
+    ax.plot([op], [nbytes / GIB], marker="o", markersize=4, color="black")
     ax.annotate(
-        f"peak {gib(nbytes)}", (index, nbytes / GIB), (-6 if right else 6, 6), textcoords="offset points",
+        f"peak {gib(nbytes)}", (op, nbytes / GIB), (-6 if right else 6, 6), textcoords="offset points",
         ha="right" if right else "left", va="bottom", fontsize=9, fontweight="bold", bbox=BEHIND_TEXT,
     )  # fmt: skip
 
