@@ -37,7 +37,13 @@ class Recorder:
         return other
 
     def run(self, name: str, births: list[Storage]) -> None:
-        """Record one op that allocates `births`, each held once by its maker."""
+        """Record one op that allocates `births`, each held once by its maker.
+
+        An op that allocates nothing (a view, an update in place) leaves no step; what dies after it
+        dies after the step recorded last.
+        """
+        if not births:
+            return
         self.steps.append(Step(name, self.phase, self.module, self.slot, births))
         for storage in births:
             self._references[storage] = self._references.get(storage, 0) + 1

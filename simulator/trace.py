@@ -65,7 +65,8 @@ class Trace:
         self.dimensions = dimensions
         self.graph = ForwardGraph(nx.DiGraph())
         self.slot: int | None = None
-        self._modules: list[str] = []
+        self.module = ""
+        """Dotted path of the module being run."""
         self._casts: dict[Tensor, Tensor] = {}
         self._squeezed: dict[tuple[Shape, int], Shape] = {}
         self._role = Role.ACTIVATION
@@ -77,20 +78,15 @@ class Trace:
         """Bind a dimension and return the name under which it is known."""
         return self.dimensions.bind(name, value)
 
-    @property
-    def module(self) -> str:
-        """Dotted path of the module being run."""
-        return ".".join(self._modules)
-
     @contextmanager
     def call(self, name: str, *arguments: Tensor) -> Iterator[Frame]:
         """Run module or function `name`: its arguments live until it returns, its locals while they are bound."""
         frame = Frame(self, arguments)
+        outer = self.module
         if name:
-            self._modules.append(name)
+            self.module = f"{outer}.{name}" if outer else name
         yield frame
-        if name:
-            self._modules.pop()
+        self.module = outer
         frame.close()
 
     @contextmanager
@@ -156,7 +152,7 @@ class Trace:
         return tensor
 
     def _leaf(self, name: str, dims: Sequence[Dim], dtype: DType, role: Role) -> Tensor:
-        label = ".".join([*self._modules, name])
+        label = f"{self.module}.{name}" if self.module else name
         storage = make_storage(label, tuple(dims), dtype, role, self.slot)
         storage.persistent = True
         self.graph.edges.add_node(storage)
