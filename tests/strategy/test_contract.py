@@ -1,0 +1,71 @@
+"""Our strategies, and a third party's found through an entry point, pass the shipped contract."""
+
+from __future__ import annotations
+
+from importlib.metadata import EntryPoint
+
+import attrs
+import pytest
+
+from simulator import Training, simulate
+from simulator.plan import Plan
+from strategies import strategies
+from strategies.checkpointing import FullCheckpointing
+from strategies.contract import StrategyContract
+from tests.strategies import uniform_llama
+
+
+@attrs.frozen
+class EveryOther:
+    """A third party's strategy: recompute every other built layer."""
+
+    name: str = "every_other"
+
+    def __call__(self, plan: Plan) -> Plan:
+        return attrs.evolve(plan, recomputed=frozenset(range(0, len(plan.layout.places), 2)))
+
+
+class TestFullCheckpointing(StrategyContract):
+    strategy = FullCheckpointing()
+
+
+class TestEveryOther(StrategyContract):
+    strategy = EveryOther()
+
+
+def test_a_strategy_is_found_through_its_entry_point(monkeypatch):
+    point = EntryPoint("every_other", "tests.strategy.test_contract:EveryOther", "vramsim.strategies")
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda *, group: [point] if group == point.group else [])
+    fresh = type(strategies)(strategies.kind, strategies.group)
+    assert fresh.get("every_other")().name == "every_other"
+
+
+def test_every_registered_strategy_is_under_contract():
+    tested = {case.strategy.name for case in StrategyContract.__subclasses__()}
+    assert set(strategies.names()) <= tested
+
+
+def test_the_contract_can_fail():
+    """A strategy that changes the plan it was given is caught."""
+
+    class Vandal:
+        name = "vandal"
+
+        def __call__(self, plan: Plan) -> Plan:
+            edges = plan.graph.edges
+            edges.remove_edge(*next(iter(edges.edges)))
+            return plan
+
+    class Case(StrategyContract):
+        strategy = Vandal()
+
+    with pytest.raises(AssertionError):
+        Case().test_leaves_the_plan_it_was_given_alone()
+
+
+def test_checkpointing_saves_activations_and_recomputes():
+    training = Training(micro_batch=4, seq_len=64)
+    plain = simulate(uniform_llama(12), training)
+    checkpointed = simulate(uniform_llama(12), training, [FullCheckpointing()])
+    assert checkpointed.peak.nbytes < plain.peak.nbytes
+    assert checkpointed.plan.applied == ("full_checkpointing",)
