@@ -6,11 +6,11 @@ and therefore lives until its function returns, is part of what is modelled.
 
 from __future__ import annotations
 
-from hardware.dtypes import BOOL, FP32, INT64
+from hardware.dtypes import FP32
 from hardware.errors import UnsupportedError
 from simulator import ops
 from simulator.graph import Tensor
-from simulator.model import AttentionSpec, FeedForwardSpec, ModelSpec
+from simulator.model import AttentionSpec, FeedForwardSpec
 from simulator.trace import Trace
 
 
@@ -182,38 +182,6 @@ def _gelu_new(t: Trace, x: Tensor) -> Tensor:
         return ops.mul(t, half, ops.add_scalar(t, ops.tanh(t, inner)))
 
 
-def causal_mask(t: Trace, like: Tensor) -> Tensor | None:
-    """The 4-D mask ``[b, 1, s, s]``: additive for eager attention, boolean for SDPA with real padding.
-
-    Without padding SDPA and flash attention are told ``is_causal`` instead (masking_utils.py
-    `_ignore_causal_mask_sdpa`, `flash_attention_mask`).
-    """
-    eager, padded = t.regime.attention == "eager", t.regime.attention_mask == "padded"
-    if not eager and not (padded and t.regime.attention == "sdpa"):
-        return None
-    square = (("s",), ("s",))
-    full = (("b",), *square)
-    with t.call("") as local:
-        for name, shape in (("batch", (("b",),)), ("head", ())):
-            local(name, ops.constant(t, "arange.default", like, dtype=INT64, shape=shape))
-        for name in ("query", "key"):
-            local(name, positions(t, like))
-        allowed = local("allowed", ops.constant(t, "le.Tensor", like, dtype=BOOL, shape=square))
-        if padded:
-            causal = local("causal", ops.constant(t, "bitwise_and.Tensor", allowed))
-            allowed = local("allowed", ops.constant(t, "bitwise_and.Tensor", causal, shape=full))
-        if not eager:
-            return allowed
-        return ops.constant(t, "where.self", allowed, dtype=like.dtype, shape=full)
-
-
-def positions(t: Trace, like: Tensor) -> Tensor:
-    """``position_ids``: int64, one row."""
-    row = ((), ("s",))
-    with t.call(""):
-        return ops.constant(t, "add.Tensor", ops.constant(t, "arange.default", like, dtype=INT64, shape=row))
-
-
 def head_dims(t: Trace, spec: AttentionSpec) -> tuple[tuple[str, ...], tuple[str, ...], str]:
     """Names of the query heads' dimensions, of the key heads' and of the head dimension.
 
@@ -257,37 +225,3 @@ def projection(t: Trace, name: str, x: Tensor, out: tuple[str, ...], bias: bool)
     with t.call(name, x):
         weight = t.matrix("weight", out, x.shape[-1])
         return ops.linear(t, x, weight, t.vector("bias", out) if bias else None, out)
-
-
-def batch(t: Trace) -> tuple[Tensor, Tensor]:
-    """The micro-batch: token ids, labels and, where the workload has one, a padding mask; all int64."""
-    ids, labels = (t.input(name, "b", "s", dtype=INT64) for name in ("input_ids", "labels"))
-    if t.regime.attention_mask != "none":
-        t.input("attention_mask", "b", "s", dtype=INT64)
-    return ids, labels
-
-
-def language_head(t: Trace, hidden: Tensor, labels: Tensor, spec: ModelSpec, vocabulary: Tensor) -> None:
-    """``lm_head``, soft cap and loss of `...ForCausalLM.forward`; leaves the loss and the logits in the graph."""
-    with t.call("", hidden) as local, t.loss_head():
-        with t.call("lm_head", hidden):
-            weight = vocabulary if spec.tied_embeddings else t.matrix("weight", ("V",), ("h",))
-            logits = local("logits", ops.linear(t, hidden, weight))
-        if spec.final_softcap is not None:
-            logits = local("logits", ops.div_scalar(t, logits))
-            logits = local("logits", ops.tanh(t, logits))
-            logits = local("logits", ops.mul_scalar(t, logits))
-        loss = causal_lm_loss(t, logits, labels)
-        t.graph.loss = ops.div_scalar(t, loss) if t.regime.loss_division else loss
-    t.graph.outputs = (logits, loss) if t.regime.loss_division else (logits,)
-
-
-def causal_lm_loss(t: Trace, logits: Tensor, labels: Tensor) -> Tensor:
-    """`ForCausalLMLoss` (loss/loss_utils.py): fp32 logits, padded and shifted labels, mean cross-entropy."""
-    with t.call("loss_function", logits) as local:
-        logits = local("logits", ops.to(t, logits, FP32))
-        longer = t.dim("s+1", t.dimensions.bindings["s"] + 1)
-        padded = local("labels", ops.constant(t, "constant_pad_nd.default", labels, shape=(("b",), (longer,))))
-        shifted = local("shifted", ops.constant(t, "clone.default", padded, shape=labels.shape))
-        flat = ops.reshape(t, logits, (("b", "s"), logits.shape[-1]))
-        return ops.nll_loss(t, ops.log_softmax(t, flat), shifted)

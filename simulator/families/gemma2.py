@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import attrs
 
 from simulator import blocks, ops
+from simulator.decoder import BuiltLayers, rotary_decoder
 from simulator.families import Family, families
 from simulator.families.reader import ConfigReader
 from simulator.graph import Tensor
@@ -77,38 +76,20 @@ def _read_feed_forward(config: ConfigReader) -> FeedForwardSpec:
     return FeedForwardSpec(width=width, activation=config.activation("hidden_activation", "gelu_pytorch_tanh"))
 
 
-def forward(t: Trace, spec: ModelSpec, layers: Sequence[tuple[int, LayerSpec]]) -> None:
-    """`Gemma2ForCausalLM` (transformers models/gemma2/modeling_gemma2.py)."""
-    ids, labels = blocks.batch(t)
-    vocabulary = t.matrix("model.embed_tokens.weight", ("V",), ("h",))
-    with t.call("model") as local:
-        with t.call("embed_tokens"):
-            scale = t.buffer("embed_scale", dtype=t.regime.weights)
-            embeds = local("inputs_embeds", ops.mul(t, ops.embedding(t, vocabulary, ids), scale))
-        position_ids = local("position_ids", blocks.positions(t, ids))
-        masks = {}
-        for window in (None, 0):
-            mask = blocks.causal_mask(t, embeds)
-            if mask is not None:
-                masks[window is None] = local(f"mask{window}", mask)
-        tables = blocks.rotary_tables(t, spec.layers[0].attention.head_dim, embeds)
-        for name, table in zip(("cos", "sin"), tables, strict=True):
-            local(name, table)
-        hidden = local("hidden", embeds)
-        for slot, layer in layers:
-            mask = masks.get(layer.attention.window is None)
-            with t.layer(slot, hidden, mask, *tables, position_ids):
-                hidden = local("hidden", _layer(t, hidden, tables, mask, layer))
-        hidden = local("hidden", blocks.gemma_rms_norm(t, "norm", hidden))
-    blocks.language_head(t, hidden, labels, spec, vocabulary)
+def forward(t: Trace, spec: ModelSpec, layers: BuiltLayers) -> None:
+    """`Gemma2ForCausalLM` (transformers models/gemma2/modeling_gemma2.py): scaled embeddings, a mask per layer kind."""
+    rotary_decoder(t, spec, layers, embed=_embed, layer=_layer, norm=blocks.gemma_rms_norm, windows=True)
+    before, after = "input_layernorm", "post_attention_layernorm"
     t.order_layer_parameters(
-        "self_attn",
-        "mlp",
-        "input_layernorm",
-        "post_attention_layernorm",
-        "pre_feedforward_layernorm",
-        "post_feedforward_layernorm",
+        "self_attn", "mlp", before, after, "pre_feedforward_layernorm", "post_feedforward_layernorm"
     )
+
+
+def _embed(t: Trace, vocabulary: Tensor, ids: Tensor) -> Tensor:
+    """`Gemma2TextScaledWordEmbedding`."""
+    with t.call("embed_tokens"):
+        scale = t.buffer("embed_scale", dtype=t.regime.weights)
+        return ops.mul(t, ops.embedding(t, vocabulary, ids), scale)
 
 
 def _layer(t: Trace, x: Tensor, tables: tuple[Tensor, Tensor], mask: Tensor | None, layer: LayerSpec) -> Tensor:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from simulator import blocks, ops
+from simulator import blocks, decoder, ops
 from simulator.families import Family, families
 from simulator.families.reader import ConfigReader
 from simulator.graph import Tensor
@@ -63,17 +61,17 @@ def _read_feed_forward(config: ConfigReader, hidden: int) -> FeedForwardSpec:
     return FeedForwardSpec(width=width, activation=activation, gated=False, bias=True)
 
 
-def forward(t: Trace, spec: ModelSpec, layers: Sequence[tuple[int, LayerSpec]]) -> None:
+def forward(t: Trace, spec: ModelSpec, layers: decoder.BuiltLayers) -> None:
     """`GPT2LMHeadModel` (transformers models/gpt2/modeling_gpt2.py)."""
-    ids, labels = blocks.batch(t)
+    ids, labels = decoder.batch(t)
     vocabulary = t.matrix("transformer.wte.weight", ("V",), ("h",))
     with t.call("transformer") as local:
         embeds = local("inputs_embeds", ops.embedding(t, vocabulary, ids))
-        position_ids = local("position_ids", blocks.positions(t, ids))
+        position_ids = local("position_ids", decoder.positions(t, ids))
         table = t.matrix("wpe.weight", (t.dim("P", spec.max_positions),), ("h",))
         position_embeds = local("position_embeds", ops.embedding(t, table, position_ids))
         hidden = local("hidden", ops.add(t, embeds, position_embeds))
-        mask = blocks.causal_mask(t, embeds)
+        mask = decoder.causal_mask(t, embeds)
         if mask is not None:
             local("mask", mask)
         hidden = local("hidden", ops.dropout(t, hidden, spec.embedding_dropout))
@@ -81,7 +79,7 @@ def forward(t: Trace, spec: ModelSpec, layers: Sequence[tuple[int, LayerSpec]]) 
             with t.layer(slot, hidden, mask, position_ids):
                 hidden = local("hidden", _block(t, hidden, mask, spec, layer))
         hidden = local("hidden", _layer_norm(t, "ln_f", hidden))
-    blocks.language_head(t, hidden, labels, spec, vocabulary)
+    decoder.language_head(t, hidden, labels, spec, vocabulary)
 
 
 def _block(t: Trace, x: Tensor, mask: Tensor | None, spec: ModelSpec, layer: LayerSpec) -> Tensor:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from simulator import blocks, ops
+from simulator.decoder import BuiltLayers, rotary_decoder
 from simulator.families import Family, families
 from simulator.families.reader import ConfigReader
 from simulator.graph import Tensor
@@ -56,27 +55,15 @@ def _read_feed_forward(config: ConfigReader) -> FeedForwardSpec:
     return FeedForwardSpec(width=width, activation=activation, bias=config.flag("mlp_bias", False))
 
 
-def forward(t: Trace, spec: ModelSpec, layers: Sequence[tuple[int, LayerSpec]]) -> None:
+def forward(t: Trace, spec: ModelSpec, layers: BuiltLayers) -> None:
     """`LlamaForCausalLM` (transformers models/llama/modeling_llama.py)."""
-    ids, labels = blocks.batch(t)
-    vocabulary = t.matrix("model.embed_tokens.weight", ("V",), ("h",))
-    with t.call("model") as local:
-        with t.call("embed_tokens"):
-            embeds = local("inputs_embeds", ops.embedding(t, vocabulary, ids))
-        position_ids = local("position_ids", blocks.positions(t, ids))
-        mask = blocks.causal_mask(t, embeds)
-        if mask is not None:
-            local("mask", mask)
-        tables = blocks.rotary_tables(t, spec.layers[0].attention.head_dim, embeds)
-        for name, table in zip(("cos", "sin"), tables, strict=True):
-            local(name, table)
-        hidden = local("hidden", embeds)
-        for slot, layer in layers:
-            with t.layer(slot, hidden, mask, *tables, position_ids):
-                hidden = local("hidden", _layer(t, hidden, tables, mask, layer))
-        hidden = local("hidden", blocks.llama_rms_norm(t, "norm", hidden))
-    blocks.language_head(t, hidden, labels, spec, vocabulary)
+    rotary_decoder(t, spec, layers, embed=_embed, layer=_layer, norm=blocks.llama_rms_norm)
     t.order_layer_parameters("self_attn", "mlp", "input_layernorm", "post_attention_layernorm")
+
+
+def _embed(t: Trace, vocabulary: Tensor, ids: Tensor) -> Tensor:
+    with t.call("embed_tokens"):
+        return ops.embedding(t, vocabulary, ids)
 
 
 def _layer(t: Trace, x: Tensor, tables: tuple[Tensor, Tensor], mask: Tensor | None, layer: LayerSpec) -> Tensor:

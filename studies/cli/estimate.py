@@ -5,12 +5,16 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Annotated
 
+import attrs
 import typer
 
 from studies.cli.output import Table, show, show_json, size
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from studies.estimate import Estimate
+    from studies.options import TrainingOptions
 
 #: Storages listed one by one.
 MOST_STORAGES = 8
@@ -50,30 +54,21 @@ def command(
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 5 where something is not modelled.")] = False,
 ) -> int:
     """Estimate the GPU memory of one training step."""
-    from simulator.reading import read_model
-    from studies.estimate import estimate
+    given = locals()
+    del strict  # the entry point reads it: it only changes an exit code
     from studies.options import TrainingOptions
     from studies.plots import check_target
 
-    del strict  # the entry point reads it: it only changes an exit code
     target = check_target(plot, force=force) if plot is not None else None
-    options = TrainingOptions(
-        task=task,
-        dtype=dtype,
-        optimizer=optimizer,
-        micro_batch=micro_batch,
-        global_batch=global_batch,
-        gradient_accumulation=gradient_accumulation,
-        seq_len=seq_len,
-        attention=attention,
-        sdpa_backend=sdpa_backend,
-        padding=padding,
-        checkpointing=checkpointing,
-        clip=clip,
-        zero_grad=zero_grad,
-        keep_outputs=keep_outputs,
-        torch=torch,
-    )
+    options = TrainingOptions(**{field.name: given[field.name] for field in attrs.fields(TrainingOptions)})
+    return _run(model, gpus, options, min_headroom, target, json=json)
+
+
+def _run(model: str, gpus: str, options: TrainingOptions, min_headroom: str, target: Path | None, *, json: bool) -> int:
+    """Simulate, draw, print; returns the exit code."""
+    from simulator.reading import read_model
+    from studies.estimate import estimate
+
     result = estimate(read_model(model), gpus, options, min_headroom)
     if target is not None:
         from studies.plots import save_timeline

@@ -1,0 +1,122 @@
+"""The skeleton of a causal language model: batch, masks, the walk over the layers, head and loss.
+
+Each follows the Python of transformers 5.23 (file named per function), names that keep tensors alive included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from hardware.dtypes import BOOL, FP32, INT64
+from simulator import ops
+from simulator.blocks import rotary_tables
+from simulator.graph import Tensor
+from simulator.model import LayerSpec, ModelSpec
+from simulator.trace import Trace
+
+#: Slot and spec of every layer to build.
+BuiltLayers = Sequence[tuple[int, LayerSpec]]
+#: Token ids and the embedding table to hidden states.
+Embed = Callable[[Trace, Tensor, Tensor], Tensor]
+#: Hidden states, rotary tables and mask through one layer.
+Layer = Callable[[Trace, Tensor, tuple[Tensor, Tensor], Tensor | None, LayerSpec], Tensor]
+#: A named norm.
+Norm = Callable[[Trace, str, Tensor], Tensor]
+
+
+def rotary_decoder(
+    t: Trace, spec: ModelSpec, layers: BuiltLayers, *, embed: Embed, layer: Layer, norm: Norm, windows: bool = False
+) -> None:
+    """`...ForCausalLM` with rotary positions, from token ids to the loss (models/llama/modeling_llama.py).
+
+    Args:
+        layers: the layers to build.
+        embed, layer, norm: what differs between families.
+        windows: whether a second mask is made for layers with a sliding window.
+    """
+    ids, labels = batch(t)
+    vocabulary = t.matrix("model.embed_tokens.weight", ("V",), ("h",))
+    with t.call("model") as local:
+        embeds = local("inputs_embeds", embed(t, vocabulary, ids))
+        position_ids = local("position_ids", positions(t, ids))
+        masks: dict[bool, Tensor] = {}
+        for sliding in (False, True) if windows else (False,):
+            mask = causal_mask(t, embeds)
+            if mask is not None:
+                masks[sliding] = local(f"mask.{sliding}", mask)
+        tables = rotary_tables(t, spec.layers[0].attention.head_dim, embeds)
+        for name, table in zip(("cos", "sin"), tables, strict=True):
+            local(name, table)
+        hidden = local("hidden", embeds)
+        for slot, one in layers:
+            mask = masks.get(windows and one.attention.window is not None)
+            with t.layer(slot, hidden, mask, *tables, position_ids):
+                hidden = local("hidden", layer(t, hidden, tables, mask, one))
+        hidden = local("hidden", norm(t, "norm", hidden))
+    language_head(t, hidden, labels, spec, vocabulary)
+
+
+def batch(t: Trace) -> tuple[Tensor, Tensor]:
+    """The micro-batch: token ids, labels and, where the workload has one, a padding mask; all int64."""
+    ids, labels = (t.input(name, "b", "s", dtype=INT64) for name in ("input_ids", "labels"))
+    if t.regime.attention_mask != "none":
+        t.input("attention_mask", "b", "s", dtype=INT64)
+    return ids, labels
+
+
+def positions(t: Trace, like: Tensor) -> Tensor:
+    """``position_ids``: int64, one row."""
+    row = ((), ("s",))
+    with t.call(""):
+        return ops.constant(t, "add.Tensor", ops.constant(t, "arange.default", like, dtype=INT64, shape=row))
+
+
+def causal_mask(t: Trace, like: Tensor) -> Tensor | None:
+    """The 4-D mask ``[b, 1, s, s]``: additive for eager attention, boolean for SDPA with real padding.
+
+    Without padding SDPA and flash attention are told ``is_causal`` instead (masking_utils.py
+    `_ignore_causal_mask_sdpa`, `flash_attention_mask`).
+    """
+    eager, padded = t.regime.attention == "eager", t.regime.attention_mask == "padded"
+    if not eager and not (padded and t.regime.attention == "sdpa"):
+        return None
+    square = (("s",), ("s",))
+    full = (("b",), *square)
+    with t.call("") as local:
+        for name, shape in (("batch", (("b",),)), ("head", ())):
+            local(name, ops.constant(t, "arange.default", like, dtype=INT64, shape=shape))
+        for name in ("query", "key"):
+            local(name, positions(t, like))
+        allowed = local("allowed", ops.constant(t, "le.Tensor", like, dtype=BOOL, shape=square))
+        if padded:
+            causal = local("causal", ops.constant(t, "bitwise_and.Tensor", allowed))
+            allowed = local("allowed", ops.constant(t, "bitwise_and.Tensor", causal, shape=full))
+        if not eager:
+            return allowed
+        return ops.constant(t, "where.self", allowed, dtype=like.dtype, shape=full)
+
+
+def language_head(t: Trace, hidden: Tensor, labels: Tensor, spec: ModelSpec, vocabulary: Tensor) -> None:
+    """``lm_head``, soft cap and loss of `...ForCausalLM.forward`; leaves the loss and the logits in the graph."""
+    with t.call("", hidden) as local, t.loss_head():
+        with t.call("lm_head", hidden):
+            weight = vocabulary if spec.tied_embeddings else t.matrix("weight", ("V",), ("h",))
+            logits = local("logits", ops.linear(t, hidden, weight))
+        if spec.final_softcap is not None:
+            logits = local("logits", ops.div_scalar(t, logits))
+            logits = local("logits", ops.tanh(t, logits))
+            logits = local("logits", ops.mul_scalar(t, logits))
+        loss = causal_lm_loss(t, logits, labels)
+        t.graph.loss = ops.div_scalar(t, loss) if t.regime.loss_division else loss
+    t.graph.outputs = (logits, loss) if t.regime.loss_division else (logits,)
+
+
+def causal_lm_loss(t: Trace, logits: Tensor, labels: Tensor) -> Tensor:
+    """`ForCausalLMLoss` (loss/loss_utils.py): fp32 logits, padded and shifted labels, mean cross-entropy."""
+    with t.call("loss_function", logits) as local:
+        logits = local("logits", ops.to(t, logits, FP32))
+        longer = t.dim("s+1", t.dimensions.bindings["s"] + 1)
+        padded = local("labels", ops.constant(t, "constant_pad_nd.default", labels, shape=(("b",), (longer,))))
+        shifted = local("shifted", ops.constant(t, "clone.default", padded, shape=labels.shape))
+        flat = ops.reshape(t, logits, (("b", "s"), logits.shape[-1]))
+        return ops.nll_loss(t, ops.log_softmax(t, flat), shifted)
