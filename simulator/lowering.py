@@ -25,11 +25,6 @@ class TrainingProgram:
     steady: Node
     bindings: Bindings
 
-    @property
-    def whole(self) -> Node:
-        """Load, cold step and steady step in sequence."""
-        return Seq((self.load, self.cold, self.steady))
-
 
 def lower(plan: Plan) -> TrainingProgram:
     """The program of `plan`: load the model, one cold and one steady optimizer step."""

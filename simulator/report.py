@@ -40,8 +40,6 @@ class StepPeak:
 class Report:
     """The result of `simulate`."""
 
-    metric = "allocated"
-
     def __init__(self, plan: Plan, program: TrainingProgram) -> None:
         self.plan = plan
         self.program = program

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import attrs
 
 from hardware.dtypes import DType
-from simulator.graph import BackwardRule, ForwardGraph, Op, Shape, Storage, Tensor, flat, make_storage, make_tensor
+from simulator.graph import BackwardRule, ForwardGraph, Op, Shape, Tensor, flat, make_storage, make_tensor
 from simulator.roles import Role
 from simulator.sizes import Dim, Dimensions, Value
 
@@ -44,10 +44,6 @@ class Frame:
         if old is not None:
             self._trace.drop(old)
         return tensor
-
-    def delete(self, name: str) -> None:
-        """Python's ``del name``."""
-        self._trace.drop(self._locals.pop(name))
 
     def close(self) -> None:
         """Leave the function: every local and argument is dropped."""
@@ -238,8 +234,3 @@ class Trace:
         for cast in self._casts.values():
             self.drop(cast)
         self._casts.clear()
-
-
-def storages(tensors: Sequence[Tensor]) -> list[Storage]:
-    """The storages behind `tensors`, in order."""
-    return [t.storage for t in tensors]

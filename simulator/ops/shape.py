@@ -92,10 +92,6 @@ def split(t: Trace, x: Tensor, shape: Shape, parts: int) -> tuple[Tensor, ...]:
     return t.emit("split.Tensor", [x], views, backward=_split_backward)
 
 
-def _flat(shape: Shape) -> tuple[Dim, ...]:
-    return tuple(d for axis in shape for d in axis)
-
-
 def _split_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients:
     source = op.inputs[0]
     return [engine.fresh("cat.default", source.shape, source.dtype)]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from hardware.errors import UnsupportedError, UsageError
 from simulator import simulate
-from studies.validation import oracle_case, read_cases, role_difference, validate_oracle
+from studies.validation import check_bound, oracle_case, read_cases, role_difference, validate_oracle
 
 OWN = Path(__file__).parents[1] / "data" / "oracle" / "sample.jsonl"
 SHARED = Path(__file__).parents[3] / "shared" / "oracle" / "single" / "cases.jsonl"
@@ -83,12 +84,37 @@ def test_nothing_is_dropped(tmp_path):
     assert json.loads(json.dumps(data)) == data
 
 
-@pytest.mark.parametrize(("text", "hint"), [("{", "line 1"), ("[]", "line 1"), ("\n{}\n", "line 2")])
-def test_a_broken_file_names_its_line(tmp_path, text, hint):
+CASE = '{"id": "x", "case": {}, "config_class": "GPT2Config", "config": {}, %s}'
+BROKEN = {
+    "cut off": ("{", "line 1"),
+    "a list": ("[]", "line 1"),
+    "second line": ("\n{}\n", "line 2"),
+    "no peak": ('{"id": "x", "config": {}}', "recorded peak"),
+    "peak missing": (CASE % '"steady": {}', "steady"),
+    "peak in words": (CASE % '"steady": {"peak_r512": "much"}', "steady"),
+    "negative peak": (CASE % '"prefill": {"peak_r512": -5}', "prefill"),
+    "quantity in words": (CASE % '"steady": 12', "steady"),
+    "case in words": ('{"id": "x", "case": "training", "steady": {"peak_r512": 1}}', "'case' and 'config'"),
+    "class by number": ('{"id": "x", "case": {}, "config": {}, "config_class": 5}', "config_class"),
+    "endless number": ('{"id": ' + "9" * 5000 + "}", "line 1"),
+    "too deep": ("[" * 100_000, "line 1"),
+    "nothing": ("\n\n", "at least one case"),
+}
+
+
+@pytest.mark.parametrize("name", sorted(BROKEN))
+def test_a_broken_file_names_its_line_and_what_it_lacks(tmp_path, name):
+    text, hint = BROKEN[name]
     path = tmp_path / "cases.jsonl"
     path.write_text(text)
-    with pytest.raises(UsageError, match=hint):
+    with pytest.raises(UsageError, match=re.escape(hint)):
         validate_oracle(path)
+
+
+@pytest.mark.parametrize("bound", [-1.0, float("nan"), float("inf")])
+def test_a_bound_that_means_nothing_is_refused(bound):
+    with pytest.raises(UsageError, match="max-mean"):
+        check_bound("max-mean", bound)
 
 
 def test_an_option_that_is_not_known_is_refused():
