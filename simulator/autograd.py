@@ -50,7 +50,7 @@ class Autograd:
         self.gradients = gradients
         self.kernel_workspace = kernel_workspace
         self._saved = saved
-        self._pending: dict[Op, list[Tensor | None]] = {}
+        self._pending: dict[int, list[Tensor | None]] = {}
         self._leaves: dict[Storage, Tensor] = {}
         self._expected = self._count_leaf_uses()
         self._made: list[Tensor] = []
@@ -68,10 +68,10 @@ class Autograd:
         self._made.clear()
         self.recorder.retain(seed.storage)  # the caller of backward() holds it to the end
         self._pending[loss.producer] = [seed]
-        for op in reversed(self.graph.ops):
-            gradients = self._pending.pop(op, None)
+        for index in range(loss.producer, -1, -1):
+            gradients = self._pending.pop(index, None)
             if gradients is not None:
-                self._evaluate(op, gradients)
+                self._evaluate(self.graph.ops[index], gradients)
         self.recorder.release(seed.storage)
 
     # what rules call -----------------------------------------------------------------------------------------------
@@ -164,7 +164,8 @@ class Autograd:
         if tensor.producer is None:
             self._send_to_leaf(gradient, tensor)
             return
-        buffers = self._pending.setdefault(tensor.producer, [None] * len(tensor.producer.outputs))
+        width = len(self.graph.ops[tensor.producer].outputs)
+        buffers = self._pending.setdefault(tensor.producer, [None] * width)
         buffers[tensor.output_index] = self._accumulate(buffers[tensor.output_index], gradient)
 
     def _accumulate(self, old: Tensor | None, new: Tensor) -> Tensor:

@@ -53,7 +53,8 @@ class Tensor:
     """Dimensions from the slowest to the fastest varying in memory."""
     dtype: DType
     requires_grad: bool = False
-    producer: Op | None = None
+    producer: int | None = None
+    """Index in `ForwardGraph.ops` of the op that makes it; None for leaves and where no gradient flows."""
     output_index: int = 0
     is_view: bool = False
     dense: bool = True
@@ -112,7 +113,7 @@ class ForwardGraph:
     def uses(self, op: Op) -> Uses:
         """The storages that `op` reads, saves and holds."""
         found = Uses([], [], [])
-        for storage, _, edge in self.edges.in_edges(op, data=True):
+        for storage, edge in self.edges.pred[op].items():
             if "reads" in edge:
                 found.reads.append(storage)
             if "saves" in edge:

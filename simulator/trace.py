@@ -176,13 +176,13 @@ class Trace:
         for tensor in inputs:
             edges.add_edge(tensor.storage, op, reads=True)
         for index, tensor in enumerate(outputs):
-            tensor.producer, tensor.output_index = (op, index) if differentiable else (None, 0)
+            tensor.producer, tensor.output_index = (len(self.graph.ops) - 1, index) if differentiable else (None, 0)
             tensor.requires_grad = differentiable and tensor.dtype.floating
             if not tensor.is_view:
                 edges.add_edge(op, tensor.storage)
         for tensor in saves if differentiable else ():
             edges.add_edge(tensor.storage, op, saves=True)
-            op.saved_outputs |= tensor.producer is op
+            op.saved_outputs |= any(tensor is output for output in outputs)
         return op.outputs
 
     def squeezed(self, shape: Shape) -> Shape:

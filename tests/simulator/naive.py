@@ -130,8 +130,8 @@ class NaiveMicroBatches:
         root = Gradient(seed, engine.cells.pop(seed.storage))
         buffers = {(loss.producer, 0): Gradient(seed, root.cell)}
         pending = self._leaf_uses()
-        for op in reversed(self.graph.ops):
-            keys = [(op, i) for i in range(len(op.outputs))]
+        for index, op in reversed(list(enumerate(self.graph.ops))):
+            keys = [(index, i) for i in range(len(op.outputs))]
             incoming = [buffers.pop(key, None) for key in keys]
             if any(g is not None for g in incoming):
                 outgoing = self._node(engine, op, incoming)
