@@ -61,12 +61,16 @@ class Folded:
     def bytes(self, prices: list[Value]) -> Any:
         """Bytes of every candidate at `prices`.
 
-        One row per candidate: an int64 array for ints, one with the broadcast shape of the arrays behind it for
-        arrays, an object array of expressions for symbols.
+        One row per candidate: an int64 array for ints (of Python ints where 64 bits are too few), one with the
+        broadcast shape of the arrays behind it for arrays, an object array of expressions for symbols.
         """
         if any(hasattr(price, "free_symbols") for price in prices):
             return np.array([_dot(row, prices) for row in self.candidates.tolist()], dtype=object)
-        return np.tensordot(self.candidates, np.stack(np.broadcast_arrays(*prices)), axes=1)
+        stacked = np.stack(np.broadcast_arrays(*prices))
+        largest = int(stacked.max(initial=0)) * int(np.abs(self.candidates).sum(axis=1).max(initial=0))
+        if largest > np.iinfo(np.int64).max:  # numpy would wrap around in silence
+            return np.tensordot(self.candidates.astype(object), stacked.astype(object), axes=1)
+        return np.tensordot(self.candidates, stacked, axes=1)
 
     def peak(self, prices: list[Value]) -> Peak:
         """The largest candidate for integer `prices`; the first one on a tie."""

@@ -48,8 +48,8 @@ class Optimizer:
         if self.implementation not in IMPLEMENTATIONS[self.name]:
             raise unknown_name(f"implementation of {self.name}", self.implementation, IMPLEMENTATIONS[self.name])
         for field in ("momentum", "weight_decay"):
-            if not getattr(self, field) >= 0:
-                raise UsageError(f"'{field}' must be >= 0: {getattr(self, field)}")
+            if not 0 <= getattr(self, field) < float("inf"):
+                raise UsageError(f"'{field}' must be a finite number >= 0: {getattr(self, field)}")
         if (self.momentum or self.nesterov) and self.name != "sgd":
             raise UsageError(f"'momentum' and 'nesterov' belong to sgd, not to {self.name}; leave them out")
         if self.nesterov and not self.momentum:
@@ -63,7 +63,7 @@ SDPA_BACKENDS = ("auto", "flash", "efficient", "math")
 ATTENTION_MASKS = ("none", "full", "padded")
 ZERO_GRADS = ("none", "zero")
 
-#: Bounds that keep every byte count inside 64 bits and every mistake of a unit visible.
+#: Bounds that make a slip of the keyboard visible; byte counts may still exceed 64 bits.
 LARGEST_MICRO_BATCH = 2**20
 LARGEST_SEQ_LEN = 2**24
 LARGEST_ACCUMULATION = 2**20

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hardware.errors import UnsupportedError
-from simulator import simulate
+from simulator import Training, simulate
 from simulator.layout import unrolled_layout
 from simulator.lowering import lower
 from simulator.plan import apply, make_plan
@@ -165,8 +165,6 @@ def test_a_million_events_unroll():
 
 
 def trainings_example():
-    from simulator import Training
-
     return Training(micro_batch=1, seq_len=16)
 
 
@@ -184,3 +182,13 @@ def test_liveness_comes_from_the_edges(why):
     assert changed
     after = allocating(lower(plan).cold, plan.dimensions.bindings, 0)[0]
     assert before != after
+
+
+@pytest.mark.parametrize("exponent", range(8, 21, 2))
+def test_byte_counts_beyond_64_bits_do_not_wrap_around(exponent):
+    """Four times the batch never needs less, also where products of counts and bytes leave 64 bits."""
+    peaks = [
+        simulate("llama-3.1-405b", Training(micro_batch=batch, seq_len=2**20, attention="eager")).peak.nbytes
+        for batch in (2 ** (exponent - 2), 2**exponent)
+    ]
+    assert 3.9 * peaks[0] < peaks[1] <= 4 * peaks[0]
