@@ -1,8 +1,11 @@
-"""Clipping by the global norm (Pascanu et al., arXiv 1211.5063): torch/nn/utils/clip_grad.py `clip_grad_norm_`."""
+"""Clipping by the global norm (Pascanu et al., arXiv 1211.5063), as torch runs it.
+
+Source: torch/nn/utils/clip_grad.py `_get_total_norm`, `_clip_grads_with_norm_`.
+"""
 
 from __future__ import annotations
 
-from hardware.dtypes import FP32
+from simulator.graph import Storage
 from simulator.optimizers.step import OptimizerStep
 
 
@@ -13,7 +16,15 @@ def clip_gradient_norm(step: OptimizerStep) -> None:
     last = step.parameters[-1]
     norms = [step.temporary(p, "linalg_vector_norm.default", (), p.gradient.dtype) for p in step.parameters]
     stacked = step.temporary(last, "stack.default", (step.tensors,), last.gradient.dtype)
-    total = step.temporary(last, "linalg_vector_norm.total", (), FP32)
+    total = _scalar(step, "linalg_vector_norm.default", "total_norm")
     step.free([*norms, stacked])
-    coefficient = [step.temporary(last, f"clip_coefficient.{i}", (), FP32) for i in range(2)]
-    step.free([total, *coefficient])
+    shifted, inverse = (_scalar(step, op, op) for op in ("add.Tensor", "reciprocal.default"))
+    coefficient = _scalar(step, "mul.Tensor", "clip_coef")
+    step.free([inverse, shifted])
+    clamped = _scalar(step, "clamp.default", "clip_coef_clamped")
+    step.free([total, coefficient, clamped])
+
+
+def _scalar(step: OptimizerStep, op: str, name: str) -> Storage:
+    last = step.parameters[-1]
+    return step.temporary(last, op, (), last.gradient.dtype, name)

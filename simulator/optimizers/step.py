@@ -29,8 +29,23 @@ class Parameter:
 
     @property
     def is_matrix(self) -> bool:
-        """Whether it has rows and columns (Adafactor factors those)."""
-        return len(self.shape) == 2
+        """Whether it has rows and columns, or is a stack of matrices (Adafactor factors the last two axes)."""
+        return len(self.shape) >= 2
+
+    @property
+    def rows(self) -> tuple[Dim, ...]:
+        """Dimensions of one number per row."""
+        return flat(self.shape[:-1])
+
+    @property
+    def columns(self) -> tuple[Dim, ...]:
+        """Dimensions of one number per column."""
+        return flat((*self.shape[:-2], self.shape[-1]))
+
+    @property
+    def stack(self) -> tuple[Dim, ...]:
+        """Dimensions of one number per matrix: none, unless it is a stack of them."""
+        return flat(self.shape[:-2])
 
     @property
     def dtype(self) -> DType:
@@ -71,9 +86,28 @@ class OptimizerStep:
             self._states[key] = made
             self._record(op, parameter.storage.slot, [made])
 
-    def temporary(self, parameter: Parameter, op: str, dims: Iterable[Dim], dtype: DType) -> Storage:
-        """Run kernel `op`, which allocates a temporary for `parameter`; free it with `free`."""
-        label = f"{parameter.storage.label}.{op}"
+    def renewed_state(
+        self, parameter: Parameter, name: str, dims: Iterable[Dim], dtype: DType, op: str
+    ) -> list[Storage]:
+        """Make state `name` of `parameter` anew with kernel `op`.
+
+        Returns:
+            What the caller has to free once the new one is stored. Old and new are alike, so that the one
+            an earlier step made stays in the books and the other goes.
+        """
+        if (parameter.storage, name) in self._states:
+            return [self.temporary(parameter, op, dims, dtype, f"{name} (new)")]
+        self.state(parameter, name, dims, dtype, op)
+        return []
+
+    def temporary(
+        self, parameter: Parameter, op: str, dims: Iterable[Dim], dtype: DType, name: str | None = None
+    ) -> Storage:
+        """Run kernel `op`, which allocates a temporary for `parameter`; free it with `free`.
+
+        `name` tells apart temporaries of one kernel that live at the same time.
+        """
+        label = f"{parameter.storage.label}.{name or op}"
         made = make_storage(label, tuple(dims), dtype, Role.OPTIMIZER, parameter.storage.slot)
         self._record(op, parameter.storage.slot, [made])
         return made
