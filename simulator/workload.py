@@ -20,11 +20,32 @@ _DEFAULT_WEIGHT_DECAY = {"adamw": 0.01}
 
 
 def _one_implementation(optimizer: Optimizer) -> str:
-    return IMPLEMENTATIONS.get(optimizer.name, ("foreach",))[0]
+    return IMPLEMENTATIONS.get(str(optimizer.name), ("foreach",))[0]
 
 
 def _default_weight_decay(optimizer: Optimizer) -> float:
-    return _DEFAULT_WEIGHT_DECAY.get(optimizer.name, 0.0)
+    return _DEFAULT_WEIGHT_DECAY.get(str(optimizer.name), 0.0)
+
+
+def _known_optimizer(_: Optimizer, __: attrs.Attribute[str], value: object) -> None:
+    if not isinstance(value, str) or value not in IMPLEMENTATIONS:
+        raise unknown_name("optimizer", value, IMPLEMENTATIONS)
+
+
+def _known_implementation(optimizer: Optimizer, _: attrs.Attribute[str], value: object) -> None:
+    known = IMPLEMENTATIONS[optimizer.name]
+    if value not in known:
+        raise unknown_name(f"implementation of {optimizer.name}", value, known)
+
+
+def _finite_not_negative(_: Optimizer, attribute: attrs.Attribute[float], value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+        raise UsageError(f"'{attribute.name}' must be a finite number >= 0: {value!r}")
+
+
+def _true_or_false(_: Optimizer, attribute: attrs.Attribute[bool], value: object) -> None:
+    if not isinstance(value, bool):
+        raise UsageError(f"'{attribute.name}' must be True or False: {value!r}")
 
 
 @attrs.frozen(kw_only=True)
@@ -33,23 +54,23 @@ class Optimizer:
 
     `implementation` is ``foreach`` (all parameters at once: temporaries as big as all of them),
     ``fused`` (none) or ``for-loop`` (one parameter after the other).
+
+    Raises:
+        UsageError: an unknown name, a way to run that the optimizer does not have, or an option of another one.
     """
 
-    name: str = "adamw"
-    implementation: str = attrs.field(default=attrs.Factory(_one_implementation, takes_self=True))
-    momentum: float = 0.0
-    nesterov: bool = False
-    weight_decay: float = attrs.field(default=attrs.Factory(_default_weight_decay, takes_self=True))
-    amsgrad: bool = False
+    name: str = attrs.field(default="adamw", validator=_known_optimizer)
+    implementation: str = attrs.field(
+        default=attrs.Factory(_one_implementation, takes_self=True), validator=_known_implementation
+    )
+    momentum: float = attrs.field(default=0.0, validator=_finite_not_negative)
+    nesterov: bool = attrs.field(default=False, validator=_true_or_false)
+    weight_decay: float = attrs.field(
+        default=attrs.Factory(_default_weight_decay, takes_self=True), validator=_finite_not_negative
+    )
+    amsgrad: bool = attrs.field(default=False, validator=_true_or_false)
 
     def __attrs_post_init__(self) -> None:
-        if self.name not in IMPLEMENTATIONS:
-            raise unknown_name("optimizer", self.name, IMPLEMENTATIONS)
-        if self.implementation not in IMPLEMENTATIONS[self.name]:
-            raise unknown_name(f"implementation of {self.name}", self.implementation, IMPLEMENTATIONS[self.name])
-        for field in ("momentum", "weight_decay"):
-            if not 0 <= getattr(self, field) < float("inf"):
-                raise UsageError(f"'{field}' must be a finite number >= 0: {getattr(self, field)}")
         if (self.momentum or self.nesterov) and self.name != "sgd":
             raise UsageError(f"'momentum' and 'nesterov' belong to sgd, not to {self.name}; leave them out")
         if self.nesterov and not self.momentum:

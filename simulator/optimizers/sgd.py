@@ -27,7 +27,7 @@ def _update_one(step: OptimizerStep, parameter: Parameter) -> None:
         step.local("grad", step.like(parameter, "add.Tensor"))
     _momentum(step, parameter, "clone.default")
     if step.optimizer.nesterov:
-        step.local("grad", step.like(parameter, "add.Tensor (nesterov)"))
+        step.local("grad", step.like(parameter, "add.Tensor", "nesterov"))
 
 
 def _momentum(step: OptimizerStep, parameter: Parameter, op: str) -> None:

@@ -112,9 +112,9 @@ class OptimizerStep:
         self._record(op, parameter.storage.slot, [made])
         return made
 
-    def like(self, parameter: Parameter, op: str) -> Storage:
+    def like(self, parameter: Parameter, op: str, name: str | None = None) -> Storage:
         """A temporary with the shape and dtype of `parameter`."""
-        return self.temporary(parameter, op, parameter.dims, parameter.dtype)
+        return self.temporary(parameter, op, parameter.dims, parameter.dtype, name)
 
     def foreach(self, op: str, parameters: Iterable[Parameter] | None = None) -> list[Storage]:
         """A foreach kernel that allocates one temporary like every parameter at once."""
