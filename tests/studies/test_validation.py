@@ -121,3 +121,51 @@ def test_an_option_that_is_not_known_is_refused():
     line = next(read_cases(OWN))
     with pytest.raises(UnsupportedError, match="sequence_packing"):
         oracle_case({**line, "case": {**line["case"], "sequence_packing": True}})
+
+
+NOT_SIMULATED = {
+    "selective checkpointing": {"checkpointing": "selective"},
+    "another device": {"device": "cpu"},
+    "without the engine's accumulation": {"emulate": False},
+    "padding": {"attention_mask": "padded"},
+    "adapters": {"lora": {"r": 8}},
+}
+
+
+@pytest.mark.parametrize("name", sorted(NOT_SIMULATED))
+def test_a_value_that_changes_memory_is_refused_not_rounded(name):
+    line = next(read_cases(OWN))
+    (key,) = NOT_SIMULATED[name]
+    with pytest.raises(UnsupportedError, match=key):
+        oracle_case({**line, "case": {**line["case"], **NOT_SIMULATED[name]}})
+
+
+def test_our_own_error_is_a_row_and_does_not_count(monkeypatch):
+    def broken(*_):
+        raise RuntimeError("two\nlines")
+
+    monkeypatch.setattr("studies.validation.compare.simulate", broken)
+    validation = validate_oracle(OWN)
+    assert {row.reason for row in validation.rows} == {"our error: RuntimeError: two lines"}
+    assert validation.summary.n == 0
+    assert validation.summary.unsupported == len(validation.rows)
+    assert validation.summary.mean_abs_error_pct is None
+
+
+def test_training_is_not_compared_with_what_inference_recorded(tmp_path):
+    line = next(read_cases(OWN))
+    path = tmp_path / "cases.jsonl"
+    path.write_text(json.dumps({**line, "prefill": line["steady"]}))
+    rows = {row.name.split(":")[1]: row for row in validate_oracle(path).rows}
+    assert rows["steady"].error_pct == 0
+    assert rows["prefill"].error_pct is None
+
+
+def test_the_error_has_a_sign(tmp_path):
+    line = next(read_cases(OWN))
+    peak = line["steady"]["peak_r512"]
+    path = tmp_path / "cases.jsonl"
+    path.write_text(json.dumps({**line, "steady": {**line["steady"], "peak_r512": 2 * peak}}))
+    row = next(row for row in validate_oracle(path).rows if row.name.endswith(":steady"))
+    assert row.error_pct == -50
+    assert validate_oracle(path).summary.worst_abs_error_pct == 50

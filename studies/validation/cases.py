@@ -1,0 +1,159 @@
+"""Case files of the oracle: reading their lines, and what a line says in our words."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from hardware.dtypes import TRAINING_DTYPES, DType, dtype
+from hardware.errors import UnsupportedError, UsageError
+from simulator.model import ModelSpec
+from simulator.plan import Strategy
+from simulator.reading import spec_from_class
+from simulator.workload import Optimizer, Training
+from strategies.checkpointing import FullCheckpointing
+
+#: What a line may hold a recorded peak of.
+QUANTITIES = ("first_iteration", "steady", "prefill", "decode", "generate")
+#: Quantities of a case on several devices -> the keys of its line.
+DISTRIBUTED = {"first_iteration": "first_step_peak_bytes", "steady": "peak_bytes"}
+_IMPLEMENTATIONS = {"forloop": "for-loop"}
+_DROPOUT_RATES = {
+    "GPT2Config": ("resid_pdrop", "embd_pdrop", "attn_pdrop"),
+    "LlamaConfig": ("attention_dropout",),
+    "Gemma2Config": ("attention_dropout",),
+}
+#: Options of a case that change memory and that we simulate with one value only -> that value.
+_FIXED = {"mode": "train", "lora": None, "device": "cuda", "fake": True, "emulate": True}
+_SWITCHES = ("checkpointing", "attention_mask", "keep_outputs", "dropout_off")
+_SIMULATED = {"dtype", "autocast", "attn", "sdpa_backend", "batch", "seq", "grad_accum", "optimizer", "clip"}
+_SIMULATED |= {"zero_grad", *_SWITCHES}
+#: Options that leave dense training as it is: where to record, inference, experts, the model's name (its line has it).
+_HARMLESS = {"timeline", "layers", "logits_to_keep_prefill", "new_tokens", "experts"}
+_HARMLESS |= {"model", "config_override", "config_class", "config", "tags", "id"}
+
+
+def read_cases(path: str | Path) -> Iterator[dict[str, Any]]:
+    """The cases of a JSON-lines file.
+
+    Raises:
+        UsageError: no such file, or a line that is not a case; the line number is named.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"'cases' must be a readable file: {path} ({error.__class__.__name__})") from None
+    for number, line in enumerate(text.split("\n"), start=1):  # JSON may hold the other separators of str.splitlines
+        if line.strip():
+            yield _parse(line, number, path)
+
+
+def _parse(line: str, number: int, path: str | Path) -> dict[str, Any]:
+    try:
+        case = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UsageError(f"line {number} of {path} is not JSON: {error.msg} at column {error.colno}") from None
+    except (ValueError, RecursionError):
+        raise UsageError(f"line {number} of {path} holds a number too long or lists too deep") from None
+    problem = _problem(case)
+    if problem:
+        raise UsageError(f"line {number} of {path} must {problem}")
+    return dict(case)
+
+
+def _problem(line: Any) -> str | None:
+    """What a line lacks to be a case: its name, its workload, and a peak to compare with."""
+    if not isinstance(line, dict) or not isinstance(line.get("id", line.get("name")), str):
+        return "be an object with an 'id' (or 'name')"
+    if "case" not in line:
+        return _wrong_peak({key: line[key] for key in DISTRIBUTED.values() if key in line})
+    if not (isinstance(line["case"], dict) and isinstance(line.get("config"), dict)):
+        return "have objects as 'case' and 'config'"
+    if not isinstance(line.get("config_class"), str):
+        return "have a name as 'config_class', such as 'LlamaConfig'"
+    found = {key: line[key] for key in QUANTITIES if key in line}
+    return _wrong_peak({key: value.get("peak_r512") if isinstance(value, dict) else 0 for key, value in found.items()})
+
+
+def _wrong_peak(peaks: dict[str, Any]) -> str | None:
+    if not peaks:
+        return f"have a recorded peak: {', '.join(QUANTITIES)}, or of several devices {DISTRIBUTED['steady']}"
+    wrong = [key for key, peak in peaks.items() if not (type(peak) is int and peak > 0)]
+    return f"have a positive whole number of bytes as the peak of {wrong[0]!r}" if wrong else None
+
+
+def oracle_case(line: Mapping[str, Any]) -> tuple[ModelSpec, Training, list[Strategy]]:
+    """The model, workload and strategies of one case; options it leaves out have the oracle's defaults.
+
+    Raises:
+        UnsupportedError: a mode, family or option that is not simulated yet.
+        UsageError: one that is wrong.
+    """
+    case = line["case"]
+    _refuse(case)
+    model = spec_from_class(line["config_class"], _config(line), str(line["id"]))
+    strategies: list[Strategy] = [FullCheckpointing()] if case.get("checkpointing") else []
+    return model, _training(case), strategies
+
+
+def _refuse(case: Mapping[str, Any]) -> None:
+    for key, value in _FIXED.items():
+        if case.get(key, value) != value:
+            raise UnsupportedError(f"{key} {json.dumps(case[key])} is not simulated yet, only {json.dumps(value)}")
+    for key in _SWITCHES:
+        if case.get(key) not in (None, False, True):
+            raise UnsupportedError(f"{key} {json.dumps(case[key])} is not simulated yet, only true and false")
+    unknown = sorted(set(case) - _SIMULATED - _HARMLESS - set(_FIXED))
+    if unknown:
+        raise UnsupportedError(f"case option {unknown[0]!r} is not known")
+
+
+def _config(line: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration's keys; ``dropout_off`` sets every dropout rate of the class to zero."""
+    config = dict(line["config"])
+    if line["case"].get("dropout_off"):
+        config |= dict.fromkeys(_DROPOUT_RATES.get(line["config_class"], ()), 0.0)
+    return config
+
+
+def _training(case: Mapping[str, Any]) -> Training:
+    autocast = case.get("autocast")
+    return Training(
+        micro_batch=case.get("batch", 1),
+        seq_len=case.get("seq", 128),
+        gradient_accumulation=case.get("grad_accum", 1),
+        weights=_dtype(case.get("dtype", "fp32")),
+        autocast=_dtype(autocast) if autocast else None,
+        optimizer=_optimizer(case.get("optimizer") or {}),
+        attention=case.get("attn", "sdpa"),
+        sdpa_backend=case.get("sdpa_backend", "auto"),
+        attention_mask="full" if case.get("attention_mask") else "none",
+        keep_outputs=bool(case.get("keep_outputs")),
+        clip=case.get("clip") or None,
+        zero_grad=case.get("zero_grad", "none"),
+        # the oracle runs a CPU build of torch: it has no fused silu_backward, and cannot see inside kernels
+        fused_activation_backward=False,
+        kernel_workspace=False,
+    )
+
+
+def _dtype(name: Any) -> DType:
+    if name not in TRAINING_DTYPES:
+        raise UnsupportedError(f"dtype {name!r} is not simulated")
+    return dtype(name)
+
+
+def _optimizer(options: Mapping[str, Any]) -> Optimizer:
+    known = {field.name for field in attrs.fields(Optimizer)} | {"impl"}
+    unknown = sorted(set(options) - known)
+    if unknown:
+        raise UnsupportedError(f"optimizer option {unknown[0]!r} is not simulated")
+    values = {key: value for key, value in options.items() if key != "impl"}
+    if options.get("name") != "adafactor_hf":  # which has one way to run, whatever is asked
+        implementation = options.get("impl", "foreach")
+        values["implementation"] = _IMPLEMENTATIONS.get(implementation, implementation)
+    return Optimizer(**values)
