@@ -6,12 +6,15 @@ import enum
 from functools import cached_property
 from typing import Any
 
+import attrs
+
 from hardware.cluster import Cluster, parse_cluster
 from hardware.errors import UnsupportedError
 from simulator.api import simulate
 from simulator.model import ModelSpec
 from simulator.report import Report, StepPeak
 from simulator.timeline import Live
+from simulator.workload import Training
 from studies.breakdown import LayerGroup, by_place
 from studies.options import Resolved, TrainingOptions, parse_headroom, resolve
 
@@ -64,6 +67,18 @@ class Estimate:
             return Verdict.UNCERTAIN
         return Verdict.TOO_LITTLE_HEADROOM if self.headroom < self.min_headroom else Verdict.FITS
 
+    @property
+    def workload(self) -> str:
+        """The regime in one line: element types, batch, attention, optimizer, strategies."""
+        training = self.report.training
+        regime = f"autocast {training.autocast}" if training.autocast else str(training.weights)
+        batch = f"micro-batch {training.micro_batch} x {training.seq_len} tokens"
+        accumulation = training.gradient_accumulation
+        more = f", {accumulation} per step" if accumulation > 1 else ""
+        strategies = "".join(f", {name.replace('_', ' ')}" for name in self.report.plan.applied)
+        how = f"{training.attention} attention, {training.optimizer.name} ({training.optimizer.implementation})"
+        return f"{regime}, {batch}{more}, {how}{strategies}"
+
     @cached_property
     def live(self) -> list[Live]:
         """Storages alive at the peak, largest first."""
@@ -80,6 +95,7 @@ class Estimate:
         return {
             "schema_version": SCHEMA_VERSION,
             "model": _model_dict(self.report),
+            "training": _training_dict(self.report.training),
             "gpu": {
                 "name": self.cluster.gpu.name,
                 "capacity_low_bytes": capacity.low,
@@ -97,7 +113,8 @@ class Estimate:
             "min_headroom_bytes": self.min_headroom,
             "fits": self.verdict in (Verdict.FITS, Verdict.TOO_LITTLE_HEADROOM),
             "verdict": self.verdict.text,
-            "by_layer": [{"layers": g.name, "count": g.count, "each_bytes": g.nbytes_each} for g in self.layers],
+            "exit_code": self.verdict.exit_code,
+            "by_layer": [_group_dict(group) for group in self.layers],
             "largest": [_live_dict(live) for live in self.live[:10]],
             "strategies": list(self.report.plan.applied),
             "assumptions": list(self.assumptions),
@@ -124,6 +141,21 @@ def _model_dict(report: Report) -> dict[str, Any]:
     model = report.model
     sizes = {"layers": len(model.layers), "hidden": model.hidden, "vocab": model.vocab}
     return {"id": model.name, "family": model.family, "params": report.parameters, **sizes}
+
+
+def _training_dict(training: Training) -> dict[str, Any]:
+    """Every field of the workload that was simulated, given or defaulted."""
+    data = attrs.asdict(training, recurse=False)
+    data["weights"] = training.weights.name
+    data["autocast"] = None if training.autocast is None else training.autocast.name
+    data["torch"] = ".".join(map(str, training.torch))
+    data["optimizer"] = attrs.asdict(training.optimizer)
+    return data
+
+
+def _group_dict(group: LayerGroup) -> dict[str, Any]:
+    sizes = {"count": group.count, "each_bytes": group.nbytes_each, "total_bytes": group.nbytes}
+    return {"layers": group.name, **sizes}
 
 
 def _step_dict(step: StepPeak, report: Report) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import numpy as np
@@ -34,6 +34,8 @@ VISIBLE = 0.002
 FIGURE_SPACE = "\u2007"
 #: Keeps text readable over lines and areas.
 BEHIND_TEXT = {"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 1}
+#: Keeps a spike visible that is narrower than a dot.
+OUTLINE: dict[str, Any] = {"color": "#333333", "linewidth": 0.4}
 #: Names of phases where there is little room.
 SHORT = {Phase.FORWARD: "fwd", Phase.BACKWARD: "bwd", Phase.OPTIMIZER: "opt"}
 
@@ -97,7 +99,7 @@ def timeline_info(result: Estimate) -> TimelineInfo:
     steps = np.array([timeline.marks["steady"] <= index for index in kept])
     peak = int(np.argmax(np.where(steps == (result.peak.step == "steady"), total, 0)))
     return TimelineInfo(
-        title=_title(result),
+        title=f"{result.report.model.name} on {result.cluster}\n{result.workload}",
         series={role: values for role, values in series.items() if values.any()},
         total=total,
         ops=kept - first,
@@ -131,22 +133,12 @@ def _spans(timeline: Timeline, kept: npt.NDArray[np.int64]) -> list[tuple[str, P
     return spans
 
 
-def _title(result: Estimate) -> str:
-    training = result.report.training
-    regime = f"autocast {training.autocast}" if training.autocast else str(training.weights)
-    batch = f"micro-batch {training.micro_batch} x {training.seq_len} tokens"
-    accumulation = training.gradient_accumulation
-    more = f", {accumulation} per step" if accumulation > 1 else ""
-    strategies = "".join(f", {name.replace('_', ' ')}" for name in result.report.plan.applied)
-    how = f"{training.attention} attention, {training.optimizer.name} ({training.optimizer.implementation})"
-    return f"{result.report.model.name} on {result.cluster}\n{regime}, {batch}{more}, {how}{strategies}"
-
-
 def plot_timeline(info: TimelineInfo, ax: Axes) -> Axes:
     """Draw `info` on `ax`: stacked areas by role, phases, the peak and the capacity; returns `ax`."""
     stack = [values / GIB for values in info.series.values()]
     colours = [COLOURS[role] for role in info.series]
     areas = ax.stackplot(info.ops, *stack, colors=colours, step="post", linewidth=0)
+    ax.step(info.ops, info.total / GIB, where="post", **OUTLINE)
     _limits(info, ax)
     _draw_phases(info, ax)
     _draw_capacity(info, ax)
@@ -211,7 +203,7 @@ def _draw_phases(info: TimelineInfo, ax: Axes) -> None:
         if starts_step:
             ax.annotate(
                 f"{name} step", (first, 1.0), (4, -4), xycoords=("data", "axes fraction"),
-                textcoords="offset points", va="top", fontsize=9, fontweight="bold",
+                textcoords="offset points", va="top", fontsize=9, fontweight="bold", bbox=BEHIND_TEXT,
             )  # fmt: skip
         if last - first > 0.022 * width:
             text = phase.value if last - first > 0.08 * width else SHORT.get(phase, "")
@@ -240,11 +232,24 @@ def check_target(path: str, *, force: bool) -> Path:
     target = Path(path)
     if target.suffix.lower() not in FORMATS:
         raise UsageError(f"'plot' must end in {', '.join(FORMATS)}: {path!r}")
-    if target.is_dir() or not target.parent.is_dir():
-        raise UsageError(f"'plot' must be a file in a folder that exists: {path!r}")
-    if target.exists() and not force:
-        raise UsageError(f"'plot' would overwrite {path!r}: choose another name or add --force")
+    try:
+        if target.is_dir() or not target.parent.is_dir():
+            raise UsageError(f"'plot' must be a file in a folder that exists: {path!r}")
+        if target.exists() and not force:
+            raise UsageError(f"'plot' would overwrite {path!r}: choose another name or add --force")
+        _try_to_write(target)
+    except OSError as error:
+        raise UsageError(f"'plot' cannot be written: {error.strerror}; choose another path than {path!r}") from None
     return target
+
+
+def _try_to_write(target: Path) -> None:
+    """Open the file for writing and leave all as it was; only this tells of rights and read-only file systems."""
+    existed = target.exists()
+    with target.open("ab"):
+        pass
+    if not existed:
+        target.unlink()
 
 
 def save_timeline(result: Estimate, target: Path) -> None:

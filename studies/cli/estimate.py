@@ -102,6 +102,7 @@ def _summary(result: Estimate) -> Table:
         ("cold step", f"{gib(report.cold.nbytes)}, in {report.cold.phase.value}"),
         ("steady step", f"{gib(report.steady.nbytes)}, in {report.steady.phase.value}"),
         ("model", f"{report.model.name}: {report.parameters:,} parameters, {len(report.model.layers)} layers"),
+        ("workload", result.workload),
     ]
     return Table(f"{report.model.name} on {result.cluster}", rows)
 

@@ -11,6 +11,8 @@ from typing import Any
 
 import attrs
 
+from hardware.errors import UsageError
+
 
 @attrs.frozen
 class Table:
@@ -30,13 +32,23 @@ def show_json(data: Any) -> None:
 
 @contextmanager
 def _until_the_reader_leaves() -> Iterator[None]:
-    """A reader such as `head` may stop early: that is no error, and the exit code stays that of the answer."""
+    """A reader such as `head` may stop early: that is no error, and the exit code stays that of the answer.
+
+    Raises:
+        UsageError: nothing can be written: standard output is closed, or its disk is full.
+    """
+    if not sys.stdout:  # None where the process began without one
+        raise UsageError("standard output is closed: leave it open or send it to a file")
     try:
         yield
         sys.stdout.flush()
-    except BrokenPipeError:
-        # what is still buffered must not be flushed to the pipe at exit
+    except OSError as error:
+        # what is still buffered must not be flushed once more at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            raise UsageError(
+                f"standard output cannot be written: {error.strerror}; free space or redirect it"
+            ) from None
 
 
 def show(tables: Sequence[Table]) -> None:

@@ -1,59 +1,16 @@
-"""The estimate and its plot say what the report says."""
+"""The estimate says what the report says, and every assumption it rests on."""
 
 from __future__ import annotations
 
 import numpy as np
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from simulator.reading import read_model
-from simulator.roles import Phase
 from studies.estimate import Estimate, Verdict, estimate
 from studies.options import TrainingOptions
-from studies.plots import COLOURS, plot_timeline, timeline_info
 
 
 def small(**options) -> Estimate:
     return estimate(read_model("gpt2"), "a100-80", TrainingOptions(**{"seq_len": 64, **options}))
-
-
-def test_every_role_has_a_colour():
-    from simulator.roles import Role
-
-    assert set(COLOURS) == set(Role)
-    assert len(set(COLOURS.values())) == len(COLOURS)
-
-
-@settings(max_examples=10, deadline=None)
-@given(st.integers(1, 4), st.sampled_from(["none", "full"]), st.integers(1, 3))
-def test_plot_numbers_are_the_reports(batch, checkpointing, accumulation):
-    result = small(micro_batch=batch, checkpointing=checkpointing, gradient_accumulation=accumulation)
-    info = timeline_info(result)
-    assert info.peak[1] == result.peak.nbytes == info.total.max()
-    assert (sum(info.series.values()) == info.total).all()
-    at_peak = {role: int(values[info.peak[0]]) for role, values in info.series.items() if values[info.peak[0]]}
-    assert at_peak == result.peak.by_role
-    assert [span[0] for span in info.spans] == sorted(span[0] for span in info.spans)  # cold before steady
-    assert info.spans[0][2] == 0
-    assert info.spans[-1][3] == len(info.total) - 1
-
-
-def test_a_long_timeline_keeps_its_peak():
-    result = estimate(read_model("llama-3.1-70b"), "h100", TrainingOptions(dtype="bf16"))
-    info = timeline_info(result)
-    assert len(info.total) <= 4000
-    assert info.total.max() == result.peak.nbytes
-
-
-def test_the_drawing_shows_peak_capacity_and_phases():
-    from matplotlib.figure import Figure
-
-    ax = Figure().add_subplot()
-    result = small()
-    assert plot_timeline(timeline_info(result), ax) is ax
-    texts = " ".join(text.get_text() for text in ax.texts)
-    for expected in ("peak", "capacity", "cold step", "steady step", Phase.BACKWARD.value):
-        assert expected in texts
 
 
 def test_groups_of_layers_cover_the_model():
@@ -80,3 +37,29 @@ def test_assumptions_name_every_option_left_out():
         assert option in assumed
     assert "--seq-len" not in assumed
     assert isinstance(small().report.timeline().total, np.ndarray)
+
+
+def test_a_default_that_depends_on_the_family_says_why():
+    assumed = " ".join(estimate(read_model("gemma-2-2b"), "h100", TrainingOptions(dtype="bf16")).assumptions)
+    assert "--attention eager (gemma2's own default" in assumed
+    assert "own default" not in " ".join(small().assumptions)
+
+
+def test_a_torch_newer_than_the_newest_compared_is_an_assumption():
+    assert any("2.20 behaves as 2.13" in line for line in small(torch="2.20").assumptions)
+    assert not any("behaves as" in line for line in small(torch="2.13").assumptions)
+
+
+def test_the_workload_is_named_whole():
+    workload = small(dtype="amp-bf16", micro_batch=2, gradient_accumulation=3, checkpointing="full").workload
+    parts = ("autocast bfloat16", "micro-batch 2 x 64 tokens", "3 per step", "sdpa", "adamw (foreach)", "full checkp")
+    assert [part for part in parts if part not in workload] == []
+
+
+def test_json_holds_the_whole_workload_and_the_exit_code():
+    data = small(dtype="amp-bf16", optimizer="sgd,momentum=0.9").to_json_dict()
+    assert data["training"]["weights"] == "float32"
+    assert data["training"]["autocast"] == "bfloat16"
+    assert data["training"]["optimizer"]["momentum"] == 0.9
+    assert data["exit_code"] == 0
+    assert sum(group["total_bytes"] for group in data["by_layer"]) == data["peak_bytes"]

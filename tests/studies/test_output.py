@@ -39,9 +39,10 @@ def test_every_byte_count_of_the_json_is_an_int_and_says_so():
     data = json.loads(vramsim("estimate", "gpt2", "--gpus", "a100-80", "--seq-len", "8", "--json").stdout)
     assert data["schema_version"] == 1
     counts = dict(_numbers(data))
-    known = {"schema_version", "count", "layer", "params", "layers", "hidden", "vocab"}
+    known = {"schema_version", "exit_code", "count", "layer", "params", "layers", "hidden", "vocab"}
+    known |= {"micro_batch", "seq_len", "gradient_accumulation", "momentum", "weight_decay"}
     assert {name for name in counts if "bytes" not in name} <= known
-    assert all(type(value) is int for value in counts.values())
+    assert all(type(value) is int for name, value in counts.items() if "bytes" in name)
 
 
 def _numbers(data, name=""):
@@ -88,6 +89,18 @@ def test_a_peak_beyond_64_bits_is_a_number_but_no_drawing(capsys, tmp_path):
     assert run([*huge, "--plot", str(target)]) == 2
     assert "plot" in capsys.readouterr().err
     assert not target.exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a full disk is imitated by /dev/full")
+@pytest.mark.parametrize("format_", [[], ["--json"]])
+def test_output_that_cannot_be_written_is_one_line(format_):
+    with Path("/dev/full").open("w") as full:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-c", COMMAND, "gpus", *format_]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: standard output cannot be written")
+    assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("suffix", [".png", ".svg", ".pdf"])
