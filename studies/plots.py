@@ -155,15 +155,19 @@ def plot_timeline(info: TimelineInfo, ax: Axes) -> Axes:
 def _draw_legend(info: TimelineInfo, ax: Axes, areas: Sequence[Artist]) -> None:
     """Roles in the order of the stack, with what each holds at the peak: its spike may be thinner than a line."""
     shown = []
+    width = max(len(_at_peak(info, role)) for role in info.series)
     for area, (role, values) in zip(areas, info.series.items(), strict=True):
         if values.max() >= VISIBLE * info.peak[1]:
-            number = f"{values[info.peak[0]] / GIB:.2f}".rjust(6, FIGURE_SPACE)
-            shown.append((area, f"{number}  {role.value}"))
+            shown.append((area, f"{_at_peak(info, role).rjust(width, FIGURE_SPACE)}  {role.value}"))
     legend = ax.legend(
         *zip(*shown[::-1], strict=True),
         title="GiB at the peak", loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False, alignment="left",
     )  # fmt: skip
     legend.get_title().set_fontweight("bold")
+
+
+def _at_peak(info: TimelineInfo, role: Role) -> str:
+    return f"{info.series[role][info.peak[0]] / GIB:.2f}"
 
 
 def _limits(info: TimelineInfo, ax: Axes) -> None:
@@ -189,7 +193,10 @@ def _draw_capacity(info: TimelineInfo, ax: Axes) -> None:
             bbox=BEHIND_TEXT,
         )  # fmt: skip
     else:
-        ax.annotate(f"{text} (above)", (0.995, 0.985), xycoords="axes fraction", ha="right", va="top", fontsize=8)
+        ax.annotate(
+            f"{text} (above)", (0.995, 0.985), xycoords="axes fraction", ha="right", va="top", fontsize=8,
+            bbox=BEHIND_TEXT,
+        )  # fmt: skip
 
 
 def _draw_phases(info: TimelineInfo, ax: Axes) -> None:

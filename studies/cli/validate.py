@@ -40,9 +40,8 @@ def oracle(
     else:
         show(_tables(validation))
     exceeded = [*_exceeded(validation, "mean", max_mean), *_exceeded(validation, "worst", max_worst)]
-    for line in exceeded:
-        print(f"error: {line}", file=sys.stderr)
     if exceeded:
+        print(f"error: {'; '.join(exceeded)}", file=sys.stderr)
         raise typer.Exit(BOUND_NOT_MET)
 
 

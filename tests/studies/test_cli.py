@@ -194,8 +194,11 @@ def test_bounds_of_validate(capsys, tmp_path):
     }
     cases = tmp_path / "cases.jsonl"
     cases.write_text(json.dumps(line) + "\n")
-    code, out, err = call(capsys, "validate", "oracle", "--cases", str(cases), "--json", "--max-mean", "1")
-    assert code == 3
+    bounds = ["--max-mean", "1", "--max-worst", "2"]
+    code, out, err = call(capsys, "validate", "oracle", "--cases", str(cases), "--json", *bounds)
+    assert (code, err.count("\n")) == (3, 1)
+    assert "max-mean" in err
+    assert "max-worst" in err
     assert "no case was compared" in err
     assert json.loads(out)["summary"] == {
         "n": 0, "unsupported": 1, "mean_abs_error_pct": None, "worst_abs_error_pct": None,

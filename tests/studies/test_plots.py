@@ -68,6 +68,14 @@ def test_the_legend_is_ordered_like_the_stack():
     assert len(named) > 3
 
 
+def test_the_numbers_of_the_legend_line_up():
+    from matplotlib.figure import Figure
+
+    huge = estimate(read_model("llama-3.1-405b"), "h100", TrainingOptions(dtype="bf16"))
+    legend = plot_timeline(timeline_info(huge), Figure().add_subplot()).get_legend()
+    assert len({text.get_text().index("  ") for text in legend.get_texts()}) == 1
+
+
 @pytest.mark.parametrize("name", ["x.gif", "x", "", "no/such/folder/x.png", "a" * 300 + ".png", "folder.png"])
 def test_a_path_that_cannot_be_drawn_to_is_one_line(tmp_path, name):
     (tmp_path / "folder.png").mkdir()
