@@ -12,6 +12,7 @@ from hardware.dtypes import FP32, DType
 from simulator.graph import ForwardGraph, Op, Shape, Storage, Tensor, flat, make_storage, make_tensor
 from simulator.recorder import Recorder
 from simulator.roles import Phase, Role
+from simulator.runtime import Runtime
 from simulator.sizes import Dim
 
 #: Gives the storages that stand for an op's saved ones when its backward runs: those released when the node
@@ -33,6 +34,7 @@ class Autograd:
         saved: looks up what an op saved, recomputing it first where checkpointing dropped it.
         gradients: parameter storage to gradient storage; filled here. A parameter that is in it
             already (gradient accumulation, ``zero_grad(set_to_none=False)``) accumulates in place.
+        runtimes: what frameworks do before each node and after each accumulated gradient.
         kernel_workspace: whether to count what kernels allocate for themselves, unseen by the dispatcher.
     """
 
@@ -43,9 +45,11 @@ class Autograd:
         saved: SavedStorages,
         gradients: dict[Storage, Storage],
         *,
+        runtimes: Sequence[Runtime] = (),
         kernel_workspace: bool = True,
     ) -> None:
         self.graph = graph
+        self._runtimes = runtimes
         self.recorder = recorder
         self.gradients = gradients
         self.kernel_workspace = kernel_workspace
@@ -55,6 +59,7 @@ class Autograd:
         self._expected = self._count_leaf_uses()
         self._made: list[Tensor] = []
         self._serial = 0
+        self._slot = recorder.slot
         # a second micro-batch's gradients live beside the first's, so they need names of their own
         self._tag = "more" if gradients else "grad"
 
@@ -115,8 +120,11 @@ class Autograd:
 
     def _evaluate(self, op: Op, gradients: list[Tensor | None]) -> None:
         recorder = self.recorder
-        if op.slot != recorder.slot:
+        for runtime in self._runtimes:
+            runtime.before_node(op)
+        if op.slot != self._slot:
             self._serial = 0  # labels count from the first op of a layer, so that equal layers get equal labels
+            self._slot = op.slot
         recorder.module, recorder.slot = op.module, op.slot
         saved, early = self._saved(op)
         assert op.backward is not None
@@ -205,7 +213,12 @@ class Autograd:
         if parameter in self.gradients:
             self.recorder.run("add_(grad)", [])
             self.recorder.release(gradient.storage)
-            return
+        else:
+            self._keep_gradient(parameter, gradient)
+        for runtime in self._runtimes:
+            runtime.accumulated(parameter)
+
+    def _keep_gradient(self, parameter: Storage, gradient: Tensor) -> None:
         if self.recorder.references(gradient.storage) > 1:
             copy = self.like("clone(grad)", gradient)
             self._made.clear()

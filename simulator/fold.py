@@ -21,11 +21,11 @@ import numpy.typing as npt
 from simulator.graph import Storage
 from simulator.program import Leaf, Node, Repeat, Seq, Step
 from simulator.roles import Role
-from simulator.sizes import Bindings, Size, Value
+from simulator.sizes import AnySize, Bindings, Value
 
 Counts = npt.NDArray[np.int64]
 #: A column of a linear form.
-Column = tuple[Role, Size]
+Column = tuple[Role, AnySize]
 
 
 @attrs.frozen(eq=False)
@@ -52,7 +52,7 @@ class Folded:
 
     def prices(self, bindings: Bindings) -> list[Value]:
         """Allocated bytes of one storage per column."""
-        known: dict[Size, Value] = {}
+        known: dict[AnySize, Value] = {}
         for _, size in self.columns:
             if size not in known:
                 known[size] = size.allocated(bindings)

@@ -16,13 +16,15 @@ import attrs
 
 from hardware.dtypes import DType
 from simulator.roles import Role
-from simulator.sizes import Dim, Size, size_of
+from simulator.sizes import AnySize, Dim, size_of
 
 if TYPE_CHECKING:
     import networkx as nx
 
     from simulator.autograd import Autograd
 
+#: The stream that kernels run on unless a framework says otherwise.
+COMPUTE = "compute"
 #: A tensor's logical shape: each axis is a group of dimensions, e.g. ``(("b",), ("s",), ("a", "d"))``.
 Shape = tuple[tuple[Dim, ...], ...]
 
@@ -32,7 +34,7 @@ class Storage:
     """One allocation: how big, of what element type, for what purpose, made by which layer."""
 
     label: str
-    size: Size
+    size: AnySize
     dtype: DType
     role: Role
     slot: int | None = None
@@ -41,6 +43,8 @@ class Storage:
     """Parameters and buffers: alive before the first step and after the last."""
     cached_by_autocast: bool = False
     """A weight's copy in autocast's cache, which keeps it until autocast ends."""
+    stream: str = COMPUTE
+    """The CUDA stream it is allocated on: blocks never move from one stream's pool to another's."""
 
 
 @attrs.define(eq=False)
@@ -106,6 +110,8 @@ class ForwardGraph:
     inputs: list[Tensor] = attrs.field(factory=list)
     arguments: dict[int, list[Storage]] = attrs.field(factory=dict)
     """What each built layer is called with; checkpointing keeps it for recomputation."""
+    outside: int | None = None
+    """Index of the first op outside the model (a loss that the caller computes); None where all are inside."""
     loss: Tensor | None = None
     outputs: tuple[Tensor, ...] = ()
     """What the caller's frame may keep after forward (the logits)."""

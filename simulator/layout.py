@@ -1,20 +1,19 @@
-"""How a list of layers repeats: long models are built from at most three turns of each pattern.
+"""How a list of layers repeats: long models are built from a few turns of each pattern.
 
 A pattern that repeats k times is built as its first, one middle and its last turn; the middle
 turn then stands for k - 2 of them. So cost does not grow with depth, nothing at a boundary is
 special-cased, and alternating stacks (sliding / full attention) work like uniform ones.
+Where a layer's steps reach r layers away (prefetching), r turns are built at each end.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import attrs
 
 from simulator.model import LayerSpec
 
-#: First, middle and last turn.
-BUILT_TURNS = 3
 #: Longest pattern looked for; real models alternate with periods up to 8 (Jamba: 8 layers).
 LONGEST_PERIOD = 16
 
@@ -27,11 +26,13 @@ class Run:
     period: int
     count: int
     first_slot: int
+    reach: int = 1
+    """How many turns away the steps of one turn may reach: so many are built at each end."""
 
     @property
     def built(self) -> int:
-        """How many turns are built."""
-        return min(self.count, BUILT_TURNS)
+        """How many turns are built: those at the ends and one for all between them."""
+        return min(self.count, 2 * self.reach + 1)
 
     @property
     def hidden_turns(self) -> int:
@@ -50,12 +51,12 @@ class Place:
     @property
     def repeats(self) -> int:
         """How many turns of the real model this built turn stands for."""
-        return 1 + self.run.hidden_turns if self.run.built == BUILT_TURNS and self.turn == 1 else 1
+        return 1 + self.run.hidden_turns if self.turn == self.run.reach else 1
 
     @property
     def base(self) -> int:
         """Real index of the first layer of this turn (of its first repetition)."""
-        hidden = self.run.hidden_turns if self.turn == BUILT_TURNS - 1 else 0
+        hidden = self.run.hidden_turns if self.turn > self.run.reach else 0
         return self.run.start + (self.turn + hidden) * self.run.period
 
 
@@ -72,30 +73,30 @@ class Layout:
         return [(slot, layers[place.base + place.offset]) for slot, place in enumerate(self.places)]
 
 
-def layout_of(layers: Sequence[LayerSpec]) -> Layout:
-    """Split a layer list into runs, longest repetition first at each point."""
+def layout_of(layers: Sequence[Hashable], reach: int = 1) -> Layout:
+    """Split a list of layers (or of whatever tells them apart) into runs, longest repetition first at each point."""
     kinds = _kinds(layers)
     runs: list[Run] = []
     places: list[Place] = []
     position = 0
     while position < len(kinds):
         period, count = _longest(kinds, position)
-        run = Run(position, period, count, len(places))
+        run = Run(position, period, count, len(places), reach)
         runs.append(run)
         places += [Place(run, turn, offset) for turn in range(run.built) for offset in range(period)]
         position += period * count
     return Layout(tuple(runs), tuple(places))
 
 
-def unrolled_layout(layers: Sequence[LayerSpec]) -> Layout:
+def unrolled_layout(layers: Sequence[Hashable]) -> Layout:
     """The layout that builds every layer: what folding is checked against."""
-    runs = tuple(Run(i, 1, 1, i) for i in range(len(layers)))
+    runs = tuple(Run(i, 1, 1, i, reach=len(layers)) for i in range(len(layers)))
     return Layout(runs, tuple(Place(run, 0, 0) for run in runs))
 
 
-def _kinds(layers: Sequence[LayerSpec]) -> list[int]:
+def _kinds(layers: Sequence[Hashable]) -> list[int]:
     """Equal layers get equal numbers, so that patterns are found on ints."""
-    numbers: dict[LayerSpec, int] = {}
+    numbers: dict[Hashable, int] = {}
     by_identity: dict[int, int] = {}
     for layer in layers:
         if id(layer) not in by_identity:

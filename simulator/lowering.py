@@ -13,6 +13,7 @@ from simulator.plan import TRAINABLE_TENSORS, Plan
 from simulator.program import Node, Repeat, Seq, TreeBuilder
 from simulator.recorder import Step
 from simulator.roles import Phase
+from simulator.runtime import Job, Turn
 from simulator.sizes import Bindings
 
 
@@ -28,57 +29,79 @@ class TrainingProgram:
 
 def lower(plan: Plan) -> TrainingProgram:
     """The program of `plan`: load the model, one cold and one steady optimizer step."""
-    return _Lowering(plan).program(plan.dimensions.bindings)
+    return _Lowering(plan).program()
 
 
 class _Lowering:
     def __init__(self, plan: Plan) -> None:
-        self.graph = plan.graph
+        self.plan = plan
         self.training = plan.training
         self.builder = TreeBuilder(plan.layout)
-        self.checkpointed = plan.recomputed
-        self.gradients: dict[Storage, Storage] = {}
+        self.job = Job(plan)
+        self.runtimes = [hooks.start(self.job) for hooks in plan.hooks]
+        self._cold_differs = any(runtime.cold_differs for runtime in self.runtimes)
+        self._last_differs = any(runtime.last_differs for runtime in self.runtimes)
+        self._micro_batch = MicroBatch(self.job, self.runtimes)
+        self._forwards: dict[bool, Node] = {}
+        self._turns: dict[tuple[bool, ...], Node] = {}
+        self._states: dict[tuple[Storage, str], Storage] = {}
 
-    def program(self, bindings: Bindings) -> TrainingProgram:
+    def program(self) -> TrainingProgram:
         load = self.builder.tree(self._load())
-        micro_batch = self._micro_batch()
-        forward = self.builder.tree(micro_batch.forward())
-        first = Seq((forward, self.builder.tree(micro_batch.backward(self.gradients))))
-        keep_gradients = self.training.zero_grad == "zero"
-        later = first
-        if keep_gradients or self.training.gradient_accumulation > 1:
-            later = Seq((forward, self.builder.tree(micro_batch.backward(self.gradients))))
-        states: dict[tuple[Storage, str], Storage] = {}
-        cold = self._step(first, later, self._optimizer(states))
-        steady = self._step(later if keep_gradients else first, later, self._optimizer(states))
-        return TrainingProgram(load, cold, steady, bindings)
-
-    def _step(self, first: Node, later: Node, optimizer: list[Node]) -> Node:
-        more = self.training.gradient_accumulation - 1
-        return Seq((first, *([Repeat(more, later)] if more else []), *optimizer))
+        cold, steady = (self._step(cold=cold) for cold in (True, False))
+        return TrainingProgram(load, cold, steady, self.plan.dimensions.bindings)
 
     def _load(self) -> list[Step]:
-        leaves = [*self.graph.parameters, *self.graph.buffers]
-        return [Step(f"load {t.storage.label}", Phase.LOAD, "", t.storage.slot, [t.storage]) for t in leaves]
+        return [Step(f"load {s.label}", Phase.LOAD, "", s.slot, [s]) for s in self.job.resident]
+
+    def _step(self, *, cold: bool) -> Node:
+        """First micro-batch, those like each other after it, and the last where it differs; then the optimizer."""
+        count = self.training.gradient_accumulation
+        parts = [self._turn(Turn(cold, first=True, last=count == 1))]
+        if count > 1 and not self._last_differs:
+            parts.append(Repeat(count - 1, self._turn(Turn(cold, first=False, last=False))))
+        elif count > 1:
+            if count > 2:
+                parts.append(Repeat(count - 2, self._turn(Turn(cold, first=False, last=False))))
+            parts.append(self._turn(Turn(cold, first=False, last=True)))
+        return Seq((*parts, *self._optimizer()))
+
+    def _turn(self, turn: Turn) -> Node:
+        """Forward and backward of one micro-batch; those that run alike are built once."""
+        fresh = turn.first and (turn.cold or self.training.zero_grad == "none")
+        key = (fresh, turn.cold and self._cold_differs, turn.last and self._last_differs)
+        if key not in self._turns:
+            if fresh:
+                self.job.gradients.clear()
+            forward = self._forward(turn)
+            self._turns[key] = Seq((forward, self.builder.tree(self._micro_batch.backward(turn))))
+        return self._turns[key]
+
+    def _forward(self, turn: Turn) -> Node:
+        cold = turn.cold and self._cold_differs
+        if cold not in self._forwards:
+            self._forwards[cold] = self.builder.tree(self._micro_batch.forward(turn))
+        return self._forwards[cold]
 
     def _parameters(self) -> list[Parameter]:
-        trainable = [t for t in self.graph.parameters if t.requires_grad]
-        return [Parameter(t.storage, self.gradients[t.storage], t.shape) for t in trainable]
+        """What the rank's optimizer is given: every trainable weight, unless a framework keeps something else."""
+        gradients = self.job.gradients
+        trainable = [t for t in self.job.graph.parameters if t.requires_grad and t.storage in gradients]
+        parameters = [Parameter(t.storage, gradients[t.storage], t.shape) for t in trainable]
+        for runtime in self.runtimes:
+            parameters = runtime.trainable(parameters)
+        return parameters
 
-    def _micro_batch(self) -> MicroBatch:
-        return MicroBatch(
-            self.graph,
-            self.checkpointed,
-            keep_outputs=self.training.keep_outputs,
-            kernel_workspace=self.training.kernel_workspace,
-        )
-
-    def _optimizer(self, states: dict[tuple[Storage, str], Storage]) -> list[Node]:
-        step = OptimizerStep(self.training.optimizer, self._parameters(), TRAINABLE_TENSORS, states)
+    def _optimizer(self) -> list[Node]:
+        step = OptimizerStep(self.training.optimizer, self._parameters(), TRAINABLE_TENSORS, self._states)
+        for runtime in self.runtimes:
+            runtime.before_step(step)
         if self.training.clip is not None:
             clip_gradient_norm(step)
         optimizers.get(self.training.optimizer.name)(step)
         step.finish()
         if self.training.zero_grad == "none":
-            step.free([p.gradient for p in step.parameters])
+            step.free(step.gradients)
+        for runtime in self.runtimes:
+            runtime.after_step(step)
         return [self.builder.tree(step.steps)] if step.steps else []  # plain SGD allocates nothing at all

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import attrs
 
@@ -10,6 +10,7 @@ from simulator.autograd import Autograd
 from simulator.graph import ForwardGraph, Op, Storage
 from simulator.recorder import Recorder, Step
 from simulator.roles import Phase, Role
+from simulator.runtime import Job, Runtime, Turn
 
 
 @attrs.define(eq=False)
@@ -31,55 +32,64 @@ class MicroBatch:
     """Lowers the micro-batches of one forward graph: forward once, backward for each state of the gradients.
 
     Args:
-        graph: the forward pass.
-        checkpointed: slots of the layers whose activations are recomputed.
-        keep_outputs: whether the caller's frame holds the model's outputs through backward.
-        kernel_workspace: see `Autograd`.
+        job: the forward graph, the workload and the gradients that exist.
+        runtimes: what frameworks do around the model.
     """
 
-    def __init__(
-        self,
-        graph: ForwardGraph,
-        checkpointed: frozenset[int],
-        *,
-        keep_outputs: bool = False,
-        kernel_workspace: bool = True,
-    ) -> None:
-        self.graph = graph
+    def __init__(self, job: Job, runtimes: Sequence[Runtime] = ()) -> None:
+        self.graph: ForwardGraph = job.graph
         self.recorder = Recorder()
-        self.keep_outputs = keep_outputs
-        self._kernel_workspace = kernel_workspace
-        self._use = {op: graph.uses(op) for op in graph.ops}
-        self._region_of = self._regions(checkpointed)
+        self.keep_outputs = job.plan.training.keep_outputs
+        self._job = job
+        self._runtimes = runtimes
+        self._use = {op: self.graph.uses(op) for op in self.graph.ops}
+        self._region_of = self._regions(job.plan.checkpointed)
         self._uses = self._count_uses()
         self._after_forward: Recorder | None = None
 
-    def forward(self) -> list[Step]:
+    def forward(self, turn: Turn) -> list[Step]:
         """The steps of inputs and forward."""
+        self.recorder = self._job.recorder = Recorder()
         self._begin()
+        for runtime in self._runtimes:
+            runtime.begin_forward(turn)
         self._forward()
         if not self.keep_outputs:
             self._release_outputs()
         self._after_forward = self.recorder
         return self.recorder.steps
 
-    def backward(self, gradients: dict[Storage, Storage]) -> list[Step]:
+    def backward(self, turn: Turn) -> list[Step]:
         """The steps of backward, to the end of the micro-batch; call `forward` first.
 
-        Args:
-            gradients: parameter to gradient storages that exist before it; filled where they do not.
+        Parameters that have a gradient in the job accumulate into it; the others get one there.
         """
         assert self._after_forward is not None, "backward needs a forward"
-        self.recorder = self._after_forward.fork()
+        self.recorder = self._job.recorder = self._after_forward.fork()
         for region in self._region_of.values():
             region.recomputed = None
-        Autograd(self.graph, self.recorder, self._saved, gradients, kernel_workspace=self._kernel_workspace).run()
+        runtimes = [runtime.fork() for runtime in self._runtimes]
+        for runtime in runtimes:
+            runtime.begin_backward(turn)
+        self._autograd(runtimes).run()
+        for runtime in runtimes:
+            runtime.end_backward()
         if self.keep_outputs:
             self._release_outputs()
         assert self.graph.loss is not None
         for tensor in (*self.graph.inputs, self.graph.loss):
             self.recorder.release(tensor.storage)
         return self.recorder.steps
+
+    def _autograd(self, runtimes: Sequence[Runtime]) -> Autograd:
+        return Autograd(
+            self.graph,
+            self.recorder,
+            self._saved,
+            self._job.gradients,
+            runtimes=runtimes,
+            kernel_workspace=self._job.plan.training.kernel_workspace,
+        )
 
     # forward -------------------------------------------------------------------------------------------------------
 
@@ -94,7 +104,8 @@ class MicroBatch:
         recorder.phase = Phase.FORWARD
         held = {t.storage for t in self.graph.outputs} | {self.graph.loss.storage if self.graph.loss else None}
         entered: set[int] = set()
-        for op in self.graph.ops:
+        for index, op in enumerate(self.graph.ops):
+            self._before(index, op)
             region = self._region_of.get(op)
             if region is not None and id(region) not in entered:
                 entered.add(id(region))
@@ -103,6 +114,17 @@ class MicroBatch:
             self._run(op, self.graph.births(op), self._uses, held)
             for storage in (*self._use[op].reads, *self._use[op].holds):
                 recorder.release(storage)
+        if self.graph.outside is None:
+            for runtime in self._runtimes:
+                runtime.end_forward()
+
+    def _before(self, index: int, op: Op) -> None:
+        """Tell the runtimes that `op` comes, or that the model has returned."""
+        for runtime in self._runtimes:
+            if index == self.graph.outside:
+                runtime.end_forward()
+            if self.graph.outside is None or index < self.graph.outside:
+                runtime.before_op(op)
 
     def _run(self, op: Op, births: list[Storage], uses: Mapping[Storage, int], held: set[Storage | None]) -> None:
         """Record `op`; each birth is then held once per use instead of by its maker."""

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Protocol
 
 import attrs
 
+from hardware.dtypes import DType
 from simulator.families import families
 from simulator.graph import ForwardGraph
-from simulator.layout import Layout, layout_of
+from simulator.layout import Layout, layout_of, unrolled_layout
+from simulator.mesh import Mesh
 from simulator.model import ModelSpec
+from simulator.runtime import Hooks
 from simulator.sizes import Dimensions
 from simulator.trace import Regime, Trace
 from simulator.workload import Training
@@ -21,20 +25,66 @@ TRAINABLE_TENSORS = "tensors"
 
 @attrs.frozen(eq=False)
 class Plan:
-    """What `lower` turns into a program.
-
-    The forward graph says what is computed and kept; the saved-set policy says what is computed again.
-    """
+    """What `lower` turns into a program: a description, from which layout and forward graph follow on demand."""
 
     model: ModelSpec
     training: Training
-    layout: Layout
-    graph: ForwardGraph
-    dimensions: Dimensions
+    mesh: Mesh = Mesh()
+    """Degrees of parallelism; every axis is a dimension that sizes may name."""
+    rank: int = 0
+    """The data-parallel rank that is simulated, where ranks differ."""
+    compute: DType | None = None
+    """Element type that a framework casts the weights to for forward and backward; None keeps their own."""
+    cast_inputs: bool = False
+    """Whether it casts the floating-point arguments of each layer, too."""
     recomputed: frozenset[int] = frozenset()
-    """Saved-set policy: built slots of the layers whose saved tensors are dropped and recomputed in backward."""
+    """Saved-set policy: the layers whose saved tensors are dropped and recomputed in backward."""
+    hooks: tuple[Hooks, ...] = ()
+    """What frameworks do around the model, in order."""
+    reach: int = 1
+    """How many layers away a hook of one layer may act (prefetching)."""
+    unrolled: bool = False
+    """Build every layer instead of a few turns of each pattern: slow, to check against."""
     applied: tuple[str, ...] = ()
     """Names of the strategies applied so far, in order."""
+    assumptions: tuple[str, ...] = ()
+    """One line for each default that a strategy filled in."""
+
+    @cached_property
+    def layout(self) -> Layout:
+        """Which layers are built: a few turns of each repeating pattern."""
+        kinds = [(layer, index in self.recomputed) for index, layer in enumerate(self.model.layers)]
+        return unrolled_layout(kinds) if self.unrolled else layout_of(kinds, self.reach)
+
+    @property
+    def graph(self) -> ForwardGraph:
+        """The forward graph of one micro-batch: what is computed and kept."""
+        return self._trace.graph
+
+    @property
+    def dimensions(self) -> Dimensions:
+        """The dimension table: every name that a size may use."""
+        return self._trace.dimensions
+
+    @property
+    def checkpointed(self) -> frozenset[int]:
+        """Built slots of the layers that are recomputed."""
+        places = enumerate(self.layout.places)
+        return frozenset(slot for slot, place in places if place.base + place.offset in self.recomputed)
+
+    @cached_property
+    def _trace(self) -> Trace:
+        model, training = self.model, self.training
+        values = {"b": training.micro_batch, "s": training.seq_len, "h": model.hidden, "V": model.vocab}
+        trace = Trace(_regime(self), Dimensions(values))
+        for axis, degree in self.mesh.degrees.items():
+            trace.dim(axis, degree)
+        forward = families.get(model.family).forward
+        assert forward is not None, f"family {model.family!r} has no recipe"
+        forward(trace, model, self.layout.built(model.layers))
+        trace.end_autocast()
+        trace.dim(TRAINABLE_TENSORS, _trainable_tensors(trace.graph, self.layout))
+        return trace
 
 
 class Strategy(Protocol):
@@ -50,21 +100,16 @@ class Strategy(Protocol):
         ...
 
 
-def make_plan(model: ModelSpec, training: Training, layout: Layout | None = None) -> Plan:
+def make_plan(model: ModelSpec, training: Training, *, unrolled: bool = False) -> Plan:
     """The plan of a run without any strategy: everything on one device, everything saved.
 
     Args:
-        layout: which layers to build; by default at most three turns of each repeating pattern.
+        unrolled: build every layer; by default at most three turns of each repeating pattern.
+
+    Raises:
+        UnsupportedError: a workload that the model's recipe cannot build.
     """
-    layout = layout or layout_of(model.layers)
-    values = {"b": training.micro_batch, "s": training.seq_len, "h": model.hidden, "V": model.vocab}
-    trace = Trace(_regime(training), Dimensions(values))
-    forward = families.get(model.family).forward
-    assert forward is not None, f"family {model.family!r} has no recipe"
-    forward(trace, model, layout.built(model.layers))
-    trace.end_autocast()
-    trace.dim(TRAINABLE_TENSORS, _trainable_tensors(trace.graph, layout))
-    return Plan(model, training, layout, trace.graph, trace.dimensions)
+    return Plan(model, training, unrolled=unrolled)
 
 
 def _trainable_tensors(graph: ForwardGraph, layout: Layout) -> int:
@@ -80,9 +125,10 @@ def apply(plan: Plan, strategies: Sequence[Strategy]) -> Plan:
     return plan
 
 
-def _regime(training: Training) -> Regime:
+def _regime(plan: Plan) -> Regime:
+    training = plan.training
     return Regime(
-        weights=training.weights,
+        weights=plan.compute or training.weights,
         autocast=training.autocast,
         attention=training.attention,
         sdpa_backend=training.sdpa_backend,
@@ -90,4 +136,5 @@ def _regime(training: Training) -> Regime:
         attention_mask=training.attention_mask,
         fused_activation_backward=training.fused_activation_backward,
         loss_division=training.gradient_accumulation > 1,
+        cast_inputs=plan.cast_inputs,
     )

@@ -114,7 +114,8 @@ class TreeBuilder:
         place = self._layout.places[slot]
         period = place.run.period
         first = place.run.first_slot + place.turn * period
-        leaf = Leaf(tuple(_inside(step, first, period) for step in steps))
+        reach = period * place.run.reach
+        leaf = Leaf(tuple(_inside(step, first, period, reach) for step in steps))
         if not _descends(steps):
             return Repeat(place.repeats, leaf, place.base, period)
         return Repeat(place.repeats, leaf, place.base + (place.repeats - 1) * period, -period)
@@ -132,13 +133,13 @@ class TreeBuilder:
         return place.base + place.offset
 
 
-def _inside(step: RecordedStep, first: int, period: int) -> Step:
+def _inside(step: RecordedStep, first: int, period: int, reach: int) -> Step:
     """A step of the turn that starts at slot `first`: its references count from there."""
     births = tuple([Reference(s, None if s.slot is None else s.slot - first) for s in step.births])
     deaths = tuple([Reference(s, None if s.slot is None else s.slot - first) for s in step.deaths])
     for reference in deaths:
         distance = reference.layer
-        assert distance is None or -period <= distance < 2 * period, "a layer reaches further than its neighbours"
+        assert distance is None or -reach <= distance < period + reach, "a layer reaches further than it said"
     offset = None if step.slot is None else step.slot - first
     return Step(step.name, step.phase, step.module, offset, births, deaths)
 

@@ -64,6 +64,13 @@ class Recorder:
         del self._references[storage]
         self.steps[-1].deaths.append(storage)
 
+    def let_go(self, storage: Storage) -> None:
+        """Drop the last reference to `storage`, which an earlier part of the program may have made."""
+        if storage in self._references:
+            self.release(storage)
+        elif not storage.persistent:
+            self.steps[-1].deaths.append(storage)
+
     def references(self, storage: Storage) -> int:
         """How many references keep `storage` alive now."""
         return self._references.get(storage, 0)

@@ -9,6 +9,7 @@ class Role(enum.Enum):
     """The purpose of a storage; the value is the text people read."""
 
     PARAMETER = "parameter"
+    MASTER_WEIGHT = "master weight"
     GRADIENT = "gradient"
     OPTIMIZER_STATE = "optimizer state"
     ACTIVATION = "activation"
@@ -17,6 +18,10 @@ class Role(enum.Enum):
     LOSS_HEAD = "loss head"
     BACKWARD = "backward temporary"
     OPTIMIZER = "optimizer temporary"
+    GATHERED = "gathered parameter"
+    GATHER = "gather buffer"
+    REDUCE = "reduce buffer"
+    BUCKET = "bucket"
     WORKSPACE = "workspace"
     INPUT = "input"
     BUFFER = "buffer"

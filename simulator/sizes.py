@@ -95,6 +95,45 @@ class Size:
         return round_up(self.nbytes(bindings), ALLOCATION_GRANULARITY)
 
 
+@attrs.frozen(cache_hash=True)
+class FlatSize:
+    """A flat buffer: members concatenated, each `count` times and padded, of which one rank holds one of `shards`.
+
+    What FSDP1, DeepSpeed and Megatron shard is such a concatenation, not a dimension.
+    """
+
+    members: tuple[tuple[int, tuple[Dim, ...]], ...]
+    """How often, and the dimensions of each."""
+    bits: int
+    member_multiple: Dim = 1
+    """Each member is padded to a multiple of this many elements."""
+    total_multiple: tuple[Dim, ...] = ()
+    """The whole is padded to a multiple of the product of these."""
+    shards: tuple[Dim, ...] = ()
+    """One rank holds the whole divided by their product, rounded up."""
+
+    def elements(self, bindings: Bindings) -> Value:
+        """How many elements one rank holds."""
+        multiple = product((self.member_multiple,), bindings)
+        total: Value = 0
+        for count, dims in self.members:
+            total = total + count * round_up(product(dims, bindings), multiple)
+        whole = round_up(total, product(self.total_multiple, bindings))
+        return ceil_div(whole, product(self.shards, bindings))
+
+    def nbytes(self, bindings: Bindings) -> Value:
+        """Exact bytes, before the allocator rounds."""
+        return ceil_div(self.elements(bindings) * self.bits, 8)
+
+    def allocated(self, bindings: Bindings) -> Value:
+        """Bytes the caching allocator hands out for it: `nbytes` rounded up to 512."""
+        return round_up(self.nbytes(bindings), ALLOCATION_GRANULARITY)
+
+
+#: What a storage may be as big as.
+AnySize: TypeAlias = Size | FlatSize
+
+
 @lru_cache(maxsize=4096)
 def size_of(dims: tuple[Dim, ...], bits: int) -> Size:
     """The `Size` of a tensor: constants multiplied out, names sorted, so that equal sizes compare equal."""
@@ -138,3 +177,8 @@ class Dimensions:
         if isinstance(value, int) and value == 1:
             self.ones.add(candidate)
         return candidate
+
+    def split(self, dims: tuple[Dim, ...], axis: str) -> Dim:
+        """The dimension of one rank's share of `dims` along mesh `axis`: rounded up, as `torch.chunk` does."""
+        name = f"{'*'.join(map(str, dims)) or 1}/{axis}"
+        return self.bind(name, ceil_div(product(dims, self._values), self._values[axis]))

@@ -27,6 +27,8 @@ class Regime:
     fused_activation_backward: bool = True
     loss_division: bool = False
     """Whether the caller divides the loss by the number of micro-batches."""
+    cast_inputs: bool = False
+    """Whether a framework casts each layer's floating-point arguments to the weights' element type."""
 
 
 class Frame:
@@ -92,6 +94,10 @@ class Trace:
         self.slot, self._first_op = slot, len(self.graph.ops)
         yield
         self.slot, self._first_op = None, 0
+
+    def leave_model(self) -> None:
+        """The model has returned: what follows (a loss outside the module) runs in the caller's frame."""
+        self.graph.outside = len(self.graph.ops)
 
     @contextmanager
     def loss_head(self) -> Iterator[None]:

@@ -20,4 +20,4 @@ class FullCheckpointing:
 
     def __call__(self, plan: Plan) -> Plan:
         """The plan with every layer recomputed."""
-        return attrs.evolve(plan, recomputed=frozenset(range(len(plan.layout.places))))
+        return attrs.evolve(plan, recomputed=frozenset(range(len(plan.model.layers))))

@@ -77,6 +77,16 @@ class OptimizerStep:
         self._states = states
         self._locals: dict[str, Storage] = {}
 
+    @property
+    def gradients(self) -> list[Storage]:
+        """The gradients that ``zero_grad`` frees: each storage once, and none that a framework keeps for ever."""
+        found = dict.fromkeys(parameter.gradient for parameter in self.parameters)
+        return [storage for storage in found if not storage.persistent]
+
+    def allocate(self, op: str, storage: Storage) -> None:
+        """Run kernel or call `op`, which allocates a framework's `storage`; free it with `free`."""
+        self._record(op, storage.slot, [storage])
+
     def state(self, parameter: Parameter, name: str, dims: Iterable[Dim], dtype: DType, op: str) -> None:
         """Make state `name` of `parameter` with kernel `op`, unless an earlier step made it."""
         key = (parameter.storage, name)

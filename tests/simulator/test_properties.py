@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from hardware.errors import UnsupportedError
 from simulator import Training, simulate
-from simulator.layout import unrolled_layout
 from simulator.lowering import lower
 from simulator.plan import apply, make_plan
 from simulator.report import Report
@@ -27,11 +26,10 @@ choices = st.sampled_from([(), (FullCheckpointing(),)])
 def report_of(model, training, strategies, *, unrolled=False):
     """A report, with every layer built when `unrolled`; unsupported combinations are not this file's business."""
     try:
-        layout = unrolled_layout(model.layers) if unrolled else None
-        plan = apply(make_plan(model, training, layout), strategies)
+        plan = apply(make_plan(model, training, unrolled=unrolled), strategies)
+        return Report(plan, lower(plan))
     except UnsupportedError:
         return None
-    return Report(plan, lower(plan))
 
 
 def allocating(node, bindings, live):
@@ -82,11 +80,10 @@ def test_repeats_stand_for_every_layer(model, training, strategies):
 def test_naive_interpreter_agrees(model, training):
     """Python's own reference counts see the same live bytes at every op of every micro-batch."""
     try:
-        plan = make_plan(model, training, unrolled_layout(model.layers))
+        naive = NaiveMicroBatches(make_plan(model, training, unrolled=True))
+        program = lower(make_plan(model, training))
     except UnsupportedError:
         return
-    program = lower(make_plan(model, training))
-    naive = NaiveMicroBatches(plan)
     expected = [naive.run() for _ in range(training.gradient_accumulation)]
     found, live = [], allocating(program.load, program.bindings, 0)[1]
     for moment in moments(program.cold):

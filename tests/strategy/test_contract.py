@@ -17,12 +17,12 @@ from tests.strategies import uniform_llama
 
 @attrs.frozen
 class EveryOther:
-    """A third party's strategy: recompute every other built layer."""
+    """A third party's strategy: recompute every other layer."""
 
     name: str = "every_other"
 
     def __call__(self, plan: Plan) -> Plan:
-        return attrs.evolve(plan, recomputed=frozenset(range(0, len(plan.layout.places), 2)))
+        return attrs.evolve(plan, recomputed=frozenset(range(0, len(plan.model.layers), 2)))
 
 
 class TestFullCheckpointing(StrategyContract):

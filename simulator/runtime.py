@@ -1,0 +1,132 @@
+"""What a framework does around a model: hooks at the moments of a training step, each with its own buffers.
+
+A `Plan` holds frozen `Hooks`; lowering starts each of them once and calls the `Runtime` at every moment. A runtime
+allocates and frees through the recorder, as the framework's Python does through the allocator, and decides what a
+rank keeps of the weights, their gradients and the optimizer's state.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol, Self
+
+import attrs
+
+from hardware.dtypes import DType
+from simulator.graph import COMPUTE, ForwardGraph, Op, Storage
+from simulator.optimizers.step import OptimizerStep, Parameter
+from simulator.recorder import Recorder
+from simulator.roles import Role
+from simulator.sizes import AnySize
+
+if TYPE_CHECKING:
+    from simulator.plan import Plan
+
+
+@attrs.frozen
+class Turn:
+    """One micro-batch of an optimizer step."""
+
+    cold: bool
+    """Whether the step is the first of all."""
+    first: bool
+    """Whether it is the first micro-batch of its step."""
+    last: bool
+    """Whether it is the last of its step, after which gradients must be ready."""
+
+
+class Job:
+    """What is being lowered: the plan, where steps are recorded, and what the rank keeps.
+
+    Attributes:
+        recorder: the recorder of the part being lowered.
+        resident: what loading the model leaves on the device; runtimes replace it.
+        gradients: parameter of the graph -> its gradient, while autograd may accumulate into it.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.graph: ForwardGraph = plan.graph
+        self.recorder = Recorder()
+        self.resident = [t.storage for t in (*plan.graph.parameters, *plan.graph.buffers)]
+        self.gradients: dict[Storage, Storage] = {}
+
+    def repeats(self, slot: int | None) -> int:
+        """How many layers of the real model the built layer `slot` stands for."""
+        return 1 if slot is None else self.plan.layout.places[slot].repeats
+
+    def allocate(self, name: str, *storages: Storage) -> None:
+        """Record kernel or call `name`, which allocates `storages`; free each with `free`."""
+        self.recorder.run(name, list(storages))
+
+    def free(self, *storages: Storage) -> None:
+        """Let go of storages, whichever part of the program made them."""
+        for storage in storages:
+            self.recorder.let_go(storage)
+
+
+class Runtime:
+    """A framework at work. Every method is one moment; those that are not overridden do nothing."""
+
+    cold_differs = False
+    """Whether the first optimizer step runs otherwise than later ones."""
+    last_differs = False
+    """Whether the last micro-batch of a step runs otherwise than those before it."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+
+    def fork(self) -> Self:
+        """A copy that goes on from here: containers are copied, what is in them is shared."""
+        other = copy.copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, dict | list | set):
+                setattr(other, name, value.copy())
+        return other
+
+    def begin_forward(self, turn: Turn) -> None:
+        """The model is called."""
+
+    def before_op(self, op: Op) -> None:
+        """`op` is about to run in forward."""
+
+    def end_forward(self) -> None:
+        """The model returns; its outputs are still held."""
+
+    def begin_backward(self, turn: Turn) -> None:
+        """``backward()`` is called."""
+
+    def before_node(self, op: Op) -> None:
+        """The backward of `op` is about to run; the gradients of its outputs are there."""
+
+    def accumulated(self, parameter: Storage) -> None:
+        """Autograd has put a gradient of `parameter` into the job's `gradients`."""
+
+    def end_backward(self) -> None:
+        """All gradients are there; the engine runs its final callbacks."""
+
+    def trainable(self, parameters: Sequence[Parameter]) -> list[Parameter]:
+        """What the rank's optimizer is given, from what it would be given without this runtime."""
+        return list(parameters)
+
+    def before_step(self, step: OptimizerStep) -> None:
+        """``optimizer.step()`` is called."""
+
+    def after_step(self, step: OptimizerStep) -> None:
+        """``optimizer.step()`` is about to return."""
+
+
+class Hooks(Protocol):
+    """The frozen description of a runtime, as a plan holds it."""
+
+    def start(self, job: Job) -> Runtime:
+        """Set up the rank (its weights go to `job.resident`) and return what acts on it."""
+        ...
+
+
+def buffer(
+    label: str, size: AnySize, dtype: DType, role: Role, slot: int | None = None, stream: str = COMPUTE
+) -> Storage:
+    """A framework's buffer of layer `slot` (None: of the whole model)."""
+    return Storage(label, size, dtype, role, slot, stream=stream)
