@@ -7,6 +7,7 @@ print(report.peak.nbytes, report.peak.phase)
 """
 
 from simulator.api import simulate as simulate
+from simulator.mesh import Mesh as Mesh
 from simulator.model import ModelSpec as ModelSpec
 from simulator.plan import Plan as Plan
 from simulator.plan import Strategy as Strategy

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from simulator.lowering import lower
+from simulator.mesh import Mesh
 from simulator.model import ModelSpec
 from simulator.plan import Strategy, apply, make_plan
 from simulator.reading import read_model
@@ -14,13 +15,22 @@ from simulator.report import Report
 from simulator.workload import Training
 
 
-def simulate(model: ModelSpec | str, training: Training | None = None, strategies: Sequence[Strategy] = ()) -> Report:
-    """Simulate one cold and one steady optimizer step on one device.
+def simulate(
+    model: ModelSpec | str,
+    training: Training | None = None,
+    strategies: Sequence[Strategy] = (),
+    *,
+    mesh: Mesh | None = None,
+    rank: int = 0,
+) -> Report:
+    """Simulate one cold and one steady optimizer step on one rank.
 
     Args:
         model: a spec, or what `read_model` takes: a preset name, a path to a config.json or its folder.
         training: the workload; its defaults are batch 1, 1024 tokens, fp32, foreach AdamW.
         strategies: techniques to apply, in order.
+        mesh: degrees of parallelism, for strategies that use several ranks; by default one device.
+        rank: the data-parallel rank to simulate, where ranks differ.
 
     Returns:
         A `Report` with both peaks, their breakdown, and the timeline on demand.
@@ -31,7 +41,7 @@ def simulate(model: ModelSpec | str, training: Training | None = None, strategie
     """
     spec = read_model(model) if isinstance(model, str) else model
     with _paused_collection():
-        plan = apply(make_plan(spec, training or Training()), strategies)
+        plan = apply(make_plan(spec, training or Training(), mesh=mesh, rank=rank), strategies)
         return Report(plan, lower(plan))
 
 

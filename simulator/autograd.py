@@ -77,6 +77,8 @@ class Autograd:
             gradients = self._pending.pop(index, None)
             if gradients is not None:
                 self._evaluate(self.graph.ops[index], gradients)
+        for runtime in self._runtimes:
+            runtime.end_backward()
         self.recorder.release(seed.storage)
 
     # what rules call -----------------------------------------------------------------------------------------------

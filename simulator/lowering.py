@@ -52,7 +52,9 @@ class _Lowering:
         return TrainingProgram(load, cold, steady, self.plan.dimensions.bindings)
 
     def _load(self) -> list[Step]:
-        return [Step(f"load {s.label}", Phase.LOAD, "", s.slot, [s]) for s in self.job.resident]
+        graph = self.job.graph
+        kept = [t.storage for t in (*graph.buffers, *graph.inputs) if t.storage.persistent]
+        return [Step(f"load {s.label}", Phase.LOAD, "", s.slot, [s]) for s in (*self.job.resident, *kept)]
 
     def _step(self, *, cold: bool) -> Node:
         """First micro-batch, those like each other after it, and the last where it differs; then the optimizer."""

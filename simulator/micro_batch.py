@@ -72,8 +72,6 @@ class MicroBatch:
         for runtime in runtimes:
             runtime.begin_backward(turn)
         self._autograd(runtimes).run()
-        for runtime in runtimes:
-            runtime.end_backward()
         if self.keep_outputs:
             self._release_outputs()
         assert self.graph.loss is not None
@@ -95,7 +93,7 @@ class MicroBatch:
 
     def _begin(self) -> None:
         self.recorder.phase = Phase.INPUT
-        for tensor in self.graph.inputs:
+        for tensor in (t for t in self.graph.inputs if not t.storage.persistent):
             self.recorder.run(tensor.storage.label, [tensor.storage])
             self.recorder.retain(tensor.storage, self._uses.get(tensor.storage, 0))
 

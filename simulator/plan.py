@@ -100,16 +100,20 @@ class Strategy(Protocol):
         ...
 
 
-def make_plan(model: ModelSpec, training: Training, *, unrolled: bool = False) -> Plan:
+def make_plan(
+    model: ModelSpec, training: Training, *, mesh: Mesh | None = None, rank: int = 0, unrolled: bool = False
+) -> Plan:
     """The plan of a run without any strategy: everything on one device, everything saved.
 
     Args:
+        mesh: degrees of parallelism that strategies may use; by default one device.
+        rank: the data-parallel rank to simulate, where ranks differ.
         unrolled: build every layer; by default at most three turns of each repeating pattern.
 
     Raises:
         UnsupportedError: a workload that the model's recipe cannot build.
     """
-    return Plan(model, training, unrolled=unrolled)
+    return Plan(model, training, mesh or Mesh(), rank, unrolled=unrolled)
 
 
 def _trainable_tensors(graph: ForwardGraph, layout: Layout) -> int:
@@ -136,5 +140,7 @@ def _regime(plan: Plan) -> Regime:
         attention_mask=training.attention_mask,
         fused_activation_backward=training.fused_activation_backward,
         loss_division=training.gradient_accumulation > 1,
+        keep_inputs=training.keep_inputs,
+        any_sdpa_backend=training.any_sdpa_backend,
         cast_inputs=plan.cast_inputs,
     )

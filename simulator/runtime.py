@@ -41,7 +41,7 @@ class Job:
 
     Attributes:
         recorder: the recorder of the part being lowered.
-        resident: what loading the model leaves on the device; runtimes replace it.
+        resident: what loading leaves of the weights on the device; runtimes replace it.
         gradients: parameter of the graph -> its gradient, while autograd may accumulate into it.
     """
 
@@ -49,7 +49,7 @@ class Job:
         self.plan = plan
         self.graph: ForwardGraph = plan.graph
         self.recorder = Recorder()
-        self.resident = [t.storage for t in (*plan.graph.parameters, *plan.graph.buffers)]
+        self.resident = [t.storage for t in plan.graph.parameters]
         self.gradients: dict[Storage, Storage] = {}
 
     def repeats(self, slot: int | None) -> int:

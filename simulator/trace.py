@@ -27,6 +27,8 @@ class Regime:
     fused_activation_backward: bool = True
     loss_division: bool = False
     """Whether the caller divides the loss by the number of micro-batches."""
+    keep_inputs: bool = False
+    any_sdpa_backend: bool = False
     cast_inputs: bool = False
     """Whether a framework casts each layer's floating-point arguments to the weights' element type."""
 
@@ -149,7 +151,7 @@ class Trace:
     def input(self, name: str, *dims: Dim, dtype: DType) -> Tensor:
         """A tensor of the batch, made anew for each micro-batch and kept until it ends."""
         tensor = self._leaf(name, dims, dtype, Role.INPUT)
-        tensor.storage.persistent = False
+        tensor.storage.persistent = self.regime.keep_inputs
         self.graph.inputs.append(tensor)
         return tensor
 

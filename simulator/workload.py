@@ -113,6 +113,8 @@ class Training:
     """``none``, ``full`` (given, but nothing is padded) or ``padded``."""
     keep_outputs: bool = False
     """Whether the caller's frame holds the model's outputs through backward."""
+    keep_inputs: bool = False
+    """Whether the caller's frame holds one batch from step to step, the optimizer included."""
     clip: float | None = None
     """Largest global norm of the gradients (``clip_grad_norm_``); None does not clip."""
     zero_grad: str = "none"
@@ -121,6 +123,8 @@ class Training:
     """Version whose behaviour is simulated."""
     fused_activation_backward: bool = True
     """False for torch builds without CUDA's fused `silu_backward` (fake-tensor runs on CPU builds)."""
+    any_sdpa_backend: bool = False
+    """True for fake-tensor runs, where the kernel that `sdpa_backend` names takes any input."""
     kernel_workspace: bool = True
     """Count what kernels allocate for themselves (flash attention's backward accumulators)."""
 

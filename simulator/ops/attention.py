@@ -42,6 +42,8 @@ def choose_kernel(regime: Regime, query: Tensor, head_dim: int, *, masked: bool,
         "efficient": not grouped and head_dim % (4 if query.dtype == FP32 else 8) == 0,
         "math": True,
     }
+    if regime.any_sdpa_backend and regime.sdpa_backend != "auto":
+        return regime.sdpa_backend
     if regime.sdpa_backend == "auto":
         return next(kernel for kernel, possible in can.items() if possible)
     return regime.sdpa_backend if can[regime.sdpa_backend] else "math"
