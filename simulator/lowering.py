@@ -70,8 +70,10 @@ class _Lowering:
 
     def _turn(self, turn: Turn) -> Node:
         """Forward and backward of one micro-batch; those that run alike are built once."""
-        fresh = turn.first and (turn.cold or self.training.zero_grad == "none")
-        key = (fresh, turn.cold and self._cold_differs, turn.last and self._last_differs)
+        standing = not turn.cold and self.training.zero_grad == "zero"  # gradients of the step before, set to zero
+        fresh = turn.first and not standing
+        cold, last = turn.cold and self._cold_differs, turn.last and self._last_differs
+        key = (fresh, cold, last, standing and self._last_differs)
         if key not in self._turns:
             if fresh:
                 self.job.gradients.clear()

@@ -7,9 +7,11 @@ from collections.abc import Callable
 from hardware.registry import Registry
 from simulator.plan import Strategy
 from strategies.checkpointing import FullCheckpointing
+from strategies.fsdp2 import Fsdp2
 
 #: Makes a strategy from its options.
 StrategyFactory = Callable[..., Strategy]
 
 strategies: Registry[StrategyFactory] = Registry("strategy", "vramsim.strategies")
-strategies.add("full_checkpointing", FullCheckpointing)
+for factory in (FullCheckpointing, Fsdp2):
+    strategies.add(factory().name, factory)

@@ -127,7 +127,7 @@ class Fsdp2Runtime(UnitRuntime):
 
     def _shard_dims(self, tensor: Tensor) -> tuple[Dim, ...]:
         """Dim 0 split over the shards, rounded up (_fsdp_param.py `_init_sharded_param`)."""
-        first, *rest = tensor.shape if tensor.shape else ((),)
+        first, *rest = tensor.shape or ((),)
         return (self.job.plan.dimensions.split(first, "dp_shard"), *flat(tuple(rest)))
 
     def _shard(self, tensor: Tensor) -> Storage:

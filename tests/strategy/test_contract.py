@@ -7,11 +7,13 @@ from importlib.metadata import EntryPoint
 import attrs
 import pytest
 
-from simulator import Training, simulate
+from hardware.dtypes import BF16, FP32
+from simulator import Mesh, Training, simulate
 from simulator.plan import Plan
 from strategies import strategies
 from strategies.checkpointing import FullCheckpointing
 from strategies.contract import StrategyContract
+from strategies.fsdp2 import Fsdp2
 from tests.strategies import uniform_llama
 
 
@@ -27,6 +29,12 @@ class EveryOther:
 
 class TestFullCheckpointing(StrategyContract):
     strategy = FullCheckpointing()
+
+
+class TestFsdp2(StrategyContract):
+    strategy = Fsdp2(param_dtype=BF16, reduce_dtype=FP32, prefetch=2)
+    mesh = Mesh(dp_shard=4)
+    axis = "dp_shard"
 
 
 class TestEveryOther(StrategyContract):
