@@ -117,6 +117,8 @@ def causal_lm_loss(t: Trace, logits: Tensor, labels: Tensor) -> Tensor:
         logits = local("logits", ops.to(t, logits, FP32))
         longer = t.dim("s+1", t.dimensions.bindings["s"] + 1)
         padded = local("labels", ops.constant(t, "constant_pad_nd.default", labels, shape=(("b",), (longer,))))
-        shifted = local("shifted", ops.constant(t, "clone.default", padded, shape=labels.shape))
+        shifted = padded  # shifting one row leaves it contiguous; of several rows `contiguous` makes a copy
+        if "b" not in t.dimensions.ones:
+            shifted = local("shifted", ops.constant(t, "clone.default", padded, shape=labels.shape))
         flat = ops.reshape(t, logits, (("b", "s"), logits.shape[-1]))
         return ops.nll_loss(t, ops.log_softmax(t, flat), shifted)

@@ -68,6 +68,16 @@ class Layout:
     places: tuple[Place, ...]
     """One per built slot."""
 
+    def slots(self) -> list[int]:
+        """For every layer of the real model, the built slot that is it or stands for it."""
+        found = []
+        for run in self.runs:
+            for turn in range(run.count):
+                from_end = run.count - turn  # 1 for the last turn
+                built = turn if turn <= run.reach else max(run.reach, run.built - from_end)
+                found += [run.first_slot + built * run.period + offset for offset in range(run.period)]
+        return found
+
     def built(self, layers: Sequence[LayerSpec]) -> list[tuple[int, LayerSpec]]:
         """Slot and spec of every layer to build."""
         return [(slot, layers[place.base + place.offset]) for slot, place in enumerate(self.places)]

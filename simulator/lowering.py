@@ -97,7 +97,10 @@ class _Lowering:
         return parameters
 
     def _optimizer(self) -> list[Node]:
-        step = OptimizerStep(self.training.optimizer, self._parameters(), TRAINABLE_TENSORS, self._states)
+        held = updated = self._parameters()
+        for runtime in self.runtimes:
+            updated = runtime.updated(updated)
+        step = OptimizerStep(self.training.optimizer, updated, TRAINABLE_TENSORS, self._states, held)
         for runtime in self.runtimes:
             runtime.before_step(step)
         if self.training.clip is not None:

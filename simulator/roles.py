@@ -19,6 +19,7 @@ class Role(enum.Enum):
     BACKWARD = "backward temporary"
     OPTIMIZER = "optimizer temporary"
     GATHERED = "gathered parameter"
+    POST_FORWARD_SHARD = "post-forward shard"
     GATHER = "gather buffer"
     REDUCE = "reduce buffer"
     BUCKET = "bucket"

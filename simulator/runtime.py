@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol, Self
 import attrs
 
 from hardware.dtypes import DType
-from simulator.graph import COMPUTE, ForwardGraph, Op, Storage
+from simulator.graph import COMPUTE, ForwardGraph, Op, Storage, Tensor
 from simulator.optimizers.step import OptimizerStep, Parameter
 from simulator.recorder import Recorder
 from simulator.roles import Role
@@ -51,6 +51,17 @@ class Job:
         self.recorder = Recorder()
         self.resident = [t.storage for t in plan.graph.parameters]
         self.gradients: dict[Storage, Storage] = {}
+
+    def weights(self) -> list[tuple[Tensor, int | None]]:
+        """Every weight of the real model in the order of ``model.parameters()``, with its layer (None: outside)."""
+        before = [t for t in self.graph.parameters if t.storage.slot is None]
+        by_slot: dict[int, list[Tensor]] = {}
+        for tensor in self.graph.parameters:
+            if tensor.storage.slot is not None:
+                by_slot.setdefault(tensor.storage.slot, []).append(tensor)
+        first = next((i for i, t in enumerate(self.graph.parameters) if t.storage.slot is not None), len(before))
+        layers = [(t, i) for i, slot in enumerate(self.plan.layout.slots()) for t in by_slot.get(slot, ())]
+        return [*((t, None) for t in before[:first]), *layers, *((t, None) for t in before[first:])]
 
     def repeats(self, slot: int | None) -> int:
         """How many layers of the real model the built layer `slot` stands for."""
@@ -108,6 +119,10 @@ class Runtime:
 
     def trainable(self, parameters: Sequence[Parameter]) -> list[Parameter]:
         """What the rank's optimizer is given, from what it would be given without this runtime."""
+        return list(parameters)
+
+    def updated(self, parameters: Sequence[Parameter]) -> list[Parameter]:
+        """Those of `parameters` that this rank's optimizer updates; the others' gradients are there all the same."""
         return list(parameters)
 
     def before_step(self, step: OptimizerStep) -> None:

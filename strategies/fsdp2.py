@@ -225,7 +225,7 @@ class Fsdp2Runtime(UnitRuntime):
         for tensor, whole in zip(unit.parameters, self._unsharded.pop(unit), strict=True):
             size = FlatSize(((1, (*self._shard_dims(tensor), "dp_shard")),), self._compute.bits, shards=(ranks,))
             label = f"{tensor.storage.label}.post_forward_shard"
-            clones.append(buffer(label, size, self._compute, Role.GATHERED, tensor.storage.slot))
+            clones.append(buffer(label, size, self._compute, Role.POST_FORWARD_SHARD, tensor.storage.slot))
             self.job.allocate("clone", clones[-1])
             self.job.free(whole)
         self._clones[unit] = clones

@@ -11,10 +11,10 @@ from simulator.optimizers.step import OptimizerStep
 
 def clip_gradient_norm(step: OptimizerStep) -> None:
     """One norm per gradient, all of them stacked, the total, and the coefficient; gradients are scaled in place."""
-    if not step.parameters:
+    if not step.held:
         return
-    last = step.parameters[-1]
-    norms = [step.temporary(p, "linalg_vector_norm.default", (), p.gradient.dtype) for p in step.parameters]
+    last = step.held[-1]
+    norms = [step.temporary(p, "linalg_vector_norm.default", (), p.gradient.dtype) for p in step.held]
     stacked = step.temporary(last, "stack.default", (step.tensors,), last.gradient.dtype)
     total = _scalar(step, "linalg_vector_norm.default", "total_norm")
     step.free([*norms, stacked])
@@ -26,5 +26,5 @@ def clip_gradient_norm(step: OptimizerStep) -> None:
 
 
 def _scalar(step: OptimizerStep, op: str, name: str) -> Storage:
-    last = step.parameters[-1]
+    last = step.held[-1]
     return step.temporary(last, op, (), last.gradient.dtype, name)

@@ -58,7 +58,8 @@ class OptimizerStep:
 
     Args:
         optimizer: the options.
-        parameters: trainable weights in the order of ``model.parameters()``.
+        parameters: the weights to update, in the order of ``model.parameters()``.
+        held: all that have a gradient on this rank, if those are more than it updates.
         tensors: name of the dimension that counts the trainable tensors of the whole model.
         states: what earlier steps left, by parameter and name; a cold step starts with none and fills it.
     """
@@ -69,9 +70,11 @@ class OptimizerStep:
         parameters: Sequence[Parameter],
         tensors: str,
         states: dict[tuple[Storage, str], Storage],
+        held: Sequence[Parameter] | None = None,
     ) -> None:
         self.optimizer = optimizer
         self.parameters = parameters
+        self.held = parameters if held is None else held
         self.tensors = tensors
         self.steps: list[Step] = []
         self._states = states
@@ -80,7 +83,7 @@ class OptimizerStep:
     @property
     def gradients(self) -> list[Storage]:
         """The gradients that ``zero_grad`` frees: each storage once, and none that a framework keeps for ever."""
-        found = dict.fromkeys(parameter.gradient for parameter in self.parameters)
+        found = dict.fromkeys(parameter.gradient for parameter in self.held)
         return [storage for storage in found if not storage.persistent]
 
     def allocate(self, op: str, storage: Storage) -> None:

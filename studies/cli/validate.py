@@ -65,6 +65,7 @@ def _tables(validation: Validation) -> list[Table]:
         ("unsupported", str(summary.unsupported)),
         ("mean absolute error", _percent(summary.mean_abs_error_pct)),
         ("worst absolute error", _percent(summary.worst_abs_error_pct)),
+        ("worst error of a role", _percent(summary.worst_abs_role_error_pct)),
     ]
     header = ("case", "expected bytes", "simulated bytes", "error", "phase, or why not compared")
     return [Table("cases", rows, header, frozenset({1, 2, 3})), Table("summary", totals)]
@@ -86,6 +87,7 @@ def _remark(row: Row) -> str:
     """The phase of the peak, or both where they differ; the reason of a row that was not compared."""
     if row.reason is not None:
         return row.reason
+    roles = "".join(f"; {role} {error:+.2f} %" for role, error in row.role_errors_pct.items() if abs(error) >= 0.01)
     if row.phase_simulated == row.phase_expected:
-        return row.phase_expected or ""
-    return f"{row.phase_simulated}, expected {row.phase_expected}"
+        return f"{row.phase_expected or ''}{roles}"
+    return f"{row.phase_simulated}, expected {row.phase_expected}{roles}"

@@ -13,7 +13,9 @@ from simulator.plan import Plan
 from strategies import strategies
 from strategies.checkpointing import FullCheckpointing
 from strategies.contract import StrategyContract
+from strategies.ddp import Ddp
 from strategies.fsdp2 import Fsdp2
+from strategies.zero_redundancy import ZeroRedundancy
 from tests.strategies import uniform_llama
 
 
@@ -35,6 +37,22 @@ class TestFsdp2(StrategyContract):
     strategy = Fsdp2(param_dtype=BF16, reduce_dtype=FP32, prefetch=2)
     mesh = Mesh(dp_shard=4)
     axis = "dp_shard"
+
+
+class TestDdp(StrategyContract):
+    strategy = Ddp()
+    mesh = Mesh(dp_replicate=4)
+
+
+class TestDdpViews(StrategyContract):
+    strategy = Ddp(gradient_as_bucket_view=True)
+    mesh = Mesh(dp_replicate=4)
+
+
+class TestZeroRedundancy(StrategyContract):
+    strategy = ZeroRedundancy(parameters_as_bucket_view=True)
+    mesh = Mesh(dp_replicate=4)
+    before = (Ddp(),)
 
 
 class TestEveryOther(StrategyContract):

@@ -202,6 +202,7 @@ def test_bounds_of_validate(capsys, tmp_path):
     assert "no case was compared" in err
     assert json.loads(out)["summary"] == {
         "n": 0, "unsupported": 1, "mean_abs_error_pct": None, "worst_abs_error_pct": None,
+        "worst_abs_role_error_pct": None,
     }  # fmt: skip
 
 
