@@ -1,7 +1,7 @@
 """DDP as the oracle records it, which differs from DDP in two ways that are the recorder's own.
 
 Its reducer never rebuilds the one bucket that DDP begins with, and that bucket, which C++ allocates before
-recording begins, is seen only once the first backward has handed it to the communication hook.
+recording begins, is seen only once an op of the first backward touches it.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ class _RecordedRuntime(DdpRuntime):
         self._unseen = turn.cold and turn.first
 
     def accumulated(self, parameter: Storage) -> None:
-        """The last gradient makes the bucket ready, and seen."""
-        super().accumulated(parameter)
+        """The first copy into a view shows the bucket; without views, the hook does when all gradients are there."""
         parameters = {tensor.storage for tensor in self.job.graph.parameters}
-        if self._unseen and parameters <= set(self.job.gradients):
+        if self._unseen and (self.options.gradient_as_bucket_view or parameters <= set(self.job.gradients)):
             self.job.recorder.slot = None
             self.job.allocate("communication hook", *self.buckets)
             self._unseen = False
+        super().accumulated(parameter)
