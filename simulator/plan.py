@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Protocol
 
@@ -87,8 +87,35 @@ class Plan:
         return trace
 
 
+@attrs.frozen
+class RankClass:
+    """Ranks whose programs are equal: simulating one of them tells of all."""
+
+    name: str
+    count: int
+    rank: int
+    """The data-parallel rank to simulate for them."""
+
+
+def rank_classes(plan: Plan) -> list[RankClass]:
+    """The classes of ranks of `plan`, the one that keeps the most first.
+
+    Ranks are alike but for padding, of which rank 0 is simulated, having the largest share; unless one of the
+    plan's hooks has a method `rank_classes` that tells them apart.
+    """
+    for hooks in plan.hooks:
+        classes: Callable[[Plan], list[RankClass]] | None = getattr(hooks, "rank_classes", None)
+        if classes is not None:
+            return classes(plan)
+    world = plan.mesh.world
+    return [RankClass(f"all {world} ranks" if world > 1 else "the one device", world, plan.rank)]
+
+
 class Strategy(Protocol):
-    """One technique: a plan in, another plan out (docs/extending.md)."""
+    """One technique: a plan in, another plan out (docs/extending.md).
+
+    One that uses the ranks of a mesh axis names it in a class attribute `axis`.
+    """
 
     @property
     def name(self) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain, repeat
+from typing import ClassVar
 
 import attrs
 
@@ -45,6 +46,7 @@ class Ddp:
         "torch/distributed/algorithms/ddp_comm_hooks/default_hooks.py",
     )
     name: str = attrs.field(default="ddp", init=False)
+    axis: ClassVar[str] = "dp_replicate"
 
     def __call__(self, plan: Plan) -> Plan:
         """The plan with buckets and their all-reduce."""

@@ -7,6 +7,7 @@ Behaviour: torch 2.13 torch/distributed/fsdp/_fully_shard/ (file named per metho
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import attrs
 
@@ -50,6 +51,7 @@ class Fsdp2:
     sync: str = option("last", choice("last", "every"), "micro-batches whose gradients are reduced")
     offload: bool = option(False, flag, "weights, gradients and optimizer state in host memory (CPUOffloadPolicy)")
     name: str = attrs.field(default="fsdp2", init=False)
+    axis: ClassVar[str] = "dp_shard"
 
     def __call__(self, plan: Plan) -> Plan:
         """The plan with every weight sharded."""

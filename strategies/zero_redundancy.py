@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
+from typing import ClassVar
 
 import attrs
 
 from hardware.errors import UnsupportedError, UsageError
 from simulator.graph import Storage, Tensor, flat
 from simulator.optimizers.step import Parameter
-from simulator.plan import Plan
+from simulator.plan import Plan, RankClass
 from simulator.roles import Role
 from simulator.runtime import Job, Runtime, buffer
 from simulator.sizes import FlatSize, size_of
@@ -31,6 +32,7 @@ class ZeroRedundancy:
 
     parameters_as_bucket_view: bool = option(False, flag, "each rank's weights lie in one flat buffer")
     name: str = attrs.field(default="zero_redundancy", init=False)
+    axis: ClassVar[str] = "dp_replicate"
 
     def __call__(self, plan: Plan) -> Plan:
         """The plan in which the rank's optimizer holds its own weights' state."""
@@ -40,6 +42,17 @@ class ZeroRedundancy:
         if not 0 <= plan.rank < ranks:
             raise UsageError(f"'rank' must be from 0 to {ranks - 1}, the ranks of dp_replicate {ranks}: {plan.rank}")
         return attrs.evolve(plan, hooks=(*plan.hooks, self))
+
+    def rank_classes(self, plan: Plan) -> list[RankClass]:
+        """Ranks with equally many elements to update together, the fullest first."""
+        job = Job(plan)
+        sizes = _elements(job)
+        by_total: dict[int, list[int]] = {}
+        for rank, own in enumerate(partition(sizes, plan.mesh.dp_replicate)):
+            by_total.setdefault(sum(sizes[index] for index in own), []).append(rank)
+        ordered = sorted(by_total.items(), reverse=True)
+        others = plan.mesh.world // plan.mesh.dp_replicate
+        return [RankClass(_ranges(ranks), others * len(ranks), ranks[0]) for _, ranks in ordered]
 
     def start(self, job: Job) -> ZeroRedundancyRuntime:
         """Partition the weights."""
@@ -52,10 +65,7 @@ class ZeroRedundancyRuntime(Runtime):
     def __init__(self, job: Job, options: ZeroRedundancy) -> None:
         super().__init__(job)
         weights = job.weights()
-        self._partition = partition(
-            [int(tensor.storage.size.elements(job.plan.dimensions.bindings)) for tensor, _ in weights],
-            job.plan.mesh.dp_replicate,
-        )
+        self._partition = partition(_elements(job), job.plan.mesh.dp_replicate)
         self._own = [(weights[i][0], _of_one_layer(*weights[i])) for i in self._partition[job.plan.rank]]
         if options.parameters_as_bucket_view:
             resident = [storage for storage in job.resident if storage.role is not Role.PARAMETER]
@@ -75,6 +85,19 @@ class ZeroRedundancyRuntime(Runtime):
         """The rank's own weights, each of its real layer: the others' state lives on other ranks."""
         gradients = {parameter.storage: parameter.gradient for parameter in parameters}
         return [Parameter(storage, gradients[tensor.storage], tensor.shape) for tensor, storage in self._own]
+
+
+def _elements(job: Job) -> list[int]:
+    bindings = job.plan.dimensions.bindings
+    return [int(tensor.storage.size.elements(bindings)) for tensor, _ in job.weights()]
+
+
+def _ranges(ranks: Sequence[int]) -> str:
+    """``ranks 0, 3-7``."""
+    starts = [rank for rank in ranks if rank - 1 not in ranks]
+    ends = [rank for rank in ranks if rank + 1 not in ranks]
+    parts = [f"{a}-{b}" if b > a else str(a) for a, b in zip(starts, ends, strict=True)]
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(parts)}"
 
 
 def _of_one_layer(tensor: Tensor, layer: int | None) -> Storage:

@@ -1,8 +1,11 @@
-"""What vramsim knows by name: model presets and GPUs, as plain data."""
+"""What vramsim knows by name: model presets, GPUs and strategies, as plain data."""
 
 from __future__ import annotations
 
+import sys
 from typing import Any
+
+import attrs
 
 from hardware.gpus import all_gpus
 from simulator.plan import make_plan
@@ -10,6 +13,8 @@ from simulator.presets import preset_names, preset_source
 from simulator.reading import read_model
 from simulator.report import count_parameters
 from simulator.workload import Training
+from strategies import strategies
+from studies.parallelism import as_typed
 
 
 def model_rows() -> list[dict[str, Any]]:
@@ -29,6 +34,30 @@ def _model_row(name: str) -> dict[str, Any]:
         "max_positions": model.max_positions,
         "source": preset_source(name),
     }
+
+
+def strategy_rows() -> list[dict[str, Any]]:
+    """One object per strategy: `id`, mesh axis, summary, source and options with their defaults."""
+    return [_strategy_row(name) for name in strategies.names()]
+
+
+def _strategy_row(name: str) -> dict[str, Any]:
+    factory = strategies.get(name)
+    module = sys.modules[factory.__module__].__doc__ or ""
+    summary, _, source = module.partition("\n\n")
+    fields = attrs.fields(factory) if isinstance(factory, type) and attrs.has(factory) else ()
+    return {
+        "id": name,
+        "axis": getattr(factory, "axis", None),
+        "summary": " ".join(summary.split()),
+        "source": " ".join(source.split()),
+        "options": [_option_row(field) for field in fields if "help" in field.metadata],
+    }
+
+
+def _option_row(field: attrs.Attribute[Any]) -> dict[str, Any]:
+    help_text, source = field.metadata["help"], field.metadata["source"]
+    return {"name": field.name, "default": as_typed(field.default), "help": help_text, "source": source}
 
 
 def gpu_rows() -> list[dict[str, Any]]:

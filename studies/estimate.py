@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
 import attrs
 
 from hardware.cluster import Cluster, parse_cluster
-from hardware.errors import UnsupportedError
 from simulator.api import simulate
 from simulator.model import ModelSpec
+from simulator.plan import RankClass, apply, make_plan, rank_classes
 from simulator.report import Report, StepPeak
 from simulator.timeline import Live
 from simulator.workload import Training
@@ -19,6 +20,8 @@ from studies.breakdown import LayerGroup, by_place
 from studies.options import Resolved, TrainingOptions, parse_headroom, resolve
 
 SCHEMA_VERSION = 1
+#: Classes of ranks that are simulated.
+MOST_RANK_CLASSES = 6
 METRIC = "allocated"
 METRIC_NOTE = (
     "live tensors, each rounded up to 512 B; the CUDA context, library workspaces and fragmentation come on top"
@@ -38,11 +41,22 @@ class Verdict(enum.Enum):
         self.exit_code = exit_code
 
 
-class Estimate:
-    """A report held against a GPU."""
+@attrs.frozen(eq=False)
+class SimulatedRanks:
+    """A class of ranks and the report of one of them."""
 
-    def __init__(self, report: Report, cluster: Cluster, min_headroom: int, assumptions: tuple[str, ...]) -> None:
-        self.report = report
+    ranks: RankClass
+    report: Report
+
+
+class Estimate:
+    """The reports of a job's ranks held against a GPU; the rank with the highest peak speaks for all."""
+
+    def __init__(
+        self, ranks: Sequence[SimulatedRanks], cluster: Cluster, min_headroom: int, assumptions: tuple[str, ...]
+    ) -> None:
+        self.ranks = tuple(ranks)
+        self.report = ranks[0].report
         self.cluster = cluster
         self.min_headroom = min_headroom
         self.assumptions = assumptions
@@ -75,7 +89,9 @@ class Estimate:
         batch = f"micro-batch {training.micro_batch} x {training.seq_len} tokens"
         accumulation = training.gradient_accumulation
         more = f", {accumulation} per step" if accumulation > 1 else ""
+        mesh = self.report.plan.mesh
         strategies = "".join(f", {name.replace('_', ' ')}" for name in self.report.plan.applied)
+        strategies += f" on {mesh}" if mesh.world > 1 else ""
         how = f"{training.attention} attention, {training.optimizer.name} ({training.optimizer.implementation})"
         return f"{regime}, {batch}{more}, {how}{strategies}"
 
@@ -116,6 +132,8 @@ class Estimate:
             "exit_code": self.verdict.exit_code,
             "by_layer": [_group_dict(group) for group in self.layers],
             "largest": [_live_dict(live) for live in self.live[:10]],
+            "mesh": self.report.plan.mesh.degrees,
+            "ranks": [_ranks_dict(each) for each in self.ranks],
             "strategies": list(self.report.plan.applied),
             "assumptions": list(self.assumptions),
         }
@@ -126,15 +144,27 @@ def estimate(model: ModelSpec, gpus: str, options: TrainingOptions, min_headroom
 
     Raises:
         UsageError: an option that is wrong, in one line.
-        UnsupportedError: one that is not modelled, several GPUs among them.
+        UnsupportedError: one that is not modelled.
     """
     cluster = parse_cluster(gpus)
-    if cluster.count > 1:
-        raise UnsupportedError(f"'gpus' must be one device so far: {gpus}; strategies for several are not modelled yet")
-    resolved: Resolved = resolve(options, model)
+    resolved: Resolved = resolve(options, model, cluster.count)
     headroom = parse_headroom(min_headroom, cluster.gpu.capacity.low)
-    report = simulate(model, resolved.training, resolved.strategies)
-    return Estimate(report, cluster, headroom, resolved.assumptions)
+    ranks = simulate_ranks(model, resolved)
+    assumptions = (*resolved.assumptions, *ranks[0].report.plan.assumptions)
+    return Estimate(ranks, cluster, headroom, assumptions)
+
+
+def simulate_ranks(model: ModelSpec, resolved: Resolved) -> list[SimulatedRanks]:
+    """One report per class of ranks, the highest peak first; of many classes the fullest and the emptiest."""
+    plan = apply(make_plan(model, resolved.training, mesh=resolved.mesh), resolved.strategies)
+    classes = rank_classes(plan)
+    if len(classes) > MOST_RANK_CLASSES:
+        classes = [*classes[: MOST_RANK_CLASSES - 1], classes[-1]]
+    found = []
+    for ranks in classes:
+        report = simulate(model, resolved.training, resolved.strategies, mesh=resolved.mesh, rank=ranks.rank)
+        found.append(SimulatedRanks(ranks, report))
+    return sorted(found, key=lambda each: -each.report.peak.nbytes)
 
 
 def _model_dict(report: Report) -> dict[str, Any]:
@@ -151,6 +181,18 @@ def _training_dict(training: Training) -> dict[str, Any]:
     data["torch"] = ".".join(map(str, training.torch))
     data["optimizer"] = attrs.asdict(training.optimizer)
     return data
+
+
+def _ranks_dict(each: SimulatedRanks) -> dict[str, Any]:
+    peak = each.report.peak
+    return {
+        "ranks": each.ranks.name,
+        "count": each.ranks.count,
+        "peak_bytes": peak.nbytes,
+        "step": peak.step,
+        "phase": peak.phase.value,
+        "between_steps_bytes": each.report.steady.start_bytes,
+    }
 
 
 def _group_dict(group: LayerGroup) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from decimal import Decimal
 from typing import Any
 
@@ -11,10 +12,12 @@ import attrs
 from hardware.dtypes import BF16, FP16, FP32, DType
 from hardware.errors import UnsupportedError, UsageError, unknown_name
 from hardware.units import parse
+from simulator.mesh import Mesh
 from simulator.model import ModelSpec
 from simulator.plan import Strategy
 from simulator.workload import LARGEST_ACCUMULATION, Optimizer, Training
 from strategies.checkpointing import FullCheckpointing
+from studies.parallelism import Degrees, parallelise
 
 #: ``--dtype``: element types of the weights and of autocast.
 DTYPES: dict[str, tuple[DType, DType | None]] = {
@@ -57,19 +60,28 @@ class TrainingOptions:
     zero_grad: str | None = None
     keep_outputs: bool = False
     torch: str | None = None
+    strategy: Sequence[str] = ()
+    """Each ``NAME[,option=value...]``, applied in order after checkpointing."""
+    tp: int | None = None
+    pp: int | None = None
+    cp: int | None = None
+    ep: int | None = None
+    dp_replicate: int | None = None
+    dp_shard: int | None = None
 
 
 @attrs.frozen
 class Resolved:
-    """The workload and strategies that options stand for, and what was assumed for those left out."""
+    """The workload, mesh and strategies that options stand for, and what was assumed for those left out."""
 
     training: Training
+    mesh: Mesh
     strategies: tuple[Strategy, ...]
     assumptions: tuple[str, ...]
 
 
-def resolve(options: TrainingOptions, model: ModelSpec) -> Resolved:
-    """The workload of `options` for `model`.
+def resolve(options: TrainingOptions, model: ModelSpec, world: int = 1) -> Resolved:
+    """The workload of `options` for `model` on `world` GPUs.
 
     Raises:
         UsageError: an option that is wrong or that clashes with another, in one line.
@@ -78,10 +90,12 @@ def resolve(options: TrainingOptions, model: ModelSpec) -> Resolved:
     chosen = _Chosen(options, model)
     _check_task(chosen["task"])
     weights, autocast = _look_up("dtype", chosen["dtype"], DTYPES)
+    degrees = Degrees(**{field.name: getattr(options, field.name) for field in attrs.fields(Degrees)})
+    mesh, strategies, assumed = parallelise(options.strategy, degrees, world)
     training = Training(
         micro_batch=chosen["micro_batch"],
         seq_len=_sequence(chosen["seq_len"], model),
-        gradient_accumulation=_accumulation(options, chosen),
+        gradient_accumulation=_accumulation(options, chosen, mesh.dp),
         weights=weights,
         autocast=autocast,
         optimizer=parse_optimizer(chosen["optimizer"]),
@@ -93,7 +107,8 @@ def resolve(options: TrainingOptions, model: ModelSpec) -> Resolved:
         zero_grad=chosen["zero_grad"],
         torch=_version(chosen["torch"]),
     )
-    return Resolved(training, _strategies(chosen["checkpointing"]), (*chosen.assumed(training), *model.assumptions))
+    strategies = (*_strategies(chosen["checkpointing"]), *strategies)
+    return Resolved(training, mesh, strategies, (*chosen.assumed(training), *assumed, *model.assumptions))
 
 
 class _Chosen:
@@ -179,19 +194,22 @@ def _sequence(length: int, model: ModelSpec) -> int:
     return length
 
 
-def _accumulation(options: TrainingOptions, chosen: _Chosen) -> int:
+def _accumulation(options: TrainingOptions, chosen: _Chosen, ranks: int) -> int:
+    """Micro-batches of each of the data-parallel `ranks` per optimizer step."""
     if options.global_batch is None:
         return 1 if options.gradient_accumulation is None else options.gradient_accumulation
     if options.gradient_accumulation is not None:
         raise UsageError("'global-batch' and 'gradient-accumulation' say the same thing: give one of the two")
     micro_batch: int = chosen["micro_batch"]
-    if options.global_batch < 1 or micro_batch < 1 or options.global_batch % micro_batch:
+    each = micro_batch * ranks
+    if options.global_batch < 1 or micro_batch < 1 or options.global_batch % each:
+        where = f"x {ranks} data-parallel ranks = {each}" if ranks > 1 else "on one device"
         raise UsageError(
-            f"'global-batch' must be a multiple of 'micro-batch' {micro_batch} on one device: {options.global_batch}"
+            f"'global-batch' must be a multiple of 'micro-batch' {micro_batch} {where}: {options.global_batch}"
         )
-    accumulation = options.global_batch // micro_batch
+    accumulation = options.global_batch // each
     if accumulation > LARGEST_ACCUMULATION:
-        most = f"{LARGEST_ACCUMULATION} micro-batches of {micro_batch}"
+        most = f"{LARGEST_ACCUMULATION} micro-batches of {each}"
         raise UsageError(f"'global-batch' must be at most {most}: {options.global_batch}")
     return accumulation
 

@@ -1,4 +1,4 @@
-"""``vramsim models`` and ``vramsim gpus``: what is known by name."""
+"""``vramsim models``, ``vramsim strategies`` and ``vramsim gpus``: what is known by name."""
 
 from __future__ import annotations
 
@@ -21,6 +21,23 @@ def models(json: Json = False) -> None:
         return
     cells = [(r["id"], r["family"], f"{r['params']:,}", str(r["layers"]), str(r["hidden"])) for r in rows]
     show([Table("models", cells, ("id", "family", "parameters", "layers", "hidden"), frozenset({2, 3, 4}))])
+
+
+def strategies(json: Json = False) -> None:
+    """List the strategies with their options, defaults and sources."""
+    from studies.catalogue import strategy_rows
+
+    rows = strategy_rows()
+    if json:
+        show_json(rows)
+        return
+    overview = Table("strategies", [(r["id"], r["axis"] or "-", r["summary"]) for r in rows], ("name", "axis", ""))
+    options = [
+        Table(f"{row['id']}: {row['source']}", [(o["name"], o["default"], o["help"]) for o in row["options"]])
+        for row in rows
+        if row["options"]
+    ]
+    show([overview, *options])
 
 
 def gpus(json: Json = False) -> None:

@@ -27,7 +27,7 @@ Number = int | None
 
 def command(
     model: Annotated[str, typer.Argument(help="Preset name, path to a config.json or its folder, or - for stdin.")],
-    gpus: Annotated[str, typer.Option(help="GPU name (see vramsim gpus) or a capacity such as 24GiB.")],
+    gpus: Annotated[str, typer.Option(help="[COUNTx]NAME (see vramsim gpus), or a capacity such as 8x24GiB.")],
     task: Annotated[Text, typer.Option(help="full or pretrain.")] = None,
     dtype: Annotated[
         Text, typer.Option(help="fp32, bf16, fp16, amp-bf16 or amp-fp16 (autocast, fp32 weights).")
@@ -47,14 +47,23 @@ def command(
         bool, typer.Option("--keep-outputs", help="The outputs are held through backward.")
     ] = False,
     torch: Annotated[Text, typer.Option(help="PyTorch version whose behaviour is simulated.")] = None,
+    strategy: Annotated[
+        list[str] | None, typer.Option(help="NAME[,option=value...] (see vramsim strategies); may be repeated.")
+    ] = None,
+    tp: Annotated[Number, typer.Option(help="Tensor-parallel degree.")] = None,
+    pp: Annotated[Number, typer.Option(help="Pipeline stages.")] = None,
+    cp: Annotated[Number, typer.Option(help="Context-parallel degree.")] = None,
+    ep: Annotated[Number, typer.Option(help="Expert-parallel degree.")] = None,
+    dp_replicate: Annotated[Number, typer.Option(help="Data-parallel replicas (HSDP, DDP); else what is left.")] = None,
+    dp_shard: Annotated[Number, typer.Option(help="Data-parallel shards; else what is left.")] = None,
     min_headroom: Annotated[str, typer.Option(help="Least room to leave, e.g. 5% or 2GiB.")] = "0",
     plot: Annotated[Text, typer.Option(help="Draw the live-memory timeline to this .png, .svg or .pdf.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Let --plot overwrite a file.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 5 where something is not modelled.")] = False,
 ) -> int:
-    """Estimate the GPU memory of one training step."""
-    given = locals()
+    """Estimate the GPU memory of one training step on every rank."""
+    given = {**locals(), "strategy": tuple(strategy or ())}
     del strict  # the entry point reads it: it only changes an exit code
     from studies.options import TrainingOptions
     from studies.plots import check_target
@@ -83,7 +92,8 @@ def _run(model: str, gpus: str, options: TrainingOptions, min_headroom: str, tar
 
 def tables(result: Estimate) -> list[Table]:
     """The estimate as tables of text."""
-    return [_summary(result), _by_role(result), _by_layer(result), _largest(result), _assumptions(result)]
+    several = [_by_rank(result)] if result.cluster.count > 1 else []
+    return [_summary(result), *several, _by_role(result), _by_layer(result), _largest(result), _assumptions(result)]
 
 
 def _summary(result: Estimate) -> Table:
@@ -112,6 +122,18 @@ def _where(result: Estimate) -> str:
     place = f", layer {layer}" if layer is not None else ""
     module = f", module {peak.module}" if peak.module else ""
     return f"{peak.step} step, {peak.phase.value}{place}{module}, op {peak.op}"
+
+
+def _by_rank(result: Estimate) -> Table:
+    rows, left = [], result.cluster.count
+    for each in result.ranks:
+        peak, left = each.report.peak, left - each.ranks.count
+        between = size(each.report.steady.start_bytes)
+        rows.append((each.ranks.name, str(each.ranks.count), size(peak.nbytes), peak.phase.value, between))
+    if left:
+        rows.append(("the others, between these", str(left), "", "", ""))
+    header = ("ranks", "count", "peak", "in", "between steps")
+    return Table("by rank", rows, header, right=frozenset({1, 2, 4}))
 
 
 def _by_role(result: Estimate) -> Table:

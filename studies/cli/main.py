@@ -29,6 +29,7 @@ app = typer.Typer(
 app.command("estimate")(estimate.command)
 app.command("models")(catalogue.models)
 app.command("gpus")(catalogue.gpus)
+app.command("strategies")(catalogue.strategies)
 app.add_typer(validate.app, name="validate")
 
 
