@@ -184,7 +184,7 @@ def _widen(rows: Counts, width: int) -> Counts:
 
 def _sequence(parts: list[_Rows], width: int) -> _Rows:
     net = np.zeros(width, dtype=np.int64)
-    candidates = []
+    candidates = [np.zeros((0, width), dtype=np.int64)]
     for part in parts:
         candidates.append(_widen(part.candidates, width) + net)
         net = net + _widen(part.net, width)

@@ -73,7 +73,8 @@ class _Lowering:
         standing = not turn.cold and self.training.zero_grad == "zero"  # gradients of the step before, set to zero
         fresh = turn.first and not standing
         cold, last = turn.cold and self._cold_differs, turn.last and self._last_differs
-        key = (fresh, cold, last, standing and self._last_differs)
+        # where the last micro-batch differs, the first is no later one, even with gradients from the step before
+        key = (fresh, cold, last, self._last_differs and standing, self._last_differs and turn.first)
         if key not in self._turns:
             if fresh:
                 self.job.gradients.clear()

@@ -181,28 +181,33 @@ class Fsdp2Runtime(UnitRuntime):
             dims = self._shard_dims(tensor)
             for dtype in dict.fromkeys((self._original, self._compute)):
                 label = f"{tensor.storage.label}.from_host.{dtype}"
-                copies.append(buffer(label, size_of(dims, dtype.bits), dtype, Role.GATHER, unit.slot, COPY_IN))
-                self.job.allocate("_to_copy", copies[-1])
+                size, slot = size_of(dims, dtype.bits), tensor.storage.slot
+                copies.append(buffer(label, size, dtype, Role.GATHER, slot, COPY_IN))
+                self._allocate_one(unit, "_to_copy", copies[-1])
             if self._casts:
                 self.job.free(copies.pop(-2))
         return copies
 
     def _wait_for_unshard(self, unit: Unit, *, forward: bool) -> None:
-        """`wait_for_unshard`: copy out; forward keeps the all-gather output until the next unit's wait."""
+        """`wait_for_unshard`: copy out; forward keeps the all-gather output until the next unit's wait returns.
+
+        Until it returns, and not only until the copy-out: its local `prev_all_gather_state` still refers to it.
+        """
         if unit in self._unsharded or not unit.parameters:
             return
-        if forward and self._stale is not None:
-            self.job.free(self._stale)
-            self._stale = None
         self._unsharded[unit] = self._copy_out(unit)
         self.job.free(*self._clones.pop(unit, ()))
         output = self._gathered.pop(unit, None)
-        if output is None:
-            return
         if forward:
+            self._free_stale()
             self._stale = output
-        else:
+        elif output is not None:
             self.job.free(output)
+
+    def _free_stale(self) -> None:
+        if self._stale is not None:
+            self.job.free(self._stale)
+            self._stale = None
 
     def _copy_out(self, unit: Unit) -> list[Storage]:
         """`alloc_all_gather_outputs`: each weight in a storage of its own."""
@@ -210,12 +215,19 @@ class Fsdp2Runtime(UnitRuntime):
         for tensor in unit.parameters:
             dims = (*self._shard_dims(tensor), "dp_shard")
             label = f"{tensor.storage.label}.unsharded"
-            self.job.recorder.slot = tensor.storage.slot  # the root may hold weights of layers
             made.append(
                 buffer(label, size_of(dims, self._compute.bits), self._compute, Role.GATHERED, tensor.storage.slot)
             )
-            self.job.allocate("alloc_all_gather_outputs", made[-1])
+            self._allocate_one(unit, "alloc_all_gather_outputs", made[-1])
         return made
+
+    def _allocate_one(self, unit: Unit, name: str, storage: Storage) -> None:
+        """A storage of one weight; the root may hold weights of layers, and then the step is that layer's."""
+        recorder = self.job.recorder
+        outer = recorder.slot
+        recorder.slot = storage.slot if unit.is_root else outer
+        self.job.allocate(name, storage)
+        recorder.slot = outer
 
     def _reshard(self, unit: Unit) -> None:
         """`to_sharded`."""
@@ -252,9 +264,8 @@ class Fsdp2Runtime(UnitRuntime):
                 self._reshard_partly(unit, ranks)
         if unit.parameters:
             self._order.append(unit)
-        if unit.is_root and self._stale is not None:
-            self.job.free(self._stale)
-            self._stale = None
+        if unit.is_root:
+            self._free_stale()
 
     def begin_backward(self, turn: Turn) -> None:
         """Whether gradients are reduced in this micro-batch (`set_requires_gradient_sync`)."""
@@ -282,7 +293,7 @@ class Fsdp2Runtime(UnitRuntime):
     def post_backward(self, unit: Unit) -> None:
         """`post_backward`: reshard and reduce the gradients, or put them by."""
         weights = [tensor.storage for tensor in unit.parameters]
-        gradients = [self._collect(weight) for weight in weights if weight in self._with_gradient()]
+        gradients = [self._collect(unit, weight) for weight in weights if weight in self._with_gradient()]
         self._reshard(unit)
         if not self._reduces:
             return
@@ -294,7 +305,7 @@ class Fsdp2Runtime(UnitRuntime):
     def _with_gradient(self) -> set[Storage]:
         return {*self.job.gradients, *self._kept.accumulated}
 
-    def _collect(self, weight: Storage) -> Storage:
+    def _collect(self, unit: Unit, weight: Storage) -> Storage:
         """The gradient of `weight` to reduce; without reduction, put by in the reduce dtype."""
         gradients, accumulated = self.job.gradients, self._kept.accumulated
         if weight in accumulated:
@@ -308,7 +319,7 @@ class Fsdp2Runtime(UnitRuntime):
         size = attrs.evolve(gradients[weight].size, bits=self._reduce.bits)
         label = f"{weight.label}.accumulated"
         accumulated[weight] = buffer(label, size, self._reduce, Role.GRADIENT, weight.slot)
-        self.job.allocate("to_accumulated_grad", accumulated[weight])
+        self._allocate_one(unit, "to_accumulated_grad", accumulated[weight])
         self.job.free(gradients.pop(weight))
         return accumulated[weight]
 
@@ -326,9 +337,8 @@ class Fsdp2Runtime(UnitRuntime):
         """The shard's gradient in the original dtype; HSDP holds on to what it all-reduced in another."""
         label = "gradient.more" if unit in self._kept.sharded else "gradient"
         cast = self._reduce != self._original
-        role = Role.REDUCE if cast else Role.GRADIENT
         name = f"{label}.reduced" if cast else label
-        output = self._flat(unit, name, self._reduce, role, REDUCE_SCATTER, whole=False)
+        output = self._flat(unit, name, self._reduce, Role.GRADIENT, REDUCE_SCATTER, whole=False)
         self.job.allocate("reduce_scatter", output)
         if not cast:
             return output

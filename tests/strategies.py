@@ -7,8 +7,11 @@ from typing import Any
 from hypothesis import strategies as st
 
 from hardware.dtypes import BF16, FP16, FP32
+from simulator.mesh import Mesh
 from simulator.model import AttentionSpec, FeedForwardSpec, LayerSpec, ModelSpec
+from simulator.units import WRAPS
 from simulator.workload import IMPLEMENTATIONS, Optimizer, Training
+from strategies.fsdp2 import Fsdp2
 
 FAMILIES = ("gpt2", "llama", "gemma2")
 ACTIVATIONS = {"gpt2": ("gelu_new", "relu"), "llama": ("silu",), "gemma2": ("gelu_pytorch_tanh",)}
@@ -101,6 +104,28 @@ def trainings(draw: st.DrawFn) -> Training:
         clip=draw(st.sampled_from([None, 1.0])),
         zero_grad=draw(st.sampled_from(["none", "zero"])),
         kernel_workspace=draw(st.booleans()),
+    )
+
+
+@st.composite
+def meshes(draw: st.DrawFn) -> Mesh:
+    """Small data-parallel meshes; degrees need not divide anything."""
+    return Mesh(dp_replicate=draw(st.integers(1, 3)), dp_shard=draw(st.integers(1, 7)))
+
+
+@st.composite
+def fsdp2_options(draw: st.DrawFn, shards: int) -> Fsdp2:
+    """Every option of FSDP2 that goes with `shards`."""
+    fewer = [ranks for ranks in range(2, shards) if shards % ranks == 0]
+    return Fsdp2(
+        reshard_after_forward=draw(st.sampled_from([True, False, *fewer])),
+        root_reshard_after_forward=draw(st.booleans()),
+        param_dtype=draw(st.sampled_from([None, BF16])),
+        reduce_dtype=draw(st.sampled_from([None, BF16, FP32])),
+        wrap=draw(st.sampled_from(WRAPS)),
+        prefetch=draw(st.integers(0, 3)),
+        sync=draw(st.sampled_from(["last", "every"])),
+        offload=draw(st.booleans()),
     )
 
 

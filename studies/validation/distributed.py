@@ -46,7 +46,8 @@ PHASES = {"forward": "forward", "backward": "backward", "recompute": "backward",
 COMPARED = {
     "gathered parameter": ({Role.GATHERED}, {"unsharded_param"}),
     "gather buffer": ({Role.GATHER}, {"all_gather_buffer", "all_gather_input_cast"}),
-    "reduce buffer": ({Role.REDUCE}, {"reduce_scatter_input"}),
+    # outputs of the reduce-scatter become gradients, or are cast to them: they are not compared
+    "reduce-scatter input": ({Role.REDUCE}, {"reduce_scatter_input"}),
     "bucket": ({Role.BUCKET}, {"ddp_bucket"}),
     "activation": (
         # whatever forward makes that no framework names; among it, there, the shards kept from forward to backward
@@ -198,7 +199,9 @@ _KINDS: dict[str, tuple[set[str], Callable[[Mapping[str, Any]], _Parallel]]] = {
 def role_errors(line: Mapping[str, Any], peak: StepPeak) -> dict[str, float]:
     """By compared role: (simulated - recorded) / recorded at the steady peak, in percent; 512 B are no error."""
     recorded = Counter(line.get("peak_by_category") or {})
-    errors = {}
+    errors: dict[str, float] = {}
+    if not recorded:
+        return errors
     for name, (roles, categories) in COMPARED.items():
         expected = sum(recorded[category] for category in categories)
         found = sum(peak.by_role.get(role, 0) for role in roles)
