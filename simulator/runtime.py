@@ -52,6 +52,11 @@ class Job:
         self.resident = [t.storage for t in plan.graph.parameters]
         self.gradients: dict[Storage, Storage] = {}
 
+    def keep_instead(self, weights: Sequence[Storage]) -> None:
+        """Keep `weights` on the device instead of the model's own."""
+        own = {tensor.storage for tensor in self.graph.parameters}
+        self.resident = [*weights, *(storage for storage in self.resident if storage not in own)]
+
     def weights(self) -> list[tuple[Tensor, int | None]]:
         """Every weight of the real model in the order of ``model.parameters()``, with its layer (None: outside)."""
         before = [t for t in self.graph.parameters if t.storage.slot is None]

@@ -21,6 +21,7 @@ from simulator.roles import Role
 from simulator.runtime import Job, Runtime, buffer
 from simulator.sizes import FlatSize
 from strategies.options import choice, count, flag, option
+from strategies.rules import refuse_second_owner
 
 #: torch/csrc/distributed/c10d/reducer.hpp `kDefaultFirstBucketBytes`, and the default of `bucket_cap_mb`.
 FIRST_BUCKET_BYTES, BUCKET_CAP_MB = MIB, 25
@@ -50,8 +51,7 @@ class Ddp:
 
     def __call__(self, plan: Plan) -> Plan:
         """The plan with buckets and their all-reduce."""
-        if plan.hooks:
-            raise UnsupportedError(f"{self.name} does not go with {plan.applied[-1]}: choose one of the two")
+        refuse_second_owner(plan, self.name)
         if self.comm_hook != "none":
             raise UnsupportedError(f"comm_hook {self.comm_hook} is not modelled yet: leave it out")
         return attrs.evolve(plan, hooks=(*plan.hooks, self))

@@ -21,6 +21,7 @@ from simulator.runtime import Job, Turn, buffer
 from simulator.sizes import Dim, FlatSize, size_of
 from simulator.units import WRAPS, Unit, UnitRuntime, wrapped_units
 from strategies.options import choice, count, flag, option, training_dtype
+from strategies.rules import refuse_second_owner
 
 #: Streams of `FSDPCommContext` (_fsdp_param_group.py).
 COPY_IN, REDUCE_SCATTER, ALL_REDUCE = "all_gather_copy_in", "reduce_scatter", "all_reduce"
@@ -48,7 +49,9 @@ class Fsdp2:
     reduce_dtype: DType | None = option(None, training_dtype, "element type that gradients are reduced in")
     wrap: str = option("layer", choice(*WRAPS), "modules that are wrapped besides the model")
     prefetch: int = option(0, count(0), "units gathered ahead explicitly (set_modules_to_forward/backward_prefetch)")
-    sync: str = option("last", choice("last", "every"), "micro-batches whose gradients are reduced")
+    sync: str = option(
+        "every", choice("every", "last"), "micro-batches whose gradients are reduced (set_requires_gradient_sync)"
+    )
     offload: bool = option(False, flag, "weights, gradients and optimizer state in host memory (CPUOffloadPolicy)")
     name: str = attrs.field(default="fsdp2", init=False)
     axis: ClassVar[str] = "dp_shard"
@@ -71,8 +74,7 @@ class Fsdp2:
                 f"optimizer {training.optimizer.name} on sharded weights is not modelled with {self.name}; "
                 f"use one of {', '.join(OPTIMIZERS)}"
             )
-        if plan.hooks:
-            raise UnsupportedError(f"{self.name} does not go with {plan.applied[-1]}: choose one of the two")
+        refuse_second_owner(plan, self.name)
         ranks = self.reshard_after_forward
         if ranks is not True and ranks is not False and (ranks < 2 or shards % ranks or ranks == shards):
             fitting = [n for n in range(2, shards) if shards % n == 0]
@@ -111,8 +113,7 @@ class Fsdp2Runtime(UnitRuntime):
         self._replicas = plan.mesh.dp_replicate
         self._kept = _Kept()
         self._shard_of = {t.storage: self._shard(t) for unit in self.units for t in unit.parameters}
-        resident = [] if options.offload else list(self._shard_of.values())
-        job.resident = resident
+        job.keep_instead([] if options.offload else list(self._shard_of.values()))
         self._reduces = True
         self._unsharded: dict[Unit, list[Storage]] = {}
         self._gathered: dict[Unit, Storage] = {}

@@ -36,8 +36,8 @@ class ZeroRedundancy:
 
     def __call__(self, plan: Plan) -> Plan:
         """The plan in which the rank's optimizer holds its own weights' state."""
-        if len(plan.hooks) != 1 or not isinstance(plan.hooks[0], Ddp):
-            raise UnsupportedError(f"{self.name} shards the optimizer of ddp: apply ddp before it and nothing else")
+        if not any(isinstance(hooks, Ddp) for hooks in plan.hooks):
+            raise UnsupportedError(f"{self.name} shards the optimizer of ddp: apply ddp before it")
         ranks = plan.mesh.dp_replicate
         if not 0 <= plan.rank < ranks:
             raise UsageError(f"'rank' must be from 0 to {ranks - 1}, the ranks of dp_replicate {ranks}: {plan.rank}")
@@ -68,8 +68,7 @@ class ZeroRedundancyRuntime(Runtime):
         self._partition = partition(_elements(job), job.plan.mesh.dp_replicate)
         self._own = [(weights[i][0], _of_one_layer(*weights[i])) for i in self._partition[job.plan.rank]]
         if options.parameters_as_bucket_view:
-            resident = [storage for storage in job.resident if storage.role is not Role.PARAMETER]
-            job.resident = [*self._flat_weights([t for t, _ in weights]), *resident]
+            job.keep_instead(self._flat_weights([t for t, _ in weights]))
 
     def _flat_weights(self, weights: Sequence[Tensor]) -> list[Storage]:
         """`_build_param_buckets`: the weights of each rank in one buffer; a dummy where a rank has none."""

@@ -85,7 +85,9 @@ class Estimate:
     def workload(self) -> str:
         """The regime in one line: element types, batch, attention, optimizer, strategies."""
         training = self.report.training
+        compute = self.report.plan.compute
         regime = f"autocast {training.autocast}" if training.autocast else str(training.weights)
+        regime += f" computed in {compute}" if compute not in (None, training.weights) else ""
         batch = f"micro-batch {training.micro_batch} x {training.seq_len} tokens"
         accumulation = training.gradient_accumulation
         more = f", {accumulation} per step" if accumulation > 1 else ""

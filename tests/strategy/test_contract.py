@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from importlib.metadata import EntryPoint
+from pathlib import Path
 
 import attrs
 import pytest
@@ -67,6 +69,8 @@ def test_a_strategy_is_found_through_its_entry_point(monkeypatch):
 
 
 def test_every_registered_strategy_is_under_contract():
+    for path in Path(__file__).parent.glob("test_*.py"):
+        import_module(f"tests.strategy.{path.stem}")
     tested = {case.strategy.name for case in StrategyContract.__subclasses__()}
     assert set(strategies.names()) <= tested
 

@@ -18,6 +18,7 @@ from simulator.report import Report
 from simulator.roles import Role
 from simulator.timeline import LiveSet, moments
 from strategies.checkpointing import FullCheckpointing
+from strategies.ddp import Ddp
 from strategies.fsdp2 import Fsdp2
 from tests.strategies import fsdp2_options, meshes, model_specs, trainings, uniform_llama
 
@@ -147,6 +148,10 @@ def test_an_unsharded_step_of_zero_3_costs_16_bytes_per_parameter_over_the_ranks
         (
             lambda: apply(make_plan(uniform_llama(2), Training(), mesh=Mesh(dp_shard=8)), [Fsdp2(), Fsdp2()]),
             "choose one",
+        ),
+        (
+            lambda: apply(make_plan(uniform_llama(2), Training(), mesh=Mesh(dp_shard=8)), [Ddp(), Fsdp2()]),
+            "both own the weights",
         ),
     ],
 )

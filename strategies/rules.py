@@ -1,0 +1,25 @@
+"""Which strategies go together: rules that several of them share.
+
+Order: strategies act in the order in which they are applied. One that owns the weights (it shards or flattens them, or
+reduces their gradients) comes before one that works on what the rank keeps, such as an optimizer wrapper.
+"""
+
+from __future__ import annotations
+
+from hardware.errors import UnsupportedError
+from simulator.plan import Plan
+
+
+def owner(plan: Plan) -> str | None:
+    """The name of the strategy of `plan` that owns the weights over data-parallel ranks, if any."""
+    for hooks in plan.hooks:
+        if str(getattr(hooks, "axis", "")).startswith("dp_"):
+            return str(getattr(hooks, "name", type(hooks).__name__))
+    return None
+
+
+def refuse_second_owner(plan: Plan, name: str) -> None:
+    """`UnsupportedError` where another strategy owns the weights already."""
+    first = owner(plan)
+    if first is not None:
+        raise UnsupportedError(f"{name} does not go with {first}: both own the weights; choose one of the two")
