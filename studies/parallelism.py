@@ -46,6 +46,11 @@ def parallelise(
         UsageError: degrees that do not multiply to `world`, an unknown strategy, or ranks that no strategy uses.
         UnsupportedError: an axis that is not modelled yet.
     """
+    for axis, degree in attrs.asdict(degrees).items():
+        if degree is not None and degree < 1:
+            raise UsageError(
+                f"'{axis.replace('_', '-')}' must be a whole number from 1 on: {degree}; leave it out for 1"
+            )
     for axis in UNMODELLED_AXES:
         if (getattr(degrees, axis) or 1) > 1:
             raise UnsupportedError(f"'{axis}' {getattr(degrees, axis)} is not modelled yet; leave it out")
@@ -75,7 +80,7 @@ def axis_of(strategy: Strategy) -> str | None:
 def _mesh(degrees: Degrees, world: int, chosen: Sequence[Strategy]) -> Mesh:
     """The degrees given, and the data-parallel one that is left for the strategy that uses it."""
     tp = degrees.tp or 1
-    if tp < 1 or world % tp:
+    if world % tp:
         raise UsageError(f"'tp' must divide the {world} GPUs: {tp}; {_nearest(tp, world)}")
     left = world // tp
     shards = any(axis_of(strategy) == "dp_shard" for strategy in chosen)
