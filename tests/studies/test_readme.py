@@ -17,6 +17,8 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 README = PAGES[0].read_text(encoding="utf-8")
 CASES = {
     "our own small cases": ROOT / "tests" / "data" / "oracle" / "sample.jsonl",
+    "one rank of many, our own small cases": ROOT / "tests" / "data" / "oracle" / "distributed.jsonl",
+    "one rank of many: FSDP2": ROOT.parent / "shared" / "oracle" / "distributed" / "cases.jsonl",
     "31 recorded cases": ROOT.parent / "shared" / "oracle" / "single" / "cases.jsonl",
 }
 
