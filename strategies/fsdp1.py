@@ -119,6 +119,10 @@ class Fsdp1Runtime(UnitRuntime):
         self._trained = self._parameters()
         job.resident = list(self._shard_of.values())
         self._unsharded: dict[Unit, Storage] = {}
+        self._ahead = False
+        """Whether forward prefetches: the order to do it by is known once a first backward has ended."""
+        self._awaited: set[Unit] = set()
+        """Handles that `_needs_pre_backward_unshard` is true of."""
         self._order: list[Unit] = []
         """`handles_post_forward_order`."""
         self._turn = Turn(cold=True, first=True, last=True)
@@ -149,7 +153,7 @@ class Fsdp1Runtime(UnitRuntime):
         return self._size(unit, dtype, self._group)
 
     def _unpadded_size(self, unit: Unit, dtype: DType) -> FlatSize:
-        """`_unpadded_unsharded_size`, of gradients too: padding of ``use_orig_params`` is part of the flat parameter."""
+        """`_unpadded_unsharded_size`, of gradients too; with ``use_orig_params`` padding is part of it."""
         return self._size(unit, dtype, self._group if self.options.use_orig_params else ())
 
     def _buffer(
@@ -210,6 +214,17 @@ class Fsdp1Runtime(UnitRuntime):
         if (free or not self._sharded) and unit in self._unsharded:
             self.job.free(self._unsharded.pop(unit))
 
+    def _next(self, unit: Unit) -> Unit | None:
+        """`get_handle_to_forward_prefetch`."""
+        index = self.handles.index(unit) + 1
+        return self.handles[index] if index < len(self.handles) else None
+
+    def _before(self, unit: Unit) -> Unit | None:
+        """`get_handle_to_backward_prefetch`, unless its weights were asked for already."""
+        index = self._order.index(unit)
+        target = self._order[index - 1] if index else None
+        return target if target in self._awaited else None
+
     def _prefetch(self, target: Unit | None) -> None:
         """`_prefetch_handle`."""
         if target is not None:
@@ -220,6 +235,7 @@ class Fsdp1Runtime(UnitRuntime):
     def begin_forward(self, turn: Turn) -> None:
         """`_root_pre_forward`."""
         self._turn = turn
+        self._ahead = self.options.forward_prefetch and not (turn.cold and turn.first)
         self._order = []
         self._unsharded = dict(self._whole_of) if self._stays and not turn.first else {}
         if turn.first and not turn.cold and self._lingers:
@@ -230,18 +246,17 @@ class Fsdp1Runtime(UnitRuntime):
         super().begin_forward(turn)
 
     def pre_forward(self, unit: Unit) -> None:
-        """`_pre_forward_unshard`; the order to prefetch by is known once a first backward has ended."""
-        if unit not in self.handles:
-            return
-        self._unshard(unit)
-        if self.options.forward_prefetch and not (self._turn.cold and self._turn.first):
-            ahead = self.handles[self.handles.index(unit) + 1 :]
-            self._prefetch(ahead[0] if ahead else None)
+        """`_pre_forward_unshard`."""
+        if unit in self.handles:
+            self._unshard(unit)
+            if self._ahead:
+                self._prefetch(self._next(unit))
 
     def post_forward(self, unit: Unit) -> None:
         """`_post_forward`: the root's weights stay for backward."""
         if unit in self.handles:
             self._order.append(unit)
+            self._awaited.add(unit)
             self._reshard(unit, free=self._frees and not unit.is_root)
 
     def begin_backward(self, turn: Turn) -> None:
@@ -254,26 +269,32 @@ class Fsdp1Runtime(UnitRuntime):
         if unit not in self.handles:
             return
         self._unshard(unit)
+        self._awaited.discard(unit)
         if self.options.backward_prefetch == "pre":
             self._prefetch(self._before(unit))
 
-    def _before(self, unit: Unit) -> Unit | None:
-        """`get_handle_to_backward_prefetch`."""
-        index = self._order.index(unit)
-        return self._order[index - 1] if index else None
-
     def end_backward(self) -> None:
-        """The root's flat parameter is the last whose gradient is complete: its views were made first of all."""
-        last, self._current = self._current, None
-        for unit in (last, self._root):
-            if unit is not None:
-                self._at(unit, self.post_backward)
+        """The root's views were made before everything else, so that their backward is the last to run."""
+        if self._current is not None:
+            self._leave(self.post_backward)
+        if self._root in self.handles:
+            self._at(self._root, self.post_backward)
+            self._at(self._root, self._post_backward)
 
     def post_backward(self, unit: Unit) -> None:
+        """The flat gradient is made when backward has passed the point where forward made the views.
+
+        Prefetching in forward makes them as the unit before is entered (`_use_unsharded_flat_param`), so that
+        the unit's gradients live as long as that one's.
+        """
+        target = self._next(unit) if self._ahead else unit
+        if target is not None and not target.is_root:
+            self._post_backward(target)
+
+    def _post_backward(self, unit: Unit) -> None:
         """`_post_backward_hook` of the flat parameter's `AccumulateGrad`."""
-        if unit not in self.handles:
-            return
-        gradient = self._accumulate(unit, self._split_backward(unit))
+        fresh = self._split_backward(unit)
+        gradient = self._standing(unit) or fresh
         reduces = self._turn.last or not self._no_sync
         self._reshard(unit, free=self._sharded and (reduces or self._frees))
         if self.options.backward_prefetch == "post":
@@ -282,6 +303,8 @@ class Fsdp1Runtime(UnitRuntime):
             self._reduce_scatter(unit, gradient)
         elif reduces:
             self._all_reduce(unit, gradient)
+        if gradient is not fresh:  # autograd holds on to what it added in place until hooks have run
+            self.job.free(fresh)
 
     # gradients -----------------------------------------------------------------------------------------------------
 
@@ -324,13 +347,6 @@ class Fsdp1Runtime(UnitRuntime):
         """Whether reduced gradients are there when this backward begins."""
         zeroed = not self._turn.cold and self.job.plan.training.zero_grad == "zero"
         return zeroed or not (self._turn.first or self._no_sync)
-
-    def _accumulate(self, unit: Unit, gradient: Storage) -> Storage:
-        standing = self._standing(unit)
-        if standing is None:
-            return gradient
-        self.job.free(gradient)
-        return standing
 
     def _reduce_scatter(self, unit: Unit, gradient: Storage) -> None:
         """`_reduce_grad`: whatever it makes on the way lives until the hook returns."""
