@@ -50,6 +50,7 @@ class Autograd:
     ) -> None:
         self.graph = graph
         self._runtimes = runtimes
+        self._weights_are_views = any(runtime.weights_are_views for runtime in runtimes)
         self.recorder = recorder
         self.gradients = gradients
         self.kernel_workspace = kernel_workspace
@@ -221,7 +222,7 @@ class Autograd:
             runtime.accumulated(parameter)
 
     def _keep_gradient(self, parameter: Storage, gradient: Tensor) -> None:
-        if self.recorder.references(gradient.storage) > 1:
+        if self.recorder.references(gradient.storage) > 1 and not self._weights_are_views:
             copy = self.like("clone(grad)", gradient)
             self._made.clear()
             self.recorder.release(gradient.storage)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import attrs
 
 from simulator.graph import Storage
-from simulator.micro_batch import MicroBatch
+from simulator.micro_batch import AfterForward, MicroBatch
 from simulator.optimizers import optimizers
 from simulator.optimizers.clipping import clip_gradient_norm
 from simulator.optimizers.step import OptimizerStep, Parameter
@@ -40,9 +40,10 @@ class _Lowering:
         self.job = Job(plan)
         self.runtimes = [hooks.start(self.job) for hooks in plan.hooks]
         self._cold_differs = any(runtime.cold_differs for runtime in self.runtimes)
+        self._first_differs = any(runtime.first_differs for runtime in self.runtimes)
         self._last_differs = any(runtime.last_differs for runtime in self.runtimes)
         self._micro_batch = MicroBatch(self.job, self.runtimes)
-        self._forwards: dict[bool, Node] = {}
+        self._forwards: dict[tuple[bool, bool], tuple[Node, AfterForward]] = {}
         self._turns: dict[tuple[bool, ...], Node] = {}
         self._states: dict[tuple[Storage, str], Storage] = {}
 
@@ -72,21 +73,28 @@ class _Lowering:
         """Forward and backward of one micro-batch; those that run alike are built once."""
         standing = not turn.cold and self.training.zero_grad == "zero"  # gradients of the step before, set to zero
         fresh = turn.first and not standing
-        cold, last = turn.cold and self._cold_differs, turn.last and self._last_differs
+        last = turn.last and self._last_differs
         # where the last micro-batch differs, the first is no later one, even with gradients from the step before
-        key = (fresh, cold, last, self._last_differs and standing, self._last_differs and turn.first)
+        kind = (self._last_differs and standing, self._last_differs and turn.first)
+        key = (fresh, *self._forward_key(turn), last, *kind)
         if key not in self._turns:
             if fresh:
                 self.job.gradients.clear()
-            forward = self._forward(turn)
-            self._turns[key] = Seq((forward, self.builder.tree(self._micro_batch.backward(turn))))
+            forward, after = self._forward(turn)
+            self._turns[key] = Seq((forward, self.builder.tree(self._micro_batch.backward(turn, after))))
         return self._turns[key]
 
-    def _forward(self, turn: Turn) -> Node:
-        cold = turn.cold and self._cold_differs
-        if cold not in self._forwards:
-            self._forwards[cold] = self.builder.tree(self._micro_batch.forward(turn))
-        return self._forwards[cold]
+    def _forward_key(self, turn: Turn) -> tuple[bool, bool]:
+        """What tells forwards apart: the first of all, and the first of a step."""
+        return turn.cold and turn.first and self._cold_differs, turn.first and self._first_differs
+
+    def _forward(self, turn: Turn) -> tuple[Node, AfterForward]:
+        key = self._forward_key(turn)
+        if key not in self._forwards:
+            node = self.builder.tree(self._micro_batch.forward(turn))
+            assert self._micro_batch.after_forward is not None
+            self._forwards[key] = node, self._micro_batch.after_forward
+        return self._forwards[key]
 
     def _parameters(self) -> list[Parameter]:
         """What the rank's optimizer is given: every trainable weight, unless a framework keeps something else."""
@@ -109,7 +117,10 @@ class _Lowering:
         optimizers.get(self.training.optimizer.name)(step)
         step.finish()
         if self.training.zero_grad == "none":
-            step.free(step.gradients)
+            gradients = step.gradients
+            for runtime in self.runtimes:
+                gradients = runtime.cleared(gradients)
+            step.free(gradients)
         for runtime in self.runtimes:
             runtime.after_step(step)
         return [self.builder.tree(step.steps)] if step.steps else []  # plain SGD allocates nothing at all

@@ -28,6 +28,14 @@ class Region:
     recomputed: dict[Storage, Storage] | None = None
 
 
+@attrs.frozen(eq=False)
+class AfterForward:
+    """Where a backward goes on from: references and frameworks as the forward left them."""
+
+    recorder: Recorder
+    runtimes: Sequence[Runtime]
+
+
 class MicroBatch:
     """Lowers the micro-batches of one forward graph: forward once, backward for each state of the gradients.
 
@@ -41,14 +49,16 @@ class MicroBatch:
         self.recorder = Recorder()
         self.keep_outputs = job.plan.training.keep_outputs
         self._job = job
-        self._runtimes = runtimes
+        self._initial = self._runtimes = runtimes
         self._use = {op: self.graph.uses(op) for op in self.graph.ops}
         self._region_of = self._regions(job.plan.checkpointed)
         self._uses = self._count_uses()
-        self._after_forward: Recorder | None = None
+        self.after_forward: AfterForward | None = None
+        """How the last `forward` ended."""
 
     def forward(self, turn: Turn) -> list[Step]:
         """The steps of inputs and forward."""
+        self._runtimes = [runtime.fork() for runtime in self._initial]
         self.recorder = self._job.recorder = Recorder()
         self._begin()
         for runtime in self._runtimes:
@@ -56,19 +66,18 @@ class MicroBatch:
         self._forward()
         if not self.keep_outputs:
             self._release_outputs()
-        self._after_forward = self.recorder
+        self.after_forward = AfterForward(self.recorder, self._runtimes)
         return self.recorder.steps
 
-    def backward(self, turn: Turn) -> list[Step]:
-        """The steps of backward, to the end of the micro-batch; call `forward` first.
+    def backward(self, turn: Turn, after: AfterForward) -> list[Step]:
+        """The steps of backward, to the end of the micro-batch, after a forward.
 
         Parameters that have a gradient in the job accumulate into it; the others get one there.
         """
-        assert self._after_forward is not None, "backward needs a forward"
-        self.recorder = self._job.recorder = self._after_forward.fork()
+        self.recorder = self._job.recorder = after.recorder.fork()
         for region in self._region_of.values():
             region.recomputed = None
-        runtimes = [runtime.fork() for runtime in self._runtimes]
+        runtimes = [runtime.fork() for runtime in after.runtimes]
         for runtime in runtimes:
             runtime.begin_backward(turn)
         self._autograd(runtimes).run()

@@ -48,6 +48,10 @@ class Recorder:
         for storage in births:
             self._references[storage] = self._references.get(storage, 0) + 1
 
+    def note(self, name: str) -> None:
+        """Record a step that allocates nothing, for what is freed before anything is allocated."""
+        self.steps.append(Step(name, self.phase, self.module, self.slot))
+
     def retain(self, storage: Storage, count: int = 1) -> None:
         """Add references; storages that live for ever are not counted."""
         if not storage.persistent:

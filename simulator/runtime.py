@@ -78,6 +78,8 @@ class Job:
 
     def free(self, *storages: Storage) -> None:
         """Let go of storages, whichever part of the program made them."""
+        if storages and not self.recorder.steps:
+            self.recorder.note("free")
         for storage in storages:
             self.recorder.let_go(storage)
 
@@ -86,9 +88,13 @@ class Runtime:
     """A framework at work. Every method is one moment; those that are not overridden do nothing."""
 
     cold_differs = False
-    """Whether the first optimizer step runs otherwise than later ones."""
+    """Whether the first micro-batch of all runs otherwise than those that begin later steps."""
+    first_differs = False
+    """Whether the forward of a step's first micro-batch runs otherwise than those after it."""
     last_differs = False
     """Whether the last micro-batch of a step runs otherwise than those before it."""
+    weights_are_views = False
+    """Whether autograd sees weights as views of something: their gradients go on to it, none becomes `.grad`."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
@@ -132,6 +138,10 @@ class Runtime:
 
     def before_step(self, step: OptimizerStep) -> None:
         """``optimizer.step()`` is called."""
+
+    def cleared(self, gradients: Sequence[Storage]) -> list[Storage]:
+        """Which of the optimizer's gradients ``zero_grad(set_to_none=True)`` frees."""
+        return list(gradients)
 
     def after_step(self, step: OptimizerStep) -> None:
         """``optimizer.step()`` is about to return."""

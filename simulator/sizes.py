@@ -107,6 +107,8 @@ class FlatSize:
     bits: int
     member_multiple: Dim = 1
     """Each member is padded to a multiple of this many elements."""
+    last_padded: bool = True
+    """Whether the last member is, too: not where it is the next member's start that has to be aligned."""
     total_multiple: tuple[Dim, ...] = ()
     """The whole is padded to a multiple of the product of these."""
     shards: tuple[Dim, ...] = ()
@@ -118,6 +120,9 @@ class FlatSize:
         total: Value = 0
         for count, dims in self.members:
             total = total + count * round_up(product(dims, bindings), multiple)
+        if self.members and not self.last_padded:
+            last = product(self.members[-1][1], bindings)
+            total = total + last - round_up(last, multiple)
         whole = round_up(total, product(self.total_multiple, bindings))
         return ceil_div(whole, product(self.shards, bindings))
 

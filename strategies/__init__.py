@@ -8,6 +8,7 @@ from hardware.registry import Registry
 from simulator.plan import Strategy
 from strategies.checkpointing import FullCheckpointing
 from strategies.ddp import Ddp
+from strategies.fsdp1 import Fsdp1
 from strategies.fsdp2 import Fsdp2
 from strategies.zero_redundancy import ZeroRedundancy
 
@@ -15,5 +16,5 @@ from strategies.zero_redundancy import ZeroRedundancy
 StrategyFactory = Callable[..., Strategy]
 
 strategies: Registry[StrategyFactory] = Registry("strategy", "vramsim.strategies")
-for factory in (FullCheckpointing, Ddp, ZeroRedundancy, Fsdp2):
+for factory in (FullCheckpointing, Ddp, ZeroRedundancy, Fsdp1, Fsdp2):
     strategies.add(factory().name, factory)

@@ -19,6 +19,7 @@ from simulator.report import StepPeak
 from simulator.roles import Role
 from simulator.workload import Optimizer, Training
 from strategies.checkpointing import FullCheckpointing
+from strategies.fsdp1 import Fsdp1
 from strategies.fsdp2 import Fsdp2
 from strategies.zero_redundancy import ZeroRedundancy
 from studies.validation.recorded_ddp import RecordedDdp
@@ -30,6 +31,7 @@ _SHAPES = {
     "qwen3-8b": (36, 4096, 12288, 32, 8, 151936, False),
     "gpt2-xl": (48, 1600, 6400, 25, 25, 50257, True),
     "tiny": (4, 256, 1024, 8, 4, 1024, False),
+    "gpt2-tiny": (3, 96, 384, 4, 4, 517, True),
 }
 _OPTIMIZERS = {
     "adamw_fused": Optimizer(name="adamw", implementation="fused"),
@@ -94,7 +96,7 @@ def _model(config: Mapping[str, Any]) -> ModelSpec:
         raise UnsupportedError(f"model {json.dumps(name)} is not one of the oracle's: {', '.join(_SHAPES)}")
     layers, hidden, width, heads, key_heads, vocab, tied = _SHAPES[name]
     layers = config.get("layers") or layers
-    if name == "gpt2-xl":
+    if name.startswith("gpt2"):
         sizes = {"n_embd": hidden, "n_layer": layers, "n_head": heads, "n_positions": max(1024, _length(config))}
         return spec_from_class("GPT2Config", {"vocab_size": vocab, **sizes}, name)
     sizes = {"hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads}
@@ -183,6 +185,23 @@ def _fsdp2(config: Mapping[str, Any]) -> Fsdp2:
     )
 
 
+def _flat_sharded(config: Mapping[str, Any]) -> _Parallel:
+    mesh, _ = _fully_sharded({key: config[key] for key in ("world", "replicate") if key in config})
+    fsdp1 = Fsdp1(
+        sharding_strategy=str(config.get("sharding", "FULL_SHARD")).lower(),
+        param_dtype=_dtype(config.get("param_dtype", "bf16")),
+        reduce_dtype=_dtype(config.get("reduce_dtype", "fp32")),
+        backward_prefetch=config.get("backward_prefetch", "pre"),
+        forward_prefetch=bool(config.get("forward_prefetch")),
+        use_orig_params=bool(config.get("use_orig_params")),
+        wrap=config.get("wrap", "layer"),
+        sync="every" if config.get("sync_every") else "last",
+    )
+    return mesh, (fsdp1,)
+
+
+_FSDP1 = {"sharding", "param_dtype", "reduce_dtype", "backward_prefetch", "forward_prefetch", "use_orig_params", "wrap"}
+_FSDP1 |= {"sync_every", "replicate"}
 _FSDP2 = {"reshard_after_forward", "root_raf", "param_dtype", "reduce_dtype", "wrap", "explicit_prefetch"}
 _FSDP2 |= {"sync_every", "cpu_offload", "replicate"}
 _DDP = {"gradient_as_bucket_view", "bucket_cap_mb", "static_graph"}
@@ -191,6 +210,7 @@ _KINDS: dict[str, tuple[set[str], Callable[[Mapping[str, Any]], _Parallel]]] = {
     "single": (set(), _single),
     "ddp": (_DDP, _replicated),
     "zero1": (_DDP | {"parameters_as_bucket_view"}, _optimizer_sharded),
+    "fsdp1": (_FSDP1, _flat_sharded),
     "fsdp2": (_FSDP2, _fully_sharded),
     "hsdp": (_FSDP2, _fully_sharded),
 }

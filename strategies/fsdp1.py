@@ -1,0 +1,445 @@
+"""FSDP1: the weights of a unit are one flat parameter, sharded evenly over the ranks (`FullyShardedDataParallel`).
+
+Technique: Zhao et al., PyTorch FSDP, arXiv:2304.11277; ZeRO-2 and 3 of Rajbhandari et al., arXiv:1910.02054.
+Behaviour: torch 2.13 torch/distributed/fsdp/_runtime_utils.py (function named per method), _flat_param.py for sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import attrs
+
+from hardware.dtypes import DType
+from hardware.errors import UnsupportedError, UsageError
+from simulator.graph import COMPUTE, Storage, Tensor
+from simulator.optimizers.step import Parameter
+from simulator.plan import Plan
+from simulator.roles import Role
+from simulator.runtime import Job, Turn, buffer
+from simulator.sizes import Dim, FlatSize, size_of
+from simulator.units import Unit, UnitRuntime, wrapped_units
+from strategies.flat import Member, lay_out, rank_pieces
+from strategies.options import choice, flag, option, training_dtype
+
+#: Streams of `_init_streams`.
+PRE_UNSHARD, UNSHARD, POST_BACKWARD, ALL_REDUCE = "pre_unshard", "unshard", "post_backward", "all_reduce"
+#: Optimizers whose step on flat parameters was compared with recordings.
+OPTIMIZERS = ("adam", "adamw", "sgd")
+#: Members of `ShardingStrategy` (torch/distributed/fsdp/api.py), in lower case.
+FULL_SHARD, SHARD_GRAD_OP, NO_SHARD = "full_shard", "shard_grad_op", "no_shard"
+HYBRID_SHARD, HYBRID_SHARD_ZERO2 = "hybrid_shard", "_hybrid_shard_zero2"
+#: `RESHARD_AFTER_FORWARD_HANDLE_STRATEGIES` of _flat_param.py.
+RESHARD_AFTER_FORWARD = (FULL_SHARD, HYBRID_SHARD)
+#: With ``use_orig_params``, weights start at multiples of so many bits (_flat_param.py `_get_aligned_numel`: 16 B).
+ALIGNMENT_BITS = 128
+
+
+@attrs.frozen(kw_only=True)
+class Fsdp1:
+    """`FullyShardedDataParallel` over mesh axis ``dp_shard``, with its options and defaults and `MixedPrecision`'s.
+
+    ``limit_all_gathers`` is no option here: the limiter makes the host wait for events, which changes when a block
+    can be used again, not the order in which blocks are allocated and freed.
+    """
+
+    sharding_strategy: str = option(
+        FULL_SHARD,
+        choice(FULL_SHARD, SHARD_GRAD_OP, NO_SHARD, HYBRID_SHARD, HYBRID_SHARD_ZERO2),
+        "what is sharded, and whether weights are gathered again for backward",
+    )
+    param_dtype: DType | None = option(None, training_dtype, "element type that weights are gathered and used in")
+    reduce_dtype: DType | None = option(None, training_dtype, "element type that gradients are reduced in")
+    backward_prefetch: str = option(
+        "pre", choice("pre", "post", "none"), "gather the next unit of backward before or after this one's (or not)"
+    )
+    forward_prefetch: bool = option(False, flag, "gather the next unit of forward before this one runs")
+    use_orig_params: bool = option(False, flag, "the optimizer sees each weight's part of the shard, not the shard")
+    wrap: str = option("layer", choice("root", "layer"), "modules that are wrapped besides the model")
+    sync: str = option("last", choice("last", "every"), "micro-batches whose gradients are reduced (`no_sync`)")
+    name: str = attrs.field(default="fsdp1", init=False)
+
+    def __call__(self, plan: Plan) -> Plan:
+        """The plan with the weights of each unit in one flat parameter."""
+        self._check(plan)
+        return attrs.evolve(plan, hooks=(*plan.hooks, self), compute=self.param_dtype)
+
+    def _check(self, plan: Plan) -> None:
+        mesh, optimizer = plan.mesh, plan.training.optimizer.name
+        if optimizer not in OPTIMIZERS:
+            raise UnsupportedError(
+                f"optimizer {optimizer} on flat parameters is not modelled with {self.name}; "
+                f"use one of {', '.join(OPTIMIZERS)}"
+            )
+        if plan.hooks:
+            raise UnsupportedError(f"{self.name} does not go with {plan.applied[-1]}: choose one of the two")
+        hybrid = self.sharding_strategy in (HYBRID_SHARD, HYBRID_SHARD_ZERO2)
+        if self.sharding_strategy != NO_SHARD and hybrid != (mesh.dp_replicate > 1):
+            raise UsageError(
+                f"'sharding_strategy' must be {HYBRID_SHARD} or {HYBRID_SHARD_ZERO2} where dp_replicate is above 1, "
+                f"and only there: {self.sharding_strategy} with dp_replicate {mesh.dp_replicate}; change one of the two"
+            )
+        if not 0 <= plan.rank < mesh.dp:
+            raise UsageError(f"'rank' must be from 0 to {mesh.dp - 1}, the data-parallel ranks: {plan.rank}")
+
+    def start(self, job: Job) -> Fsdp1Runtime:
+        """Flatten and shard the weights."""
+        return Fsdp1Runtime(job, self)
+
+
+class Fsdp1Runtime(UnitRuntime):
+    """`_FSDPState` and `FlatParamHandle` of every unit, and their `_ExecOrderData`."""
+
+    cold_differs = True  # lazy initialisation, and no forward order yet to prefetch by
+    weights_are_views = True
+
+    def __init__(self, job: Job, options: Fsdp1) -> None:
+        super().__init__(job, wrapped_units(job.graph, options.wrap))
+        self.options = options
+        plan = job.plan
+        accumulates = plan.training.gradient_accumulation > 1
+        self._original = plan.training.weights
+        self._compute = plan.compute or self._original
+        self._reduce = options.reduce_dtype or self._compute
+        self._casts = self._compute != self._original
+        # one rank is not sharded, whatever is asked (_init_utils.py `_init_core_state`)
+        self._sharded = options.sharding_strategy != NO_SHARD and plan.mesh.dp_shard > 1
+        self._frees = self._sharded and options.sharding_strategy in RESHARD_AFTER_FORWARD
+        self._no_sync = options.sync == "last" and accumulates
+        self._stays = self._sharded and not self._frees and self._no_sync
+        """Whether gathered weights stay from one micro-batch to the next (`_should_free_in_backward`)."""
+        self._lingers = options.use_orig_params and plan.training.zero_grad == "none"
+        """Whether `zero_grad` frees nothing: the flat gradient stays until the next forward begins."""
+        self.first_differs = self._stays or self._lingers
+        self.last_differs = self._no_sync
+        self.handles = tuple(unit for unit in self.units if unit.parameters)
+        self._shard_of = {unit: self._shard(unit) for unit in self.handles}
+        self._whole_of = {unit: self._whole(unit) for unit in self.handles}
+        self._gradient_of = {unit: self._gradient(unit) for unit in self.handles}
+        self._trained = self._parameters()
+        job.resident = list(self._shard_of.values())
+        self._unsharded: dict[Unit, Storage] = {}
+        self._ahead = False
+        """Whether forward prefetches: the order to do it by is known once a first backward has ended."""
+        self._awaited: set[Unit] = set()
+        """Handles that `_needs_pre_backward_unshard` is true of."""
+        self._order: list[Unit] = []
+        """`handles_post_forward_order`."""
+        self._turn = Turn(cold=True, first=True, last=True)
+
+    # sizes ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def _group(self) -> tuple[Dim, ...]:
+        """The axes whose degrees multiply to the handle's `world_size`."""
+        return ("dp_shard",) if self._sharded else ("dp_replicate", "dp_shard")
+
+    @property
+    def _alignment(self) -> int:
+        return ALIGNMENT_BITS // self._compute.bits if self.options.use_orig_params else 1
+
+    def _size(self, unit: Unit, dtype: DType, multiple: tuple[Dim, ...], shards: tuple[Dim, ...] = ()) -> FlatSize:
+        repeats = [self.job.repeats(t.storage.slot) if unit.slot is None else 1 for t in unit.parameters]
+        members = tuple((n, t.dims) for n, t in zip(repeats, unit.parameters, strict=True))
+        return FlatSize(members, dtype.bits, self._alignment, last_padded=False, total_multiple=multiple, shards=shards)
+
+    def _sharded_size(self, unit: Unit, dtype: DType) -> FlatSize:
+        """`flatten_tensors`, then `_get_shard`: without ``use_orig_params`` only a sharded whole is padded."""
+        padded = self._sharded or self.options.use_orig_params
+        return self._size(unit, dtype, self._group if padded else (), self._group if self._sharded else ())
+
+    def _padded_size(self, unit: Unit, dtype: DType) -> FlatSize:
+        """`_padded_unsharded_size`."""
+        return self._size(unit, dtype, self._group)
+
+    def _unpadded_size(self, unit: Unit, dtype: DType) -> FlatSize:
+        """`_unpadded_unsharded_size`, of gradients too; with ``use_orig_params`` padding is part of it."""
+        return self._size(unit, dtype, self._group if self.options.use_orig_params else ())
+
+    def _buffer(
+        self, unit: Unit, label: str, size: FlatSize, dtype: DType, role: Role, stream: str = COMPUTE
+    ) -> Storage:
+        return buffer(f"{unit.name}.{label}", size, dtype, role, unit.slot, stream)
+
+    def _shard(self, unit: Unit) -> Storage:
+        """`_local_shard`."""
+        size = self._sharded_size(unit, self._original)
+        made = self._buffer(unit, "flat_param", size, self._original, Role.PARAMETER)
+        made.persistent = True
+        return made
+
+    def _whole(self, unit: Unit) -> Storage:
+        """`_full_param_padded`; without sharding, `_mp_shard`, which is then as big as the flat parameter."""
+        size = self._padded_size(unit, self._compute) if self._sharded else self._sharded_size(unit, self._compute)
+        return self._buffer(unit, "unsharded", size, self._compute, Role.GATHERED, UNSHARD)
+
+    def _low_precision(self, unit: Unit) -> Storage:
+        """`_mp_shard` of a sharded handle."""
+        size = self._sharded_size(unit, self._compute)
+        return self._buffer(unit, "mp_shard", size, self._compute, Role.GATHER, PRE_UNSHARD)
+
+    def _gradient(self, unit: Unit) -> Storage:
+        """What is in the flat parameter's `.grad` after backward."""
+        size = self._sharded_size(unit, self._original)
+        return self._buffer(unit, "gradient", size, self._original, Role.GRADIENT, POST_BACKWARD)
+
+    # unsharding ----------------------------------------------------------------------------------------------------
+
+    def _lazy_init(self, unit: Unit) -> None:
+        """`init_flat_param_attributes`: buffers are made and their memory given back at once."""
+        made = []
+        if self._casts:
+            made.append(self._low_precision(unit) if self._sharded else self._whole_of[unit])
+        if self._sharded:
+            made.append(self._whole_of[unit])
+        if self._sharded and self._casts:
+            size = self._padded_size(unit, self._original)
+            made.append(self._buffer(unit, "full_precision", size, self._original, Role.GATHERED))
+        for storage in made:
+            self.job.allocate("empty", storage)
+            self.job.free(storage)
+
+    def _unshard(self, unit: Unit) -> None:
+        """`_unshard`, unless it is unsharded or prefetched already; a cast shard lives as long as the call."""
+        if unit in self._unsharded or not (self._sharded or self._casts):
+            return
+        cast = [self._low_precision(unit)] if self._sharded and self._casts else []
+        for storage in (*cast, self._whole_of[unit]):
+            self.job.allocate("_alloc_storage", storage)
+        self.job.free(*cast)
+        self._unsharded[unit] = self._whole_of[unit]
+
+    def _reshard(self, unit: Unit, *, free: bool) -> None:
+        """`_reshard`; `post_reshard` frees what an unsharded handle casts in any case."""
+        if (free or not self._sharded) and unit in self._unsharded:
+            self.job.free(self._unsharded.pop(unit))
+
+    def _next(self, unit: Unit) -> Unit | None:
+        """`get_handle_to_forward_prefetch`."""
+        index = self.handles.index(unit) + 1
+        return self.handles[index] if index < len(self.handles) else None
+
+    def _before(self, unit: Unit) -> Unit | None:
+        """`get_handle_to_backward_prefetch`, unless its weights were asked for already."""
+        index = self._order.index(unit)
+        target = self._order[index - 1] if index else None
+        return target if target in self._awaited else None
+
+    def _prefetch(self, target: Unit | None) -> None:
+        """`_prefetch_handle`."""
+        if target is not None:
+            self._unshard(target)
+
+    # hooks ---------------------------------------------------------------------------------------------------------
+
+    def begin_forward(self, turn: Turn) -> None:
+        """`_root_pre_forward`."""
+        self._turn = turn
+        self._ahead = self.options.forward_prefetch and not (turn.cold and turn.first)
+        self._order = []
+        self._unsharded = dict(self._whole_of) if self._stays and not turn.first else {}
+        if turn.first and not turn.cold and self._lingers:
+            self.job.free(*self._gradient_of.values())
+        if turn.first and turn.cold:
+            for unit in self.handles:
+                self._at(unit, self._lazy_init)
+        super().begin_forward(turn)
+
+    def pre_forward(self, unit: Unit) -> None:
+        """`_pre_forward_unshard`."""
+        if unit in self.handles:
+            self._unshard(unit)
+            if self._ahead:
+                self._prefetch(self._next(unit))
+
+    def post_forward(self, unit: Unit) -> None:
+        """`_post_forward`: the root's weights stay for backward."""
+        if unit in self.handles:
+            self._order.append(unit)
+            self._awaited.add(unit)
+            self._reshard(unit, free=self._frees and not unit.is_root)
+
+    def begin_backward(self, turn: Turn) -> None:
+        """``backward()`` is called."""
+        super().begin_backward(turn)
+        self._turn = turn
+
+    def pre_backward(self, unit: Unit) -> None:
+        """`_pre_backward_hook`."""
+        if unit not in self.handles:
+            return
+        self._unshard(unit)
+        self._awaited.discard(unit)
+        if self.options.backward_prefetch == "pre":
+            self._prefetch(self._before(unit))
+
+    def end_backward(self) -> None:
+        """The root's views were made before everything else, so that their backward is the last to run."""
+        if self._current is not None:
+            self._leave(self.post_backward)
+        if self._root in self.handles:
+            self._at(self._root, self.post_backward)
+            self._at(self._root, self._post_backward)
+
+    def post_backward(self, unit: Unit) -> None:
+        """The flat gradient is made when backward has passed the point where forward made the views.
+
+        Prefetching in forward makes them as the unit before is entered (`_use_unsharded_flat_param`), so that
+        the unit's gradients live as long as that one's.
+        """
+        target = self._next(unit) if self._ahead else unit
+        if target is not None and not target.is_root:
+            self._post_backward(target)
+
+    def _post_backward(self, unit: Unit) -> None:
+        """`_post_backward_hook` of the flat parameter's `AccumulateGrad`."""
+        fresh = self._split_backward(unit)
+        gradient = self._standing(unit) or fresh
+        reduces = self._turn.last or not self._no_sync
+        self._reshard(unit, free=self._sharded and (reduces or self._frees))
+        if self.options.backward_prefetch == "post":
+            self._prefetch(self._before(unit))
+        if reduces and self._sharded:
+            self._reduce_scatter(unit, gradient)
+        elif reduces:
+            self._all_reduce(unit, gradient)
+        if gradient is not fresh:  # autograd holds on to what it added in place until hooks have run
+            self.job.free(fresh)
+
+    # gradients -----------------------------------------------------------------------------------------------------
+
+    def _split_backward(self, unit: Unit) -> Storage:
+        """Autograd's `split_with_sizes_backward`: all gradients of the unit, and zeros for padding, concatenated."""
+        own = [self.job.gradients.pop(t.storage) for t in unit.parameters]
+        padding = []
+        for number, gap in enumerate(self._layout(unit)[1]):
+            size = size_of((gap,), self._compute.bits)
+            padding.append(buffer(f"{unit.name}.padding.{number}", size, self._compute, Role.BACKWARD, unit.slot))
+            self.job.allocate("zeros", padding[-1])
+        whole = self._flat_gradient(unit)
+        self.job.allocate("cat", whole)
+        self.job.free(*padding, *own)
+        return whole
+
+    def _flat_gradient(self, unit: Unit) -> Storage:
+        """What autograd makes: the final gradient itself, where that needs no reduction to a shard and no cast."""
+        if self._standing(unit) is not None:
+            label = "unsharded_gradient.more"
+        elif not self._sharded and self._compute == self._reduce == self._original:
+            return self._gradient_of[unit]
+        else:
+            label = "unsharded_gradient"
+        return self._buffer(unit, label, self._unpadded_size(unit, self._compute), self._compute, Role.GRADIENT)
+
+    def _standing(self, unit: Unit) -> Storage | None:
+        """The unsharded gradient that autograd adds to, if one is left from earlier micro-batches or steps."""
+        if not self._sharded and self._has_gradient:
+            return self._gradient_of[unit]
+        if self._turn.first or not self._no_sync:
+            return None
+        if not self._sharded and self._compute == self._reduce == self._original:
+            return self._gradient_of[unit]
+        size = self._unpadded_size(unit, self._compute)
+        return self._buffer(unit, "unsharded_gradient", size, self._compute, Role.GRADIENT)
+
+    @property
+    def _has_gradient(self) -> bool:
+        """Whether reduced gradients are there when this backward begins."""
+        zeroed = not self._turn.cold and self.job.plan.training.zero_grad == "zero"
+        return zeroed or not (self._turn.first or self._no_sync)
+
+    def _reduce_scatter(self, unit: Unit, gradient: Storage) -> None:
+        """`_reduce_grad`: whatever it makes on the way lives until the hook returns."""
+        made = [gradient]
+        if self._compute != self._reduce:
+            size = self._unpadded_size(unit, self._reduce)
+            made.append(self._reduction(unit, "cast_gradient", size, "_to_copy"))
+        if self._needs_padding(unit):
+            size = self._padded_size(unit, self._reduce)
+            made.append(self._reduction(unit, "padded_gradient", size, "constant_pad_nd"))
+        shard = self._sharded_gradient(unit)
+        self.job.free(*made, *([shard] if self._has_gradient else []))
+
+    def _reduction(self, unit: Unit, label: str, size: FlatSize, op: str) -> Storage:
+        made = self._buffer(unit, label, size, self._reduce, Role.REDUCE, POST_BACKWARD)
+        self.job.allocate(op, made)
+        return made
+
+    def _needs_padding(self, unit: Unit) -> bool:
+        """`_get_reduce_scatter_tensors`."""
+        bindings = self.job.plan.dimensions.bindings
+        sizes = [size(unit, self._reduce).elements(bindings) for size in (self._unpadded_size, self._padded_size)]
+        return bool(sizes[0] != sizes[1])
+
+    def _sharded_gradient(self, unit: Unit) -> Storage:
+        """The reduce-scatter's output in the original dtype (`_accumulate_sharded_grad`)."""
+        result = self._gradient_of[unit]
+        if self._has_gradient:
+            result = attrs.evolve(result, label=f"{result.label}.more")
+        if self._reduce == self._original:
+            self.job.allocate("empty_like", result)
+            return result
+        output = self._reduction(unit, "reduced_gradient", self._sharded_size(unit, self._reduce), "empty_like")
+        self.job.allocate("_to_copy", result)
+        self.job.free(output)
+        return result
+
+    def _all_reduce(self, unit: Unit, gradient: Storage) -> None:
+        """`_reduce_grad_no_shard`, in place but for casts; of two alike the older gradient stays in the books."""
+        reduced, final = gradient, self._gradient_of[unit]
+        if gradient.dtype != self._reduce:
+            size = self._unpadded_size(unit, self._reduce)
+            cast = self._reduce != self._original or gradient is final
+            reduced = self._reduction(unit, "cast_gradient", size, "_to_copy") if cast else final
+            if not cast:
+                self.job.allocate("_to_copy", final)
+        if reduced.dtype != self._original:
+            result = attrs.evolve(final, label=f"{final.label}.more") if gradient is final else final
+            self.job.allocate("_to_copy", result)
+            self.job.free(reduced, *([result] if gradient is final else []))
+        if gradient is not final and reduced is not gradient:
+            self.job.free(gradient)
+
+    # optimizer -----------------------------------------------------------------------------------------------------
+
+    def _layout(self, unit: Unit) -> tuple[list[Member], list[int]]:
+        """The weights in the unit's flat parameter, and its gaps, in elements."""
+        whole = unit.slot is None and any(t.storage.slot is not None for t in unit.parameters)
+        weights = self.job.weights() if whole else [(tensor, None) for tensor in unit.parameters]
+        bindings = self.job.plan.dimensions.bindings
+        ranks = self.job.plan.mesh.dp_shard * (1 if self._sharded else self.job.plan.mesh.dp_replicate)
+        return lay_out(weights, bindings, self._alignment, ranks if self.options.use_orig_params else 1)
+
+    def _parameters(self) -> list[Parameter]:
+        """What the optimizer is given, in the order of ``parameters()``."""
+        if not self.options.use_orig_params:
+            return [self._flat_parameter(unit) for unit in self.handles]
+        pieces = [piece for unit in self.handles for piece in self._pieces(unit)]
+        place = {tensor.storage: index for index, tensor in enumerate(self.job.graph.parameters)}
+        return [parameter for _, parameter in sorted(pieces, key=lambda piece: place[piece[0].storage])]
+
+    def _flat_parameter(self, unit: Unit) -> Parameter:
+        shard, dimensions = self._shard_of[unit], self.job.plan.dimensions
+        dim = dimensions.bind(f"{shard.label}.elements", shard.size.elements(dimensions.bindings))
+        return Parameter(shard, self._gradient_of[unit], ((dim,),))
+
+    def _pieces(self, unit: Unit) -> list[tuple[Tensor, Parameter]]:
+        """`_get_shard_metadata`: what of each weight is in the rank's shard; the others have no gradient there."""
+        dimensions = self.job.plan.dimensions
+        share = self._shard_of[unit].size.elements(dimensions.bindings)
+        rank = self.job.plan.rank % self.job.plan.mesh.dp_shard if self._sharded else 0
+        pieces = rank_pieces(self._layout(unit)[0], rank * share, (rank + 1) * share, dimensions)
+        return [(tensor, self._piece(unit, label, dims)) for tensor, label, dims in pieces]
+
+    def _piece(self, unit: Unit, label: str, dims: Sequence[Dim]) -> Parameter:
+        size = size_of(tuple(dims), self._original.bits)
+        storage = Storage(label, size, self._original, Role.PARAMETER, unit.slot, persistent=True)
+        return Parameter(storage, self._gradient_of[unit], (tuple(dims),))
+
+    def trainable(self, parameters: Sequence[Parameter]) -> list[Parameter]:
+        """Flat parameters, or the parts of weights that lie in this rank's shards."""
+        return self._trained
+
+    def cleared(self, gradients: Sequence[Storage]) -> list[Storage]:
+        """With ``use_orig_params`` only views go: `_reset_flat_param_grad_info_if_needed` frees in the next forward."""
+        return [] if self.options.use_orig_params else list(gradients)
