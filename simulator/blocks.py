@@ -6,11 +6,14 @@ and therefore lives until its function returns, is part of what is modelled.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from hardware.dtypes import FP32
 from hardware.errors import UnsupportedError
 from simulator import ops
 from simulator.graph import Tensor
 from simulator.model import AttentionSpec, FeedForwardSpec
+from simulator.sizes import Dim
 from simulator.trace import Trace
 
 
@@ -143,15 +146,21 @@ def attention(
     return sdpa_attention(t, query, key, value, mask, spec), None
 
 
-def gated_mlp(t: Trace, x: Tensor, spec: FeedForwardSpec) -> Tensor:
-    """`LlamaMLP`: ``down(act(gate(x)) * up(x))`` (arXiv 2002.05202)."""
+def gated_mlp(
+    t: Trace, x: Tensor, spec: FeedForwardSpec, names: Sequence[str] = ("mlp", "gate_proj", "up_proj", "down_proj")
+) -> Tensor:
+    """`LlamaMLP`: ``down(act(gate(x)) * up(x))`` (arXiv 2002.05202).
+
+    Args:
+        names: of the module and its gate, up and down projections.
+    """
     width = (t.dim("f", spec.width),)
-    with t.call("mlp", x):
-        gate = projection(t, "gate_proj", x, width, spec.bias)
+    with t.call(names[0], x):
+        gate = projection(t, names[1], x, width, spec.bias)
         with t.call("act_fn", gate):
             active = activation(t, spec.activation, gate)
-        up = projection(t, "up_proj", x, width, spec.bias)
-        return projection(t, "down_proj", ops.mul(t, active, up), ("h",), spec.bias)
+        up = projection(t, names[2], x, width, spec.bias)
+        return projection(t, names[3], ops.mul(t, active, up), ("h",), spec.bias)
 
 
 def activation(t: Trace, name: str, x: Tensor) -> Tensor:
@@ -218,6 +227,43 @@ def rotary_attention(
             local("weights", weights)
         out = local("out", ops.reshape(t, out, (*x.shape[:-1], (*heads, d))))
         return projection(t, "o_proj", out, ("h",), spec.bias), weights
+
+
+def causal_flash(t: Trace, query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec) -> Tensor:
+    """``F.scaled_dot_product_attention(..., is_causal=True, enable_gqa=True)`` on token-major ``[b, s, a, d]``."""
+    by_head = [ops.transpose(t, x, 1, 2) for x in (query, key, value)]
+    with t.call("", *by_head):
+        out = ops.scaled_dot_product_attention(t, *by_head, None, 0.0, spec.head_dim)
+    return ops.transpose(t, out, 1, 2)
+
+
+def layer_inputs(t: Trace, *arguments: Tensor) -> tuple[Tensor, ...]:
+    """What a layer's forward sees of `arguments`: FSDP2 casts floating-point ones to the compute dtype.
+
+    Source: torch/distributed/fsdp/_fully_shard/_fsdp_state.py `_cast_forward_inputs`, a pre-forward hook.
+    """
+    if not t.regime.cast_inputs:
+        return arguments
+    return tuple(ops.to(t, x, t.regime.weights) if x.dtype.floating else x for x in arguments)
+
+
+def embedding(t: Trace, name: str, ids: Tensor, rows: tuple[Dim, ...]) -> tuple[Tensor, Tensor]:
+    """An `nn.Embedding` of `rows` rows: its weight, and the hidden states of `ids`."""
+    with t.call(name, ids):
+        weight = t.matrix("weight", rows, ("h",))
+        return weight, ops.embedding(t, weight, ids)
+
+
+def layer_norm(t: Trace, name: str, x: Tensor) -> Tensor:
+    """An `nn.LayerNorm` over the last axis."""
+    with t.call(name, x):
+        return ops.layer_norm(t, x, t.parameter("weight", *x.shape[-1]), t.parameter("bias", *x.shape[-1]))
+
+
+def vocabulary_head(t: Trace, name: str, x: Tensor, tied: Tensor | None) -> Tensor:
+    """The `nn.Linear` from hidden states to logits, with the embedding's weight where it is `tied`."""
+    with t.loss_head(), t.call(name, x):
+        return ops.linear(t, x, t.matrix("weight", ("V",), ("h",)) if tied is None else tied)
 
 
 def projection(t: Trace, name: str, x: Tensor, out: tuple[str, ...], bias: bool) -> Tensor:

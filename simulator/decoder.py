@@ -111,6 +111,19 @@ def language_head(t: Trace, hidden: Tensor, labels: Tensor, spec: ModelSpec, voc
     t.graph.outputs = (logits, loss) if t.regime.loss_division else (logits,)
 
 
+def cross_entropy_outside(t: Trace, logits: Tensor, labels: Tensor) -> None:
+    """The trainer's loss on a model's logits: ``F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(0, 1))``.
+
+    Source: torchtitan/components/loss.py `cross_entropy_loss`; the trainer drops the logits before backward.
+    """
+    with t.loss_head(), t.call("loss", logits):
+        flat = ops.to(t, ops.reshape(t, logits, (("b", "s"), logits.shape[-1])), FP32)
+        with t.call("", flat):
+            loss = ops.nll_loss(t, ops.log_softmax(t, flat), labels)
+        t.graph.loss = ops.div_scalar(t, loss) if t.regime.loss_division else loss
+    t.graph.outputs = (logits, loss) if t.regime.loss_division else (logits,)
+
+
 def causal_lm_loss(t: Trace, logits: Tensor, labels: Tensor) -> Tensor:
     """`ForCausalLMLoss` (loss/loss_utils.py): fp32 logits, padded and shifted labels, mean cross-entropy."""
     with t.call("loss_function", logits) as local:

@@ -79,9 +79,8 @@ class Plan:
         trace = Trace(_regime(self), Dimensions(values))
         for axis, degree in self.mesh.degrees.items():
             trace.dim(axis, degree)
-        forward = families.get(model.family).forward
-        assert forward is not None, f"family {model.family!r} has no recipe"
-        forward(trace, model, self.layout.built(model.layers))
+        recipe = families.get(model.family).recipe(training.implementation)
+        recipe(trace, model, self.layout.built(model.layers))
         trace.end_autocast()
         trace.dim(TRAINABLE_TENSORS, _trainable_tensors(trace.graph, self.layout))
         return trace
@@ -166,6 +165,8 @@ def _regime(plan: Plan) -> Regime:
         torch=training.torch,
         attention_mask=training.attention_mask,
         fused_activation_backward=training.fused_activation_backward,
+        fused_norm=training.fused_norm,
+        implementation=training.implementation,
         loss_division=training.gradient_accumulation > 1,
         keep_inputs=training.keep_inputs,
         any_sdpa_backend=training.any_sdpa_backend,

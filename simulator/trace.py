@@ -23,8 +23,12 @@ class Regime:
     sdpa_backend: str = "auto"
     torch: tuple[int, int] = (2, 13)
     training: bool = True
+    implementation: str = "transformers"
     attention_mask: str = "none"
     fused_activation_backward: bool = True
+    fused_norm: bool = True
+    cast_inputs: bool = False
+    """Whether each layer casts its floating-point arguments to the dtype of its weights (FSDP2's mixed precision)."""
     loss_division: bool = False
     """Whether the caller divides the loss by the number of micro-batches."""
     keep_inputs: bool = False

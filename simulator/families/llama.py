@@ -80,4 +80,5 @@ def _layer(t: Trace, x: Tensor, tables: tuple[Tensor, Tensor], mask: Tensor | No
         return ops.add(t, residual, hidden)
 
 
-families.add("llama", Family("llama", read, forward=forward, config_class="LlamaConfig"))
+_OTHERS = {"torchtitan": "simulator.implementations.torchtitan"}
+families.add("llama", Family("llama", read, forward=forward, config_class="LlamaConfig", implementations=_OTHERS))

@@ -20,6 +20,7 @@ from simulator.ops.elementwise import power as power
 from simulator.ops.elementwise import relu as relu
 from simulator.ops.elementwise import rsqrt as rsqrt
 from simulator.ops.elementwise import silu as silu
+from simulator.ops.elementwise import sub as sub
 from simulator.ops.elementwise import tanh as tanh
 from simulator.ops.elementwise import to as to
 from simulator.ops.embedding import embedding as embedding
@@ -31,9 +32,11 @@ from simulator.ops.matmul import linear as linear
 from simulator.ops.matmul import matmul as matmul
 from simulator.ops.normalisation import layer_norm as layer_norm
 from simulator.ops.normalisation import mean as mean
+from simulator.ops.normalisation import rms_norm as rms_norm
 from simulator.ops.shape import cat as cat
 from simulator.ops.shape import clone as clone
 from simulator.ops.shape import contiguous as contiguous
+from simulator.ops.shape import narrow as narrow
 from simulator.ops.shape import reshape as reshape
 from simulator.ops.shape import slices as slices
 from simulator.ops.shape import split as split
