@@ -233,7 +233,8 @@ def causal_flash(t: Trace, query: Tensor, key: Tensor, value: Tensor, spec: Atte
     """``F.scaled_dot_product_attention(..., is_causal=True, enable_gqa=True)`` on token-major ``[b, s, a, d]``."""
     by_head = [ops.transpose(t, x, 1, 2) for x in (query, key, value)]
     with t.call("", *by_head):
-        out = ops.scaled_dot_product_attention(t, *by_head, None, 0.0, spec.head_dim)
+        query, key, value = by_head
+        out = ops.scaled_dot_product_attention(t, query, key, value, None, 0.0, spec.head_dim)
     return ops.transpose(t, out, 1, 2)
 
 
@@ -266,7 +267,7 @@ def vocabulary_head(t: Trace, name: str, x: Tensor, tied: Tensor | None) -> Tens
         return ops.linear(t, x, t.matrix("weight", ("V",), ("h",)) if tied is None else tied)
 
 
-def projection(t: Trace, name: str, x: Tensor, out: tuple[str, ...], bias: bool) -> Tensor:
+def projection(t: Trace, name: str, x: Tensor, out: tuple[Dim, ...], bias: bool) -> Tensor:
     """An `nn.Linear` from the last axis of `x` to `out`."""
     with t.call(name, x):
         weight = t.matrix("weight", out, x.shape[-1])

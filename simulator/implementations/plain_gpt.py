@@ -24,7 +24,8 @@ def forward(t: Trace, spec: ModelSpec, layers: BuiltLayers) -> None:
         hidden = local("x", ops.add(t, embeds, positions))
         for slot, layer in layers:
             with t.layer(slot, hidden):
-                hidden = local("x", _block(t, *blocks.layer_inputs(t, hidden), layer, spec.residual_dropout))
+                (x,) = blocks.layer_inputs(t, hidden)
+                hidden = local("x", _block(t, x, layer, spec.residual_dropout))
         normed = blocks.layer_norm(t, "norm", hidden)
         logits = blocks.vocabulary_head(t, "output", normed, vocabulary if spec.tied_embeddings else None)
     cross_entropy_outside(t, logits, labels)

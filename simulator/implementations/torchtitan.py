@@ -25,7 +25,8 @@ def forward(t: Trace, spec: ModelSpec, layers: BuiltLayers) -> None:
         tables = _rotary_tables(t, spec.layers[0].attention.head_dim)
         for slot, layer in layers:
             with t.layer(slot, hidden, *tables):
-                hidden = local("x", _block(t, *blocks.layer_inputs(t, hidden, *tables), layer))
+                x, cos, sin = blocks.layer_inputs(t, hidden, *tables)
+                hidden = local("x", _block(t, x, cos, sin, layer))
         normed = _norm(t, "norm", hidden)
         logits = blocks.vocabulary_head(t, "output", normed, vocabulary if spec.tied_embeddings else None)
     cross_entropy_outside(t, logits, labels)
@@ -33,7 +34,7 @@ def forward(t: Trace, spec: ModelSpec, layers: BuiltLayers) -> None:
 
 
 def _rotary_tables(t: Trace, head_dim: int) -> tuple[Tensor, Tensor]:
-    """cos and sin of shape ``[s, 1, d/2]``, fp32 buffers of the model."""
+    """Cosines and sines of shape ``[s, 1, d/2]``, fp32 buffers of the model."""
     half = t.dim("d/2", head_dim // 2)
     cos, sin = (t.buffer(name, "s", 1, half, dtype=FP32) for name in ("cos", "sin"))
     return cos, sin
