@@ -116,6 +116,7 @@ def cross_entropy_outside(t: Trace, logits: Tensor, labels: Tensor) -> None:
 
     Source: torchtitan/components/loss.py `cross_entropy_loss`; the trainer drops the logits before backward.
     """
+    t.leave_model()
     with t.loss_head(), t.call("loss", logits):
         flat = ops.to(t, ops.reshape(t, logits, (("b", "s"), logits.shape[-1])), FP32)
         with t.call("", flat):

@@ -27,8 +27,6 @@ class Regime:
     attention_mask: str = "none"
     fused_activation_backward: bool = True
     fused_norm: bool = True
-    cast_inputs: bool = False
-    """Whether each layer casts its floating-point arguments to the dtype of its weights (FSDP2's mixed precision)."""
     loss_division: bool = False
     """Whether the caller divides the loss by the number of micro-batches."""
     keep_inputs: bool = False
