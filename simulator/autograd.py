@@ -98,6 +98,12 @@ class Autograd:
         self._made.append(tensor)
         return tensor
 
+    def free(self, *tensors: Tensor) -> None:
+        """Temporaries that go before the node's function returns."""
+        for tensor in tensors:
+            self._made.remove(tensor)
+            self.recorder.release(tensor.storage)
+
     def workspace(self, name: str, shape: Shape, dtype: DType) -> None:
         """Allocate what a kernel needs for itself until the node's function returns."""
         if self.kernel_workspace:

@@ -16,6 +16,7 @@ from simulator.mesh import Mesh
 from simulator.model import ModelSpec
 from simulator.runtime import Hooks
 from simulator.sizes import Dimensions
+from simulator.tensor_parallel import TensorParallelism
 from simulator.trace import Regime, Trace
 from simulator.workload import Training
 
@@ -37,6 +38,8 @@ class Plan:
     """Element type that a framework casts the weights to for forward and backward; None keeps their own."""
     cast_inputs: bool = False
     """Whether it casts the floating-point arguments of each layer, too."""
+    tensor_parallel: TensorParallelism | None = None
+    """What is sharded along the mesh axis ``tp``."""
     recomputed: frozenset[int] = frozenset()
     """Saved-set policy: the layers whose saved tensors are dropped and recomputed in backward."""
     hooks: tuple[Hooks, ...] = ()
@@ -171,4 +174,5 @@ def _regime(plan: Plan) -> Regime:
         keep_inputs=training.keep_inputs,
         any_sdpa_backend=training.any_sdpa_backend,
         cast_inputs=plan.cast_inputs,
+        tensor_parallel=plan.tensor_parallel,
     )

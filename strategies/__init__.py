@@ -9,11 +9,12 @@ from simulator.plan import Strategy
 from strategies.checkpointing import FullCheckpointing
 from strategies.ddp import Ddp
 from strategies.fsdp2 import Fsdp2
+from strategies.tensor_parallel import TensorParallel
 from strategies.zero_redundancy import ZeroRedundancy
 
 #: Makes a strategy from its options.
 StrategyFactory = Callable[..., Strategy]
 
 strategies: Registry[StrategyFactory] = Registry("strategy", "vramsim.strategies")
-for factory in (FullCheckpointing, Ddp, ZeroRedundancy, Fsdp2):
+for factory in (FullCheckpointing, Ddp, ZeroRedundancy, Fsdp2, TensorParallel):
     strategies.add(factory().name, factory)

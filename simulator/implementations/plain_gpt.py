@@ -17,7 +17,8 @@ def forward(t: Trace, spec: ModelSpec, layers: BuiltLayers) -> None:
     """Token ids to the loss; the table of learned positions has one row per token of the sequence."""
     ids, labels = batch(t)
     with t.call("") as local:
-        vocabulary, embeds = blocks.embedding(t, "tok_embeddings", ids, ("V",))
+        vocabulary = blocks.vocabulary_table(t, "tok_embeddings")
+        embeds = blocks.look_up(t, vocabulary, ids, "tok_embeddings")
         with t.call("pos"):
             table = t.matrix("weight", ("s",), ("h",))
         positions = ops.narrow(t, table, table.shape)  # a slice of all rows is still a slice to autograd
@@ -52,5 +53,5 @@ def _attention(t: Trace, x: Tensor, local: Frame, spec: AttentionSpec) -> Tensor
 
 
 def _feed_forward(t: Trace, x: Tensor, spec: FeedForwardSpec) -> Tensor:
-    hidden = blocks.projection(t, "fc1", x, (t.dim("f", spec.width),), bias=True)
+    hidden = blocks.projection(t, "fc1", x, t.shard((t.dim("f", spec.width),)), bias=True)
     return blocks.projection(t, "fc2", ops.gelu(t, hidden), ("h",), bias=True)

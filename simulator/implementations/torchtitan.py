@@ -20,8 +20,8 @@ def forward(t: Trace, spec: ModelSpec, layers: BuiltLayers) -> None:
     """`Transformer.forward`, and the loss of its trainer."""
     ids, labels = batch(t)
     with t.call("") as local:
-        vocabulary, hidden = blocks.embedding(t, "tok_embeddings", ids, ("V",))
-        local("x", hidden)
+        vocabulary = blocks.vocabulary_table(t, "tok_embeddings")
+        hidden = local("x", blocks.look_up(t, vocabulary, ids, "tok_embeddings"))
         tables = _rotary_tables(t, spec.layers[0].attention.head_dim)
         for slot, layer in layers:
             with t.layer(slot, hidden, *tables):
@@ -36,7 +36,9 @@ def forward(t: Trace, spec: ModelSpec, layers: BuiltLayers) -> None:
 def _rotary_tables(t: Trace, head_dim: int) -> tuple[Tensor, Tensor]:
     """Cosines and sines of shape ``[s, 1, d/2]``, fp32 buffers of the model."""
     half = t.dim("d/2", head_dim // 2)
-    cos, sin = (t.buffer(name, "s", 1, half, dtype=FP32) for name in ("cos", "sin"))
+    cos, sin = (t.buffer(name, "s", half, dtype=FP32) for name in ("cos", "sin"))
+    for table in (cos, sin):
+        table.shape = t.squeezed((("s",), (), (half,)))
     return cos, sin
 
 
@@ -58,6 +60,7 @@ def _attention(t: Trace, x: Tensor, cos: Tensor, sin: Tensor, spec: AttentionSpe
     """`Attention`: heads stay token-major until the kernel is called."""
     heads, key_heads, d = blocks.head_dims(t, spec)
     with t.call("attention", x) as local:
+        x = local("x", blocks.module_input(t, "attention", x))
         states = []
         for name, own in (("wq", heads), ("wk", key_heads), ("wv", key_heads)):
             projected = blocks.projection(t, name, x, (*own, d), spec.bias)
