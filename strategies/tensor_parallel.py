@@ -7,131 +7,76 @@ column-parallel layer is gathered and saved whole. Follows torchtitan/models/lla
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
 
 import attrs
 
-from hardware.errors import UnsupportedError, UsageError
-from simulator.graph import Storage
-from simulator.limits import is_count
-from simulator.mesh import LARGEST_DEGREE
-from simulator.model import ModelSpec
-from simulator.optimizers.step import OptimizerStep
+from hardware.errors import UnsupportedError
 from simulator.plan import Plan
-from simulator.roles import Role
-from simulator.runtime import Hooks, Job, Runtime
 from simulator.tensor_parallel import TensorParallelism
+from strategies.options import flag, option
 
 #: Families whose modules have the names of `simulator.tensor_parallel.PLANS`.
 FAMILIES = {"transformers": ("llama", "gemma2"), "torchtitan": ("llama",), "plain": ("gpt2",)}
 
 
-def _check_degree(_: object, attribute: attrs.Attribute[int], value: object) -> None:
-    if not is_count(value, LARGEST_DEGREE):
-        raise UsageError(f"{attribute.name!r} must be a whole number from 1 to {LARGEST_DEGREE}: {value!r}")
-
-
-def _check_flag(_: object, attribute: attrs.Attribute[bool], value: object) -> None:
-    if not isinstance(value, bool):
-        raise UsageError(f"{attribute.name!r} must be True or False: {value!r}")
-
-
-@attrs.frozen
+@attrs.frozen(kw_only=True)
 class TensorParallel:
-    """Shard every layer over `degree` ranks.
+    """Shard every layer over mesh axis ``tp``; on a mesh without it nothing changes."""
 
-    Raises:
-        UsageError: a degree that is not a positive whole number, or a switch that is not one.
-    """
-
-    degree: int = attrs.field(default=1, validator=_check_degree)
-    sequence_parallel: bool = attrs.field(default=False, kw_only=True, validator=_check_flag)
-    """Shard norms and residuals along the sequence."""
-    loss_parallel: bool = attrs.field(default=False, kw_only=True, validator=_check_flag)
-    """Compute the loss on logits sharded along the vocabulary, and never gather them."""
+    sequence_parallel: bool = option(False, flag, "shard norms and residuals along the sequence")
+    loss_parallel: bool = option(False, flag, "compute the loss on logits sharded along the vocabulary")
     name: str = attrs.field(default="tensor_parallel", init=False)
 
     def __call__(self, plan: Plan) -> Plan:
-        """The plan with its modules sharded; `UnsupportedError` where this is not modelled or the model does not divide."""
-        if plan.tensor_parallel is not None:
-            raise UnsupportedError("'tensor_parallel' is in the plan already: give it once")
-        self._check(plan)
-        if self.degree == 1:
+        """The plan with its modules sharded.
+
+        Raises:
+            UnsupportedError: what is not modelled, or a model that the degree does not divide.
+        """
+        if plan.mesh.tp == 1:
             return plan
-        return attrs.evolve(
-            plan,
-            mesh=attrs.evolve(plan.mesh, tp=self.degree),
-            tensor_parallel=TensorParallelism(sequence=self.sequence_parallel, loss=self.loss_parallel),
-            hooks=(*plan.hooks, PlacementHooks()),
-        )
+        self._check(plan)
+        shards = TensorParallelism(sequence=self.sequence_parallel, loss=self.loss_parallel)
+        return attrs.evolve(plan, tensor_parallel=shards)
 
     def _check(self, plan: Plan) -> None:
         implementation, family = plan.training.implementation, plan.model.family
+        if plan.hooks or plan.tensor_parallel:
+            raise UnsupportedError(f"{self.name!r} must come before {plan.applied[-1]}: it shards the model first")
         if family not in FAMILIES[implementation]:
+            others = [name for name, known in FAMILIES.items() if family in known]
             raise UnsupportedError(
-                f"'tensor_parallel' of {family} needs another implementation than {implementation!r}: "
-                f"{_ways_out(family)}"
+                f"{self.name!r} of {family} is not modelled for implementation {implementation!r}; "
+                f"{'use ' + ' or '.join(others) if others else 'leave it out'}"
             )
-        outside = implementation == "torchtitan"
-        for field in ("sequence_parallel", "loss_parallel") if not outside else ():
-            if getattr(self, field) and not (implementation == "plain" and field == "loss_parallel"):
-                raise UnsupportedError(f"{field!r} needs implementation 'torchtitan', not {implementation!r}")
-        if self.loss_parallel and plan.training.autocast is not None:
-            raise UnsupportedError("'loss_parallel' with autocast is not modelled: leave one out")
-        for field, value in _divided(plan.model):
-            self._check_divides(field, value)
-        if self.sequence_parallel:
-            self._check_divides("seq_len", plan.training.seq_len)
+        for option_name, known in (("sequence_parallel", ("torchtitan",)), ("loss_parallel", ("torchtitan", "plain"))):
+            if getattr(self, option_name) and implementation not in known:
+                raise UnsupportedError(
+                    f"{option_name!r} needs implementation {' or '.join(known)}, not {implementation!r}: "
+                    "its code does not run on shards"
+                )
+        _check_even(plan, self.sequence_parallel)
 
-    def _check_divides(self, field: str, value: int) -> None:
-        if value % self.degree:
-            degrees = [d for d in range(1, value + 1) if value % d == 0]
-            below = max((d for d in degrees if d < self.degree), default=1)
-            above = min((d for d in degrees if d > self.degree), default=value)
+
+def _check_even(plan: Plan, sequence: bool) -> None:
+    """DTensor views heads as whole ones and takes local shapes for even shards; only the vocabulary may be uneven."""
+    sizes = [("seq_len", plan.training.seq_len)] if sequence else []
+    for layer in dict.fromkeys(plan.model.layers):
+        sizes += [("heads", layer.attention.heads), ("key/value heads", layer.attention.kv_heads)]
+        sizes.append(("feed-forward width", layer.feed_forward.width))
+    for what, value in dict.fromkeys(sizes):
+        if value % plan.mesh.tp:
+            common = math.gcd(*(size for _, size in sizes))
             raise UnsupportedError(
-                f"'tensor_parallel' degree {self.degree} must divide {field} {value}: "
-                f"{below if below == above or above < self.degree else f'{below} and {above}'} do"
+                f"'tp' must divide the model's {what}: {value} / {plan.mesh.tp}; use {_nearest(common, plan.mesh.tp)}"
             )
+    if plan.model.vocab < plan.mesh.tp:
+        raise UnsupportedError(f"'tp' must be at most the vocabulary {plan.model.vocab}: {plan.mesh.tp}")
 
 
-def _ways_out(family: str) -> str:
-    others = [name for name, known in FAMILIES.items() if family in known]
-    return f"use {' or '.join(others)}" if others else "none is modelled"
-
-
-def _divided(model: ModelSpec) -> Iterator[tuple[str, int]]:
-    """What must be a multiple of the degree: DTensor views heads as whole ones, and takes shards for even ones."""
-    for layer in dict.fromkeys(model.layers):
-        yield "heads", layer.attention.heads
-        yield "key/value heads", layer.attention.kv_heads
-        yield "feed-forward width", layer.feed_forward.width
-
-
-@attrs.frozen
-class PlacementHooks(Hooks):
-    """The optimizer redistributes gradients to the placement of their weights (torch/distributed/tensor/_dispatch.py)."""
-
-    def start(self, job: Job) -> Runtime:
-        """Set nothing up."""
-        return _Placements(job)
-
-
-class _Placements(Runtime):
-    def __init__(self, job: Job) -> None:
-        super().__init__(job)
-        self._redistributed: list[Storage] = []
-
-    def before_step(self, step: OptimizerStep) -> None:
-        """Every gradient of another placement gets a copy, until the one fused kernel has run."""
-        for parameter in step.parameters:
-            op = self.job.graph.reductions.get(parameter.storage)
-            if op is not None:
-                weight = parameter.storage
-                copy = Storage(f"{weight.label}.redistributed", weight.size, weight.dtype, Role.OPTIMIZER, weight.slot)
-                step.allocate(op, copy)
-                self._redistributed.append(copy)
-
-    def after_step(self, step: OptimizerStep) -> None:
-        """The kernel's arguments go."""
-        step.free(self._redistributed)
-        self._redistributed.clear()
+def _nearest(number: int, degree: int) -> str:
+    """The divisors of `number` next to `degree`."""
+    divisors = [d for d in range(1, number + 1) if number % d == 0]
+    near = [max(d for d in divisors if d < degree), *[d for d in divisors if d > degree][:1]]
+    return " or ".join(map(str, near))

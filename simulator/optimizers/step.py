@@ -21,6 +21,8 @@ class Parameter:
     storage: Storage
     gradient: Storage
     shape: Shape
+    redistribution: str | None = None
+    """Kernel that the optimizer runs first to bring the gradient to the weight's placement (DTensor)."""
 
     @property
     def dims(self) -> tuple[Dim, ...]:
@@ -89,6 +91,14 @@ class OptimizerStep:
     def allocate(self, op: str, storage: Storage) -> None:
         """Run kernel or call `op`, which allocates a framework's `storage`; free it with `free`."""
         self._record(op, storage.slot, [storage])
+
+    def redistribute(self) -> list[Storage]:
+        """Copies of the gradients whose placement is not the weight's; free them after the optimizer's kernel.
+
+        Source: torch/distributed/tensor/_dispatch.py; one fused kernel takes all of them at once.
+        """
+        moved = [(p, p.redistribution) for p in self.parameters if p.redistribution is not None]
+        return [self.like(parameter, kernel, "redistributed") for parameter, kernel in moved]
 
     def state(self, parameter: Parameter, name: str, dims: Iterable[Dim], dtype: DType, op: str) -> None:
         """Make state `name` of `parameter` with kernel `op`, unless an earlier step made it."""
