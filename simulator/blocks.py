@@ -255,7 +255,7 @@ def vocabulary_table(t: Trace, path: str) -> Tensor:
     if t.style(path.rpartition(".")[2]) is not Style.VOCABULARY:
         return t.matrix(f"{path}.weight", ("V",), ("h",))
     table = t.matrix(f"{path}.weight", t.shard(("V",)), ("h",))
-    t.graph.reductions[table.storage] = "clone.default"  # each rank has the whole gradient, and keeps its chunk
+    t.graph.placements[table.storage] = "clone.default"  # each rank has the whole gradient, and keeps its chunk
     return table
 
 

@@ -114,9 +114,9 @@ class ForwardGraph:
     """What each built layer is called with; checkpointing keeps it for recomputation."""
     outside: int | None = None
     """Index of the first op outside the model (a loss that the caller computes); None where all are inside."""
-    reductions: dict[Storage, str] = attrs.field(factory=dict)
-    """Weights whose gradient autograd leaves partial, or whole where the weight is a shard (DTensor placements)
-    -> the op that makes it one like the weight, in the optimizer or in a framework's hook."""
+    placements: dict[Storage, str | None] = attrs.field(factory=dict)
+    """Weights that are DTensors -> the kernel that brings the gradient autograd leaves to the weight's placement, in
+    the optimizer or in a framework's hook; None where it has that placement."""
     loss: Tensor | None = None
     outputs: tuple[Tensor, ...] = ()
     """What the caller's frame may keep after forward (the logits)."""

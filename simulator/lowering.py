@@ -92,8 +92,11 @@ class _Lowering:
         """What the rank's optimizer is given: every trainable weight, unless a framework keeps something else."""
         gradients = self.job.gradients
         trainable = [t for t in self.job.graph.parameters if t.requires_grad and t.storage in gradients]
-        moved = self.job.graph.reductions
-        parameters = [Parameter(t.storage, gradients[t.storage], t.shape, moved.get(t.storage)) for t in trainable]
+        placed = self.job.graph.placements
+        parameters = [
+            Parameter(t.storage, gradients[t.storage], t.shape, t.storage in placed, placed.get(t.storage))
+            for t in trainable
+        ]
         for runtime in self.runtimes:
             parameters = runtime.trainable(parameters)
         return parameters
@@ -105,12 +108,11 @@ class _Lowering:
         step = OptimizerStep(self.training.optimizer, updated, TRAINABLE_TENSORS, self._states, held)
         for runtime in self.runtimes:
             runtime.before_step(step)
-        redistributed = step.redistribute()
         if self.training.clip is not None:
             clip_gradient_norm(step)
-        optimizers.get(self.training.optimizer.name)(step)
-        step.finish()
-        step.free(redistributed)
+        for group in step.groups():
+            optimizers.get(self.training.optimizer.name)(group)
+            group.finish()
         if self.training.zero_grad == "none":
             step.free(step.gradients)
         for runtime in self.runtimes:

@@ -163,8 +163,8 @@ class Trace:
             whole = (*dims, AXIS)  # even shards; a dimension that is 1 here may have got lost on the way
         if whole != dims:
             tensor.storage.whole = size_of(whole, tensor.dtype.bits)
-        if style is Style.SEQUENCE:
-            self.graph.reductions[tensor.storage] = "all_reduce.default"
+        if style is not None:
+            self.graph.placements[tensor.storage] = "all_reduce.default" if style is Style.SEQUENCE else None
 
     def order_layer_parameters(self, *modules: str) -> None:
         """Put each layer's parameters in the order of ``model.parameters()``: that of its modules' registration."""

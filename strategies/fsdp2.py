@@ -326,7 +326,7 @@ class Fsdp2Runtime(UnitRuntime):
 
     def _placed(self, weight: Storage, gradient: Storage) -> Storage:
         """_fsdp_param.py `_get_grad_inner_tensor`: a gradient of tensor parallelism in the weight's own placement."""
-        kernel = self.job.graph.reductions.get(weight)
+        kernel = self.job.graph.placements.get(weight)
         if kernel is None or not self._reduces:
             return gradient
         size = attrs.evolve(weight.size, bits=gradient.dtype.bits)

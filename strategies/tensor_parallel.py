@@ -16,6 +16,8 @@ from simulator.plan import Plan
 from simulator.tensor_parallel import TensorParallelism
 from strategies.options import flag, option
 
+#: Optimizers whose step on DTensors was compared with recordings.
+OPTIMIZERS = ("adamw", "adam", "sgd")
 #: Families whose modules have the names of `simulator.tensor_parallel.PLANS`.
 FAMILIES = {"transformers": ("llama", "gemma2"), "torchtitan": ("llama",), "plain": ("gpt2",)}
 
@@ -56,7 +58,23 @@ class TensorParallel:
                     f"{option_name!r} needs implementation {' or '.join(known)}, not {implementation!r}: "
                     "its code does not run on shards"
                 )
+        _check_optimizer(plan)
         _check_even(plan, self.sequence_parallel)
+
+
+def _check_optimizer(plan: Plan) -> None:
+    """What makes states or copies of gradients would give them the gradients' placement, not the weights'."""
+    optimizer = plan.training.optimizer
+    if optimizer.name not in OPTIMIZERS:
+        raise UnsupportedError(
+            f"optimizer {optimizer.name} on weights sharded along 'tp' is not modelled; use one of {', '.join(OPTIMIZERS)}"
+        )
+    for field in ("momentum", "weight_decay") if optimizer.name != "adamw" else ():
+        if getattr(optimizer, field):
+            raise UnsupportedError(
+                f"{field!r} of {optimizer.name} with 'tp' above 1 is not modelled: {getattr(optimizer, field)}; "
+                "set it to 0 or use adamw"
+            )
 
 
 def _check_even(plan: Plan, sequence: bool) -> None:
