@@ -300,6 +300,8 @@ def layer_norm(t: Trace, name: str, x: Tensor) -> Tensor:
 def vocabulary_head(t: Trace, name: str, x: Tensor, tied: Tensor | None) -> Tensor:
     """The `nn.Linear` from hidden states to logits, with the embedding's weight where it is `tied`."""
     parallel = t.regime.tensor_parallel if t.style(name) is Style.HEAD else None
+    if parallel and tied is not None:
+        t.graph.placements[tied.storage] = None  # what the head adds to is a shard
     with t.loss_head(), t.call(name, x) as local:
         x = local("input", _column_input(t, x)) if parallel else x
         rows = t.shard(("V",)) if parallel else ("V",)

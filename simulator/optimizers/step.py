@@ -106,8 +106,10 @@ class OptimizerStep:
         return steps
 
     def read_gradients(self, times: int = 1, parameters: Iterable[Parameter] | None = None) -> None:
-        """Run a kernel that has the gradients among its arguments, `times` over: those of another placement than
-        their weights are redistributed for as long (torch/distributed/tensor/_dispatch.py).
+        """Run a kernel that has the gradients among its arguments, `times` over.
+
+        Those of another placement than their weights are redistributed for as long
+        (torch/distributed/tensor/_dispatch.py).
         """
         among = self.parameters if parameters is None else parameters
         moved = [(p, p.redistribution, i) for i in range(times) for p in among if p.redistribution is not None]
