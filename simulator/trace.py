@@ -140,9 +140,9 @@ class Trace:
     @contextmanager
     def loss_head(self) -> Iterator[None]:
         """Everything made inside is reported as loss head."""
-        self._role = Role.LOSS_HEAD
+        outer, self._role = self._role, Role.LOSS_HEAD
         yield
-        self._role = Role.ACTIVATION
+        self._role = outer
 
     # leaves --------------------------------------------------------------------------------------------------------
 

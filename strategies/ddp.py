@@ -52,6 +52,8 @@ class Ddp:
         """The plan with buckets and their all-reduce."""
         if plan.hooks:
             raise UnsupportedError(f"{self.name} does not go with {plan.applied[-1]}: choose one of the two")
+        if plan.tensor_parallel is not None:
+            raise UnsupportedError(f"{self.name} on weights sharded along 'tp' is not modelled: use fsdp2")
         if self.comm_hook != "none":
             raise UnsupportedError(f"comm_hook {self.comm_hook} is not modelled yet: leave it out")
         return attrs.evolve(plan, hooks=(*plan.hooks, self))

@@ -8,12 +8,13 @@ column-parallel layer is gathered and saved whole. Follows torchtitan/models/lla
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import attrs
 
 from hardware.errors import UnsupportedError
 from simulator.plan import Plan
-from simulator.tensor_parallel import TensorParallelism
+from simulator.tensor_parallel import AXIS, TensorParallelism
 from strategies.options import flag, option
 
 #: Optimizers whose step on DTensors was compared with recordings.
@@ -26,6 +27,7 @@ FAMILIES = {"transformers": ("llama", "gemma2"), "torchtitan": ("llama",), "plai
 class TensorParallel:
     """Shard every layer over mesh axis ``tp``; on a mesh without it nothing changes."""
 
+    axis: ClassVar[str] = AXIS
     sequence_parallel: bool = option(False, flag, "shard norms and residuals along the sequence")
     loss_parallel: bool = option(False, flag, "compute the loss on logits sharded along the vocabulary")
     name: str = attrs.field(default="tensor_parallel", init=False)
@@ -67,7 +69,8 @@ def _check_optimizer(plan: Plan) -> None:
     optimizer = plan.training.optimizer
     if optimizer.name not in OPTIMIZERS:
         raise UnsupportedError(
-            f"optimizer {optimizer.name} on weights sharded along 'tp' is not modelled; use one of {', '.join(OPTIMIZERS)}"
+            f"optimizer {optimizer.name} on weights sharded along 'tp' is not modelled; "
+            f"use one of {', '.join(OPTIMIZERS)}"
         )
     for field in ("momentum", "weight_decay") if optimizer.name != "adamw" else ():
         if getattr(optimizer, field):
