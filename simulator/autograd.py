@@ -99,6 +99,12 @@ class Autograd:
         self._made.append(tensor)
         return tensor
 
+    def free(self, *tensors: Tensor) -> None:
+        """Temporaries that go before the node's function returns."""
+        for tensor in tensors:
+            self._made.remove(tensor)
+            self.recorder.release(tensor.storage)
+
     def workspace(self, name: str, shape: Shape, dtype: DType) -> None:
         """Allocate what a kernel needs for itself until the node's function returns."""
         if self.kernel_workspace:
@@ -204,12 +210,24 @@ class Autograd:
 
     def _send_to_leaf(self, gradient: Tensor, leaf: Tensor) -> None:
         parameter = leaf.storage
-        total = self._accumulate(self._leaves.pop(parameter, None), gradient)
+        old = self._leaves.pop(parameter, None)
+        moved = self._same_placement(old, gradient)
+        total = self._accumulate(old, gradient)
+        for tensor in moved:
+            self.recorder.release(tensor.storage)
         self._expected[parameter] -= 1
         if self._expected[parameter]:
             self._leaves[parameter] = total
         else:
             self._accumulate_grad(parameter, total)
+
+    def _same_placement(self, old: Tensor | None, new: Tensor) -> list[Tensor]:
+        """A chunk of the whole gradient where the other is a shard: DTensor adds what has one placement only."""
+        if old is None or sorted(map(str, old.dims)) == sorted(map(str, new.dims)):
+            return []
+        chunk = self.like("clone.default", old)
+        self._made.clear()
+        return [chunk]
 
     def _accumulate_grad(self, parameter: Storage, gradient: Tensor) -> None:
         """`AccumulateGrad`: steal the first gradient if nobody else holds it, add later ones in place."""

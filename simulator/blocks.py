@@ -6,11 +6,15 @@ and therefore lives until its function returns, is part of what is modelled.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from hardware.dtypes import FP32
 from hardware.errors import UnsupportedError
 from simulator import ops
 from simulator.graph import Tensor
 from simulator.model import AttentionSpec, FeedForwardSpec
+from simulator.sizes import Dim
+from simulator.tensor_parallel import Style
 from simulator.trace import Trace
 
 
@@ -69,7 +73,7 @@ def _rotate_half(t: Trace, x: Tensor) -> Tensor:
         return ops.cat(t, [ops.neg(t, second), first], x.shape, x.memory)
 
 
-def repeat_kv(t: Trace, x: Tensor, heads: tuple[str | int, ...]) -> Tensor:
+def repeat_kv(t: Trace, x: Tensor, heads: tuple[Dim, ...]) -> Tensor:
     """`repeat_kv`: copies keys or values for every query head of their group; nothing without groups."""
     if x.shape[1] == heads:
         return x
@@ -143,15 +147,22 @@ def attention(
     return sdpa_attention(t, query, key, value, mask, spec), None
 
 
-def gated_mlp(t: Trace, x: Tensor, spec: FeedForwardSpec) -> Tensor:
-    """`LlamaMLP`: ``down(act(gate(x)) * up(x))`` (arXiv 2002.05202)."""
-    width = (t.dim("f", spec.width),)
-    with t.call("mlp", x):
-        gate = projection(t, "gate_proj", x, width, spec.bias)
+def gated_mlp(
+    t: Trace, x: Tensor, spec: FeedForwardSpec, names: Sequence[str] = ("mlp", "gate_proj", "up_proj", "down_proj")
+) -> Tensor:
+    """`LlamaMLP`: ``down(act(gate(x)) * up(x))`` (arXiv 2002.05202).
+
+    Args:
+        names: of the module and its gate, up and down projections.
+    """
+    width = t.shard((t.dim("f", spec.width),))
+    with t.call(names[0], x) as local:
+        x = local("x", module_input(t, names[0], x))
+        gate = projection(t, names[1], x, width, spec.bias)
         with t.call("act_fn", gate):
             active = activation(t, spec.activation, gate)
-        up = projection(t, "up_proj", x, width, spec.bias)
-        return projection(t, "down_proj", ops.mul(t, active, up), ("h",), spec.bias)
+        up = projection(t, names[2], x, width, spec.bias)
+        return projection(t, names[3], ops.mul(t, active, up), ("h",), spec.bias)
 
 
 def activation(t: Trace, name: str, x: Tensor) -> Tensor:
@@ -182,18 +193,18 @@ def _gelu_new(t: Trace, x: Tensor) -> Tensor:
         return ops.mul(t, half, ops.add_scalar(t, ops.tanh(t, inner)))
 
 
-def head_dims(t: Trace, spec: AttentionSpec) -> tuple[tuple[str, ...], tuple[str, ...], str]:
-    """Names of the query heads' dimensions, of the key heads' and of the head dimension.
+def head_dims(t: Trace, spec: AttentionSpec) -> tuple[tuple[Dim, ...], tuple[Dim, ...], str]:
+    """Names of one rank's query heads' dimensions, of its key heads' and of the head dimension.
 
     With grouped queries the query heads are key heads times groups, so that a key head is
     the same dimension everywhere.
     """
     dim = t.dim("d", spec.head_dim)
     if spec.groups == 1:
-        heads = t.dim("a", spec.heads)
-        return (heads,), (heads,), dim
-    key_heads = t.dim("k", spec.kv_heads)
-    return (key_heads, t.dim("g", spec.groups)), (key_heads,), dim
+        heads = t.shard((t.dim("a", spec.heads),))
+        return heads, heads, dim
+    key_heads = t.shard((t.dim("k", spec.kv_heads),))
+    return (*key_heads, t.dim("g", spec.groups)), key_heads, dim
 
 
 def rotary_attention(
@@ -220,8 +231,98 @@ def rotary_attention(
         return projection(t, "o_proj", out, ("h",), spec.bias), weights
 
 
-def projection(t: Trace, name: str, x: Tensor, out: tuple[str, ...], bias: bool) -> Tensor:
-    """An `nn.Linear` from the last axis of `x` to `out`."""
+def causal_flash(t: Trace, query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec) -> Tensor:
+    """``F.scaled_dot_product_attention(..., is_causal=True, enable_gqa=True)`` on token-major ``[b, s, a, d]``."""
+    by_head = [ops.transpose(t, x, 1, 2) for x in (query, key, value)]
+    with t.call("", *by_head):
+        query, key, value = by_head
+        out = ops.scaled_dot_product_attention(t, query, key, value, None, 0.0, spec.head_dim)
+    return ops.transpose(t, out, 1, 2)
+
+
+def layer_inputs(t: Trace, *arguments: Tensor) -> tuple[Tensor, ...]:
+    """What a layer's forward sees of `arguments`: FSDP2 casts floating-point ones to the compute dtype.
+
+    Source: torch/distributed/fsdp/_fully_shard/_fsdp_state.py `_cast_forward_inputs`, a pre-forward hook.
+    """
+    if not t.regime.cast_inputs:
+        return arguments
+    return tuple(ops.to(t, x, t.regime.weights) if x.dtype.floating else x for x in arguments)
+
+
+def vocabulary_table(t: Trace, path: str) -> Tensor:
+    """The weight of an `nn.Embedding` of the vocabulary, at module `path`."""
+    if t.style(path.rpartition(".")[2]) is not Style.VOCABULARY:
+        return t.matrix(f"{path}.weight", ("V",), ("h",))
+    table = t.matrix(f"{path}.weight", t.shard(("V",)), ("h",))
+    t.graph.placements[table.storage] = "clone.default"  # each rank has the whole gradient, and keeps its chunk
+    return table
+
+
+def look_up(t: Trace, table: Tensor, ids: Tensor, name: str) -> Tensor:
+    """The `nn.Embedding` `name` of the vocabulary: hidden states of `ids`."""
+    with t.call(name, ids):
+        if t.style(name) is not Style.VOCABULARY:
+            return ops.embedding(t, table, ids)
+        return _reduced(t, ops.vocabulary_embedding(t, table, ids, ("V",)))
+
+
+def module_input(t: Trace, module: str, x: Tensor) -> Tensor:
+    """What `module` sees of `x`: the whole sequence, gathered once for all linear layers in it."""
+    return _whole_sequence(t, x) if t.style(module) is Style.INPUT else x
+
+
+def _whole_sequence(t: Trace, x: Tensor) -> Tensor:
+    return ops.all_gather(t, x, 1, ("s",))
+
+
+def _column_input(t: Trace, x: Tensor) -> Tensor:
+    """The input of a column-parallel layer: gathered, prepared by the module around it, or replicated anyway."""
+    parallel = t.regime.tensor_parallel
+    if parallel is None or not parallel.sequence:
+        return ops.replicated_input(t, x)
+    return x if x.shape[1] == t.squeezed((("s",),))[0] else _whole_sequence(t, x)
+
+
+def _reduced(t: Trace, x: Tensor) -> Tensor:
+    """The partial output of a row-parallel layer, as the residual stream wants it."""
+    with t.call("", x):
+        sequence = t.sequence()
+        return ops.all_reduce(t, x) if sequence == ("s",) else ops.reduce_scatter(t, x, 1, sequence)
+
+
+def layer_norm(t: Trace, name: str, x: Tensor) -> Tensor:
+    """An `nn.LayerNorm` over the last axis."""
     with t.call(name, x):
+        return ops.layer_norm(t, x, t.parameter("weight", *x.shape[-1]), t.parameter("bias", *x.shape[-1]))
+
+
+def vocabulary_head(t: Trace, name: str, x: Tensor, tied: Tensor | None) -> Tensor:
+    """The `nn.Linear` from hidden states to logits, with the embedding's weight where it is `tied`."""
+    parallel = t.regime.tensor_parallel if t.style(name) is Style.HEAD else None
+    if parallel and tied is not None:
+        t.graph.placements[tied.storage] = None  # what the head adds to is a shard
+    with t.loss_head(), t.call(name, x) as local:
+        x = local("input", _column_input(t, x)) if parallel else x
+        rows = t.shard(("V",)) if parallel else ("V",)
+        logits = ops.linear(t, x, t.matrix("weight", rows, ("h",)) if tied is None else tied)
+        if parallel is None or parallel.loss:
+            return logits
+        return ops.gather_output(t, local("output", logits), 2, ("V",))
+
+
+def projection(t: Trace, name: str, x: Tensor, out: tuple[Dim, ...], bias: bool) -> Tensor:
+    """An `nn.Linear` from the last axis of `x` to `out`, column- or row-parallel where its style says so."""
+    style = t.style(name)
+    with t.call(name, x) as local:
+        if style is Style.COLUMN:
+            x = local("input", _column_input(t, x))
         weight = t.matrix("weight", out, x.shape[-1])
-        return ops.linear(t, x, weight, t.vector("bias", out) if bias else None, out)
+        offset = t.vector("bias", out) if bias else None
+        if style is not Style.ROW:
+            return ops.linear(t, x, weight, offset, out)
+        with t.call("") as call:
+            if offset is not None:  # Replicate -> Partial (placement_types.py `Partial._partition_value`)
+                call("bias", ops.constant(t, "div.Tensor", offset))
+            partial = ops.linear(t, x, weight, offset, out)
+        return _reduced(t, partial)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 from hardware.dtypes import BOOL, FP32, INT64
 from simulator import ops
-from simulator.blocks import rotary_tables
+from simulator.blocks import rotary_tables, vocabulary_head, vocabulary_table
 from simulator.graph import Tensor
 from simulator.model import LayerSpec, ModelSpec
 from simulator.trace import Trace
@@ -35,7 +35,7 @@ def rotary_decoder(
         windows: whether a second mask is made for layers with a sliding window.
     """
     ids, labels = batch(t)
-    vocabulary = t.matrix("model.embed_tokens.weight", ("V",), ("h",))
+    vocabulary = vocabulary_table(t, "model.embed_tokens")
     with t.call("model") as local:
         embeds = local("inputs_embeds", embed(t, vocabulary, ids))
         position_ids = local("position_ids", positions(t, ids))
@@ -99,14 +99,30 @@ def causal_mask(t: Trace, like: Tensor) -> Tensor | None:
 def language_head(t: Trace, hidden: Tensor, labels: Tensor, spec: ModelSpec, vocabulary: Tensor) -> None:
     """``lm_head``, soft cap and loss of `...ForCausalLM.forward`; leaves the loss and the logits in the graph."""
     with t.call("", hidden) as local, t.loss_head():
-        with t.call("lm_head", hidden):
-            weight = vocabulary if spec.tied_embeddings else t.matrix("weight", ("V",), ("h",))
-            logits = local("logits", ops.linear(t, hidden, weight))
+        logits = local("logits", vocabulary_head(t, "lm_head", hidden, vocabulary if spec.tied_embeddings else None))
         if spec.final_softcap is not None:
             logits = local("logits", ops.div_scalar(t, logits))
             logits = local("logits", ops.tanh(t, logits))
             logits = local("logits", ops.mul_scalar(t, logits))
         loss = causal_lm_loss(t, logits, labels)
+        t.graph.loss = ops.div_scalar(t, loss) if t.regime.loss_division else loss
+    t.graph.outputs = (logits, loss) if t.regime.loss_division else (logits,)
+
+
+def cross_entropy_outside(t: Trace, logits: Tensor, labels: Tensor) -> None:
+    """The trainer's loss on a model's logits: ``F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(0, 1))``.
+
+    Source: torchtitan/components/loss.py `cross_entropy_loss`; the trainer drops the logits before backward.
+    """
+    t.leave_model()
+    with t.loss_head(), t.call("loss", logits):
+        flat = ops.to(t, ops.reshape(t, logits, (("b", "s"), logits.shape[-1])), FP32)
+        with t.call("", flat):
+            parallel = t.regime.tensor_parallel
+            if parallel and parallel.loss:
+                loss = ops.parallel_cross_entropy(t, flat, labels)
+            else:
+                loss = ops.nll_loss(t, ops.log_softmax(t, flat), labels)
         t.graph.loss = ops.div_scalar(t, loss) if t.regime.loss_division else loss
     t.graph.outputs = (logits, loss) if t.regime.loss_division else (logits,)
 

@@ -43,6 +43,8 @@ class Storage:
     """Parameters and buffers: alive before the first step and after the last."""
     cached_by_autocast: bool = False
     """A weight's copy in autocast's cache, which keeps it until autocast ends."""
+    whole: AnySize | None = None
+    """Size in the model that ranks share a weight of; None where each rank holds all of it."""
     stream: str = COMPUTE
     """The CUDA stream it is allocated on: blocks never move from one stream's pool to another's."""
 
@@ -112,6 +114,9 @@ class ForwardGraph:
     """What each built layer is called with; checkpointing keeps it for recomputation."""
     outside: int | None = None
     """Index of the first op outside the model (a loss that the caller computes); None where all are inside."""
+    placements: dict[Storage, str | None] = attrs.field(factory=dict)
+    """Weights that are DTensors -> the kernel that brings the gradient autograd leaves to the weight's placement, in
+    the optimizer or in a framework's hook; None where it has that placement."""
     loss: Tensor | None = None
     outputs: tuple[Tensor, ...] = ()
     """What the caller's frame may keep after forward (the logits)."""

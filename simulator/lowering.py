@@ -100,7 +100,11 @@ class _Lowering:
         """What the rank's optimizer is given: every trainable weight, unless a framework keeps something else."""
         gradients = self.job.gradients
         trainable = [t for t in self.job.graph.parameters if t.requires_grad and t.storage in gradients]
-        parameters = [Parameter(t.storage, gradients[t.storage], t.shape) for t in trainable]
+        placed = self.job.graph.placements
+        parameters = [
+            Parameter(t.storage, gradients[t.storage], t.shape, t.storage in placed, placed.get(t.storage))
+            for t in trainable
+        ]
         for runtime in self.runtimes:
             parameters = runtime.trainable(parameters)
         return parameters
@@ -114,8 +118,9 @@ class _Lowering:
             runtime.before_step(step)
         if self.training.clip is not None:
             clip_gradient_norm(step)
-        optimizers.get(self.training.optimizer.name)(step)
-        step.finish()
+        for group in step.groups():
+            optimizers.get(self.training.optimizer.name)(group)
+            group.finish()
         if self.training.zero_grad == "none":
             gradients = step.gradients
             for runtime in self.runtimes:

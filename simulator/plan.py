@@ -16,6 +16,7 @@ from simulator.mesh import Mesh
 from simulator.model import ModelSpec
 from simulator.runtime import Hooks
 from simulator.sizes import Dimensions
+from simulator.tensor_parallel import TensorParallelism
 from simulator.trace import Regime, Trace
 from simulator.workload import Training
 
@@ -37,6 +38,8 @@ class Plan:
     """Element type that a framework casts the weights to for forward and backward; None keeps their own."""
     cast_inputs: bool = False
     """Whether it casts the floating-point arguments of each layer, too."""
+    tensor_parallel: TensorParallelism | None = None
+    """What is sharded along the mesh axis ``tp``."""
     recomputed: frozenset[int] = frozenset()
     """Saved-set policy: the layers whose saved tensors are dropped and recomputed in backward."""
     hooks: tuple[Hooks, ...] = ()
@@ -79,9 +82,8 @@ class Plan:
         trace = Trace(_regime(self), Dimensions(values))
         for axis, degree in self.mesh.degrees.items():
             trace.dim(axis, degree)
-        forward = families.get(model.family).forward
-        assert forward is not None, f"family {model.family!r} has no recipe"
-        forward(trace, model, self.layout.built(model.layers))
+        recipe = families.get(model.family).recipe(training.implementation)
+        recipe(trace, model, self.layout.built(model.layers))
         trace.end_autocast()
         trace.dim(TRAINABLE_TENSORS, _trainable_tensors(trace.graph, self.layout))
         return trace
@@ -166,8 +168,11 @@ def _regime(plan: Plan) -> Regime:
         torch=training.torch,
         attention_mask=training.attention_mask,
         fused_activation_backward=training.fused_activation_backward,
+        fused_norm=training.fused_norm,
+        implementation=training.implementation,
         loss_division=training.gradient_accumulation > 1,
         keep_inputs=training.keep_inputs,
         any_sdpa_backend=training.any_sdpa_backend,
         cast_inputs=plan.cast_inputs,
+        tensor_parallel=plan.tensor_parallel,
     )

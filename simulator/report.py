@@ -96,7 +96,8 @@ def count_parameters(plan: Plan) -> int:
     total = 0
     for tensor in plan.graph.parameters:
         slot = tensor.storage.slot
-        total += tensor.storage.size.elements(bindings) * (1 if slot is None else places[slot].repeats)
+        size = tensor.storage.whole or tensor.storage.size
+        total += size.elements(bindings) * (1 if slot is None else places[slot].repeats)
     return total
 
 

@@ -10,7 +10,8 @@ import attrs
 from hardware.dtypes import DType
 from simulator.graph import BackwardRule, ForwardGraph, Op, Shape, Tensor, flat, make_storage, make_tensor
 from simulator.roles import Role
-from simulator.sizes import Dim, Dimensions, Value
+from simulator.sizes import Dim, Dimensions, Value, product, size_of
+from simulator.tensor_parallel import AXIS, Style, TensorParallelism
 
 
 @attrs.frozen
@@ -23,14 +24,17 @@ class Regime:
     sdpa_backend: str = "auto"
     torch: tuple[int, int] = (2, 13)
     training: bool = True
+    implementation: str = "transformers"
     attention_mask: str = "none"
     fused_activation_backward: bool = True
+    fused_norm: bool = True
     loss_division: bool = False
     """Whether the caller divides the loss by the number of micro-batches."""
     keep_inputs: bool = False
     any_sdpa_backend: bool = False
     cast_inputs: bool = False
     """Whether a framework casts each layer's floating-point arguments to the weights' element type."""
+    tensor_parallel: TensorParallelism | None = None
 
 
 class Frame:
@@ -67,6 +71,7 @@ class Trace:
         self.slot: int | None = None
         self.module = ""
         """Dotted path of the module being run."""
+        self._shards: dict[Dim, tuple[Dim, ...]] = {}
         self._casts: dict[Tensor, Tensor] = {}
         self._squeezed: dict[tuple[Shape, int], Shape] = {}
         self._role = Role.ACTIVATION
@@ -77,6 +82,37 @@ class Trace:
     def dim(self, name: str, value: Value) -> str:
         """Bind a dimension and return the name under which it is known."""
         return self.dimensions.bind(name, value)
+
+    # tensor parallelism --------------------------------------------------------------------------------------------
+
+    def style(self, module: str) -> Style | None:
+        """How module `module` is sharded along ``tp``; None where it is not."""
+        parallel = self.regime.tensor_parallel
+        return parallel.style(self.regime.implementation, module) if parallel else None
+
+    def shard(self, dims: tuple[Dim, ...]) -> tuple[Dim, ...]:
+        """One rank's share of the dimensions of an axis: themselves without tensor parallelism."""
+        if self.regime.tensor_parallel is None:
+            return dims
+        local = self.dimensions.split(dims, AXIS)
+        self._shards[local] = dims
+        return (local,)
+
+    def unsharded(self, dims: tuple[Dim, ...]) -> tuple[Dim, ...]:
+        """What `dims` are of the whole model."""
+        return tuple(whole for dim in dims for whole in self._shards.get(dim, (dim,)))
+
+    def padded(self, dims: tuple[Dim, ...]) -> tuple[Dim, ...]:
+        """All ranks' shares of `dims` side by side: `dims` themselves where they are even."""
+        local = self.shard(dims)
+        bindings = self.dimensions.bindings
+        even = product(dims, bindings) == product((AXIS, *local), bindings)
+        return dims if even else (AXIS, *local)
+
+    def sequence(self) -> tuple[Dim, ...]:
+        """The sequence as norms and residuals see it."""
+        parallel = self.regime.tensor_parallel
+        return self.shard(("s",)) if parallel and parallel.sequence else ("s",)
 
     @contextmanager
     def call(self, name: str, *arguments: Tensor) -> Iterator[Frame]:
@@ -104,9 +140,9 @@ class Trace:
     @contextmanager
     def loss_head(self) -> Iterator[None]:
         """Everything made inside is reported as loss head."""
-        self._role = Role.LOSS_HEAD
+        outer, self._role = self._role, Role.LOSS_HEAD
         yield
-        self._role = Role.ACTIVATION
+        self._role = outer
 
     # leaves --------------------------------------------------------------------------------------------------------
 
@@ -115,7 +151,20 @@ class Trace:
         tensor = self._leaf(name, dims, dtype or self.regime.weights, Role.PARAMETER)
         tensor.requires_grad = self.regime.training
         self.graph.parameters.append(tensor)
+        if self.regime.tensor_parallel:
+            self._place(tensor, name, dims)
         return tensor
+
+    def _place(self, tensor: Tensor, name: str, dims: tuple[Dim, ...]) -> None:
+        """What the whole model has of a weight, and how the gradient that autograd leaves becomes one like it."""
+        style = self.style(self.module.rpartition(".")[2])
+        whole = self.unsharded(dims)
+        if style is Style.COLUMN or (style is Style.ROW and name == "weight"):
+            whole = (*dims, AXIS)  # even shards; a dimension that is 1 here may have got lost on the way
+        if whole != dims:
+            tensor.storage.whole = size_of(whole, tensor.dtype.bits)
+        if style is not None:
+            self.graph.placements[tensor.storage] = "all_reduce.default" if style is Style.SEQUENCE else None
 
     def order_layer_parameters(self, *modules: str) -> None:
         """Put each layer's parameters in the order of ``model.parameters()``: that of its modules' registration."""

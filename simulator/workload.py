@@ -83,6 +83,8 @@ ATTENTIONS = ("eager", "sdpa", "flash_attention_2")
 SDPA_BACKENDS = ("auto", "flash", "efficient", "math")
 ATTENTION_MASKS = ("none", "full", "padded")
 ZERO_GRADS = ("none", "zero")
+#: transformers' own, torchtitan's Llama, and a GPT in plain PyTorch with the layer of Megatron-LM.
+MODEL_IMPLEMENTATIONS = ("transformers", "torchtitan", "plain")
 
 #: Bounds that make a slip of the keyboard visible; byte counts may still exceed 64 bits.
 LARGEST_MICRO_BATCH = 2**20
@@ -119,12 +121,16 @@ class Training:
     """Largest global norm of the gradients (``clip_grad_norm_``); None does not clip."""
     zero_grad: str = "none"
     """``none`` (``set_to_none=True``) or ``zero``."""
+    implementation: str = "transformers"
+    """Whose code of the model is run; each family has some of `MODEL_IMPLEMENTATIONS`."""
     torch: tuple[int, int] = (2, 13)
     """Version whose behaviour is simulated."""
     fused_activation_backward: bool = True
     """False for torch builds without CUDA's fused `silu_backward` (fake-tensor runs on CPU builds)."""
     any_sdpa_backend: bool = False
     """True for fake-tensor runs, where the kernel that `sdpa_backend` names takes any input."""
+    fused_norm: bool = True
+    """False for torch builds without CUDA's fused `rms_norm` (as above)."""
     kernel_workspace: bool = True
     """Count what kernels allocate for themselves (flash attention's backward accumulators)."""
 
@@ -136,6 +142,7 @@ class Training:
         _check_name("sdpa_backend", self.sdpa_backend, SDPA_BACKENDS)
         _check_name("attention_mask", self.attention_mask, ATTENTION_MASKS)
         _check_name("zero_grad", self.zero_grad, ZERO_GRADS)
+        _check_name("implementation", self.implementation, MODEL_IMPLEMENTATIONS)
         if self.clip is not None and not 0 < self.clip < float("inf"):
             raise UsageError(f"'clip' must be a finite number > 0: {self.clip}; leave it out not to clip")
         if self.autocast is not None and self.weights != FP32:

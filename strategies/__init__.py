@@ -10,11 +10,12 @@ from strategies.checkpointing import FullCheckpointing
 from strategies.ddp import Ddp
 from strategies.fsdp1 import Fsdp1
 from strategies.fsdp2 import Fsdp2
+from strategies.tensor_parallel import TensorParallel
 from strategies.zero_redundancy import ZeroRedundancy
 
 #: Makes a strategy from its options.
 StrategyFactory = Callable[..., Strategy]
 
 strategies: Registry[StrategyFactory] = Registry("strategy", "vramsim.strategies")
-for factory in (FullCheckpointing, Ddp, ZeroRedundancy, Fsdp1, Fsdp2):
+for factory in (FullCheckpointing, TensorParallel, Ddp, ZeroRedundancy, Fsdp1, Fsdp2):
     strategies.add(factory().name, factory)

@@ -52,6 +52,8 @@ class Ddp:
     def __call__(self, plan: Plan) -> Plan:
         """The plan with buckets and their all-reduce."""
         refuse_second_owner(plan, self.name)
+        if plan.tensor_parallel is not None:
+            raise UnsupportedError(f"{self.name} on weights sharded along 'tp' is not modelled: use fsdp2")
         if self.comm_hook != "none":
             raise UnsupportedError(f"comm_hook {self.comm_hook} is not modelled yet: leave it out")
         return attrs.evolve(plan, hooks=(*plan.hooks, self))

@@ -294,7 +294,8 @@ class Fsdp2Runtime(UnitRuntime):
     def post_backward(self, unit: Unit) -> None:
         """`post_backward`: reshard and reduce the gradients, or put them by."""
         weights = [tensor.storage for tensor in unit.parameters]
-        gradients = [self._collect(unit, weight) for weight in weights if weight in self._with_gradient()]
+        made = self._with_gradient()
+        gradients = [self._placed(weight, self._collect(unit, weight)) for weight in weights if weight in made]
         self._reshard(unit)
         if not self._reduces:
             return
@@ -323,6 +324,17 @@ class Fsdp2Runtime(UnitRuntime):
         self._allocate_one(unit, "to_accumulated_grad", accumulated[weight])
         self.job.free(gradients.pop(weight))
         return accumulated[weight]
+
+    def _placed(self, weight: Storage, gradient: Storage) -> Storage:
+        """_fsdp_param.py `_get_grad_inner_tensor`: a gradient of tensor parallelism in the weight's own placement."""
+        kernel = self.job.graph.placements.get(weight)
+        if kernel is None or not self._reduces:
+            return gradient
+        size = attrs.evolve(weight.size, bits=gradient.dtype.bits)
+        placed = buffer(f"{weight.label}.redistributed", size, gradient.dtype, Role.REDUCE, weight.slot)
+        self.job.allocate(kernel, placed)
+        self.job.free(gradient)
+        return placed
 
     def _reduce_scatter(self, unit: Unit, gradients: list[Storage]) -> None:
         """_fsdp_collectives.py `foreach_reduce`; its loop variable keeps the last gradient until it returns."""

@@ -10,7 +10,7 @@ import difflib
 import re
 from collections.abc import Callable, Mapping
 from importlib import import_module
-from typing import Any
+from typing import Any, cast
 
 import attrs
 
@@ -43,7 +43,20 @@ class Family:
     aliases: Mapping[str, str] = attrs.field(factory=dict)
     """Other names of keys, other -> own (the class's `attribute_map`)."""
     forward: Callable[..., Any] | None = None
-    """The graph recipe."""
+    """The graph recipe that follows transformers."""
+    implementations: Mapping[str, str] = attrs.field(factory=dict)
+    """Other implementations of the model -> the module whose `forward` is their recipe, imported when asked for."""
+
+    def recipe(self, implementation: str) -> Callable[..., Any]:
+        """The recipe that follows `implementation`; `UnsupportedError` with those there are where there is none."""
+        if implementation in self.implementations:
+            return cast(Callable[..., Any], import_module(self.implementations[implementation]).forward)
+        if implementation == "transformers" and self.forward is not None:
+            return self.forward
+        known = ["transformers"] * (self.forward is not None) + sorted(self.implementations)
+        raise UnsupportedError(
+            f"'implementation' of {self.name} must be {' or '.join(known)}: {implementation!r} is not modelled"
+        )
 
 
 class FamilyRegistry(Registry[Family]):

@@ -87,9 +87,9 @@ def forward(t: Trace, spec: ModelSpec, layers: BuiltLayers) -> None:
 
 def _embed(t: Trace, vocabulary: Tensor, ids: Tensor) -> Tensor:
     """`Gemma2TextScaledWordEmbedding`."""
+    embeds = blocks.look_up(t, vocabulary, ids, "embed_tokens")
     with t.call("embed_tokens"):
-        scale = t.buffer("embed_scale", dtype=t.regime.weights)
-        return ops.mul(t, ops.embedding(t, vocabulary, ids), scale)
+        return ops.mul(t, embeds, t.buffer("embed_scale", dtype=t.regime.weights))
 
 
 def _layer(t: Trace, x: Tensor, tables: tuple[Tensor, Tensor], mask: Tensor | None, layer: LayerSpec) -> Tensor:

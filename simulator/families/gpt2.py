@@ -78,20 +78,20 @@ def forward(t: Trace, spec: ModelSpec, layers: decoder.BuiltLayers) -> None:
         for slot, layer in layers:
             with t.layer(slot, hidden, mask, position_ids):
                 hidden = local("hidden", _block(t, hidden, mask, spec, layer))
-        hidden = local("hidden", _layer_norm(t, "ln_f", hidden))
+        hidden = local("hidden", blocks.layer_norm(t, "ln_f", hidden))
     decoder.language_head(t, hidden, labels, spec, vocabulary)
 
 
 def _block(t: Trace, x: Tensor, mask: Tensor | None, spec: ModelSpec, layer: LayerSpec) -> Tensor:
     """`GPT2Block`."""
     with t.call("layer", x) as local:
-        hidden = local("hidden", _layer_norm(t, "ln_1", x))
+        hidden = local("hidden", blocks.layer_norm(t, "ln_1", x))
         attended, weights = _attention(t, hidden, mask, spec, layer.attention)
         local("attn_output", attended)
         if weights is not None:
             local("_", weights)
         residual = local("residual", local("hidden", ops.add(t, attended, x)))
-        hidden = local("hidden", _layer_norm(t, "ln_2", residual))
+        hidden = local("hidden", blocks.layer_norm(t, "ln_2", residual))
         return ops.add(t, residual, local("mlp", _mlp(t, hidden, spec, layer.feed_forward)))
 
 
@@ -134,9 +134,8 @@ def _conv1d(t: Trace, name: str, x: Tensor, out: tuple[Dim, ...]) -> Tensor:
         return ops.addmm(t, t.vector("bias", out), x, weight, out)
 
 
-def _layer_norm(t: Trace, name: str, x: Tensor) -> Tensor:
-    with t.call(name, x):
-        return ops.layer_norm(t, x, t.parameter("weight", "h"), t.parameter("bias", "h"))
-
-
-families.add("gpt2", Family("gpt2", read, forward=forward, config_class="GPT2Config", aliases=_ALIASES))
+_OTHERS = {"plain": "simulator.implementations.plain_gpt"}
+families.add(
+    "gpt2",
+    Family("gpt2", read, forward=forward, config_class="GPT2Config", aliases=_ALIASES, implementations=_OTHERS),
+)

@@ -62,8 +62,7 @@ def forward(t: Trace, spec: ModelSpec, layers: BuiltLayers) -> None:
 
 
 def _embed(t: Trace, vocabulary: Tensor, ids: Tensor) -> Tensor:
-    with t.call("embed_tokens"):
-        return ops.embedding(t, vocabulary, ids)
+    return blocks.look_up(t, vocabulary, ids, "embed_tokens")
 
 
 def _layer(t: Trace, x: Tensor, tables: tuple[Tensor, Tensor], mask: Tensor | None, layer: LayerSpec) -> Tensor:
@@ -80,4 +79,5 @@ def _layer(t: Trace, x: Tensor, tables: tuple[Tensor, Tensor], mask: Tensor | No
         return ops.add(t, residual, hidden)
 
 
-families.add("llama", Family("llama", read, forward=forward, config_class="LlamaConfig"))
+_OTHERS = {"torchtitan": "simulator.implementations.torchtitan"}
+families.add("llama", Family("llama", read, forward=forward, config_class="LlamaConfig", implementations=_OTHERS))

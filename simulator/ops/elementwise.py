@@ -170,6 +170,20 @@ def add(t: Trace, x: Tensor, y: Tensor, name: str = "add.Tensor") -> Tensor:
     return out
 
 
+def sub(t: Trace, x: Tensor, y: Tensor) -> Tensor:
+    """``x - y``: saves nothing; the gradient of `y` is negated."""
+    out = _broadcast(t, "sub.Tensor", x, y)
+    t.emit("sub.Tensor", [x, y], [out], backward=_sub_backward)
+    return out
+
+
+def _sub_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients:
+    (gradient,) = gradients
+    assert gradient is not None
+    x, y = op.inputs
+    return [gradient if x.requires_grad else None, engine.like("neg.default", gradient) if y.requires_grad else None]
+
+
 def _add_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients:
     (gradient,) = gradients
     return [gradient if x.requires_grad else None for x in op.inputs]

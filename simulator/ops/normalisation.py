@@ -1,11 +1,11 @@
-"""Fused layer normalisation, and the mean that unfused RMSNorm is made of."""
+"""Fused normalisation, and what unfused RMSNorm is made of."""
 
 from __future__ import annotations
 
 from hardware.dtypes import FP32
 from simulator.autograd import Autograd
 from simulator.graph import Op, Shape, Tensor
-from simulator.ops.elementwise import to
+from simulator.ops.elementwise import mul, power, rsqrt, to
 from simulator.trace import Trace
 
 Gradients = list[Tensor | None]
@@ -28,6 +28,40 @@ def layer_norm(t: Trace, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def _layer_norm_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients:
     results = [engine.prepare("native_layer_norm_backward", x.shape, x.dtype) for x in op.inputs]
     engine.kernel("native_layer_norm_backward.default", results)
+    return list(results)
+
+
+def rms_norm(t: Trace, x: Tensor, weight: Tensor) -> Tensor:
+    """``torch.nn.functional.rms_norm`` over the last axis: one kernel on CUDA, several where a build has none.
+
+    Source: torch aten/src/ATen/native/layer_norm.cpp `rms_norm_symint`, `rms_norm_composite`; fused since torch 2.9,
+    for a weight of the input's dtype.
+    """
+    if t.regime.fused_norm and t.regime.torch >= (2, 9) and x.dtype == weight.dtype:
+        return _fused_rms_norm(t, x, weight)
+    with t.call("") as local:
+        with t.call("") as block:
+            upcast = block("upcasted_input", to(t, x, FP32))
+            with t.call("") as expression:
+                squares = expression("pow", power(t, upcast))
+                averages = expression("mean", mean(t, squares))  # epsilon is added in place
+                scale = local("rqrst_input", rsqrt(t, averages))
+            result = mul(t, mul(t, upcast, scale), weight)
+        return to(t, result, x.dtype)
+
+
+def _fused_rms_norm(t: Trace, x: Tensor, weight: Tensor) -> Tensor:
+    """Saves its input and one fp32 statistic per row."""
+    out = t.fresh("_fused_rms_norm.default", x.shape, x.dtype)
+    rstd = t.fresh("_fused_rms_norm.rstd", _rows(x), FP32)
+    saves = [x, weight, rstd]
+    t.emit("_fused_rms_norm.default", [x, weight], [out, rstd], saves=saves, backward=_fused_rms_norm_backward)
+    return out
+
+
+def _fused_rms_norm_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients:
+    results = [engine.prepare("_fused_rms_norm_backward", x.shape, x.dtype) for x in op.inputs]
+    engine.kernel("_fused_rms_norm_backward.default", results)
     return list(results)
 
 

@@ -23,11 +23,15 @@ def adam(step: OptimizerStep) -> None:
 def _adam(step: OptimizerStep, *, decayed_gradients: bool) -> None:
     for parameter in step.parameters:
         _states(step, parameter)
-    if step.optimizer.implementation == "foreach":
+    if step.optimizer.implementation == "fused":
+        step.read_gradients()
+    elif step.optimizer.implementation == "foreach":
         if decayed_gradients:
             step.free(step.foreach("_foreach_add.List"))
+        step.read_gradients()  # _foreach_lerp_
+        step.read_gradients(2)  # _foreach_addcmul_
         step.free(step.foreach("_foreach_sqrt.default"))
-    elif step.optimizer.implementation == "for-loop":
+    else:
         for parameter in step.parameters:
             _update_one(step, parameter, decayed_gradients=decayed_gradients)
 
@@ -45,6 +49,8 @@ def _update_one(step: OptimizerStep, parameter: Parameter, *, decayed_gradients:
     step.local("grad", None)
     if decayed_gradients:
         step.local("grad", step.like(parameter, "add.Tensor"))
+    step.read_gradients(1, [parameter])  # lerp_
+    step.read_gradients(2, [parameter])  # addcmul_
     root: Storage = step.like(parameter, "sqrt.default")
     denominator = step.like(parameter, "div.Tensor")
     step.free([root])

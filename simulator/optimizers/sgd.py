@@ -19,6 +19,7 @@ def sgd(step: OptimizerStep) -> None:
     for parameter in step.parameters:
         _momentum(step, parameter, "clone.default" if implementation == "foreach" else "empty_like.default")
     step.free(decayed)
+    step.read_gradients()  # _foreach_add_
 
 
 def _update_one(step: OptimizerStep, parameter: Parameter) -> None:
@@ -28,6 +29,7 @@ def _update_one(step: OptimizerStep, parameter: Parameter) -> None:
     _momentum(step, parameter, "clone.default")
     if step.optimizer.nesterov:
         step.local("grad", step.like(parameter, "add.Tensor", "nesterov"))
+    step.read_gradients(1, [parameter])  # add_
 
 
 def _momentum(step: OptimizerStep, parameter: Parameter, op: str) -> None:

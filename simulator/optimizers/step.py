@@ -21,6 +21,10 @@ class Parameter:
     storage: Storage
     gradient: Storage
     shape: Shape
+    distributed: bool = False
+    """Whether it is a DTensor of tensor parallelism."""
+    redistribution: str | None = None
+    """Kernel that brings the gradient to the weight's placement, where it has another one."""
 
     @property
     def dims(self) -> tuple[Dim, ...]:
@@ -89,6 +93,27 @@ class OptimizerStep:
     def allocate(self, op: str, storage: Storage) -> None:
         """Run kernel or call `op`, which allocates a framework's `storage`; free it with `free`."""
         self._record(op, storage.slot, [storage])
+
+    def groups(self) -> list[OptimizerStep]:
+        """One step per parameter group: no kernel takes DTensors and plain tensors together."""
+        kinds = {p.distributed for p in self.parameters}
+        if len(kinds) < 2:
+            return [self]
+        parts = [[p for p in self.parameters if p.distributed is kind] for kind in (True, False)]
+        steps = [OptimizerStep(self.optimizer, part, self.tensors, self._states) for part in parts]
+        for step in steps:
+            step.steps = self.steps
+        return steps
+
+    def read_gradients(self, times: int = 1, parameters: Iterable[Parameter] | None = None) -> None:
+        """Run a kernel that has the gradients among its arguments, `times` over.
+
+        Those of another placement than their weights are redistributed for as long
+        (torch/distributed/tensor/_dispatch.py).
+        """
+        among = self.parameters if parameters is None else parameters
+        moved = [(p, p.redistribution, i) for i in range(times) for p in among if p.redistribution is not None]
+        self.free([self.like(parameter, kernel, f"redistributed.{i}") for parameter, kernel, i in moved])
 
     def state(self, parameter: Parameter, name: str, dims: Iterable[Dim], dtype: DType, op: str) -> None:
         """Make state `name` of `parameter` with kernel `op`, unless an earlier step made it."""

@@ -17,6 +17,7 @@ from strategies.checkpointing import FullCheckpointing
 from strategies.contract import StrategyContract
 from strategies.ddp import Ddp
 from strategies.fsdp2 import Fsdp2
+from strategies.tensor_parallel import TensorParallel
 from strategies.zero_redundancy import ZeroRedundancy
 from tests.strategies import uniform_llama
 
@@ -55,6 +56,11 @@ class TestZeroRedundancy(StrategyContract):
     strategy = ZeroRedundancy(parameters_as_bucket_view=True)
     mesh = Mesh(dp_replicate=4)
     before = (Ddp(),)
+
+
+class TestTensorParallel(StrategyContract):
+    strategy = TensorParallel()
+    mesh = Mesh(tp=2)
 
 
 class TestEveryOther(StrategyContract):
