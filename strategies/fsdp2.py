@@ -331,7 +331,7 @@ class Fsdp2Runtime(UnitRuntime):
         if kernel is None or not self._reduces:
             return gradient
         size = attrs.evolve(weight.size, bits=gradient.dtype.bits)
-        placed = buffer(f"{weight.label}.redistributed", size, gradient.dtype, Role.REDUCE, weight.slot)
+        placed = buffer(f"{weight.label}.redistributed", size, gradient.dtype, Role.GRADIENT, weight.slot)
         self.job.allocate(kernel, placed)
         self.job.free(gradient)
         return placed

@@ -21,6 +21,7 @@ from simulator.workload import Optimizer, Training
 from strategies.checkpointing import FullCheckpointing
 from strategies.fsdp1 import Fsdp1
 from strategies.fsdp2 import Fsdp2
+from strategies.tensor_parallel import TensorParallel
 from strategies.zero_redundancy import ZeroRedundancy
 from studies.validation.recorded_ddp import RecordedDdp
 
@@ -39,6 +40,8 @@ _OPTIMIZERS = {
     "adamw_loop": Optimizer(name="adamw", implementation="for-loop"),
     "sgd": Optimizer(name="sgd"),
 }
+#: Whose code of the model is run.
+_IMPLEMENTATIONS = {"hf": "transformers", "titan": "torchtitan", "gpt": "plain"}
 #: Options that every kind of case may have.
 _COMMON = {"kind", "model", "layers", "seq", "batch", "world", "ac", "impl", "dtype", "optim", "grad_accum", "autocast"}
 _COMMON |= {"rank"}
@@ -97,7 +100,10 @@ def _model(config: Mapping[str, Any]) -> ModelSpec:
     layers, hidden, width, heads, key_heads, vocab, tied = _SHAPES[name]
     layers = config.get("layers") or layers
     if name.startswith("gpt2"):
-        sizes = {"n_embd": hidden, "n_layer": layers, "n_head": heads, "n_positions": max(1024, _length(config))}
+        plain = config.get("impl") == "gpt"  # positions as many as the sequence has, and a head of its own
+        positions = _length(config) if plain else max(1024, _length(config))
+        sizes = {"n_embd": hidden, "n_layer": layers, "n_head": heads, "n_positions": positions}
+        sizes["tie_word_embeddings"] = not plain
         return spec_from_class("GPT2Config", {"vocab_size": vocab, **sizes}, name)
     sizes = {"hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads}
     sizes |= {"num_key_value_heads": key_heads, "intermediate_size": width, "vocab_size": vocab}
@@ -113,8 +119,11 @@ def _training(config: Mapping[str, Any]) -> Training:
     optimizer = config.get("optim", "adamw_fused")
     if optimizer not in _OPTIMIZERS:
         raise UnsupportedError(f"optim {json.dumps(optimizer)} is not simulated, only {', '.join(_OPTIMIZERS)}")
-    if config.get("impl", "hf") != "hf":
-        raise UnsupportedError(f"impl {json.dumps(config['impl'])} is not simulated yet, only hf")
+    implementation = config.get("impl", "hf")
+    if implementation not in _IMPLEMENTATIONS:
+        raise UnsupportedError(
+            f"impl {json.dumps(implementation)} is not simulated, only {', '.join(_IMPLEMENTATIONS)}"
+        )
     return Training(
         micro_batch=config.get("batch", 1),
         seq_len=_length(config),
@@ -126,8 +135,10 @@ def _training(config: Mapping[str, Any]) -> Training:
         sdpa_backend="flash",
         any_sdpa_backend=True,
         keep_inputs=True,
-        # it runs a CPU build of torch: no fused silu_backward; and it cannot see inside kernels
+        implementation=_IMPLEMENTATIONS[implementation],
+        # it runs a CPU build of torch: no fused silu_backward or rms_norm; and it cannot see inside kernels
         fused_activation_backward=False,
+        fused_norm=False,
         kernel_workspace=False,
     )
 
@@ -172,6 +183,16 @@ def _fully_sharded(config: Mapping[str, Any]) -> _Parallel:
     return Mesh(dp_replicate=replicas, dp_shard=_ranks(config) // replicas), (_fsdp2(config),)
 
 
+def _tensor_parallel(config: Mapping[str, Any]) -> _Parallel:
+    """Tensor parallel, and on the ranks that are left FSDP2."""
+    degree = config.get("tp", 1)
+    if type(degree) is not int or degree < 1 or _ranks(config) % degree:
+        raise UsageError(f"'tp' must divide the world of {_ranks(config)}: {json.dumps(degree)}")
+    mesh = Mesh(dp_shard=_ranks(config) // degree, tp=degree)
+    shards = TensorParallel(sequence_parallel=bool(config.get("sp")), loss_parallel=bool(config.get("loss_parallel")))
+    return mesh, (shards, *([_fsdp2(config)] if mesh.dp_shard > 1 else []))
+
+
 def _fsdp2(config: Mapping[str, Any]) -> Fsdp2:
     return Fsdp2(
         reshard_after_forward=config.get("reshard_after_forward", True),
@@ -213,6 +234,7 @@ _KINDS: dict[str, tuple[set[str], Callable[[Mapping[str, Any]], _Parallel]]] = {
     "fsdp1": (_FSDP1, _flat_sharded),
     "fsdp2": (_FSDP2, _fully_sharded),
     "hsdp": (_FSDP2, _fully_sharded),
+    "tp": (_FSDP2 | {"tp", "sp", "loss_parallel"}, _tensor_parallel),
 }
 
 
