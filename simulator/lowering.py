@@ -116,7 +116,7 @@ class _Lowering:
         step = OptimizerStep(self.training.optimizer, updated, TRAINABLE_TENSORS, self._states, held)
         for runtime in self.runtimes:
             runtime.before_step(step)
-        if self.training.clip is not None:
+        if self.training.clip is not None and not any(runtime.clips for runtime in self.runtimes):
             clip_gradient_norm(step)
         for group in step.groups():
             optimizers.get(self.training.optimizer.name)(group)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import cached_property
 from typing import Protocol
 
@@ -44,6 +44,8 @@ class Plan:
     """Saved-set policy: the layers whose saved tensors are dropped and recomputed in backward."""
     hooks: tuple[Hooks, ...] = ()
     """What frameworks do around the model, in order."""
+    layer_kinds: tuple[Hashable, ...] = ()
+    """What tells layers apart besides their specs (how full a bucket is when backward enters each): one per layer."""
     reach: int = 1
     """How many layers away a hook of one layer may act (prefetching)."""
     unrolled: bool = False
@@ -56,7 +58,11 @@ class Plan:
     @cached_property
     def layout(self) -> Layout:
         """Which layers are built: a few turns of each repeating pattern."""
-        kinds = [(layer, index in self.recomputed) for index, layer in enumerate(self.model.layers)]
+        layers, others = self.model.layers, self.layer_kinds or (None,) * len(self.model.layers)
+        kinds = [
+            (layer, index in self.recomputed, other)
+            for index, (layer, other) in enumerate(zip(layers, others, strict=True))
+        ]
         return unrolled_layout(kinds) if self.unrolled else layout_of(kinds, self.reach)
 
     @property
@@ -97,6 +103,14 @@ class RankClass:
     count: int
     rank: int
     """The data-parallel rank to simulate for them."""
+
+    @classmethod
+    def of(cls, ranks: Sequence[int], each: int = 1) -> RankClass:
+        """A class of data-parallel `ranks`, every one of which stands for `each` ranks of the mesh."""
+        starts = [rank for rank in ranks if rank - 1 not in ranks]
+        ends = [rank for rank in ranks if rank + 1 not in ranks]
+        parts = [f"{a}-{b}" if b > a else str(a) for a, b in zip(starts, ends, strict=True)]
+        return cls(f"rank{'s' if len(ranks) > 1 else ''} {', '.join(parts)}", each * len(ranks), ranks[0])
 
 
 def rank_classes(plan: Plan) -> list[RankClass]:

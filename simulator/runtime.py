@@ -93,6 +93,8 @@ class Runtime:
     """Whether the forward of a step's first micro-batch runs otherwise than those after it."""
     last_differs = False
     """Whether the last micro-batch of a step runs otherwise than those before it."""
+    clips = False
+    """Whether it clips gradients itself, instead of torch's ``clip_grad_norm_``."""
     weights_are_views = False
     """Whether autograd sees weights as views of something: their gradients go on to it, none becomes `.grad`."""
 

@@ -8,6 +8,7 @@ from hardware.registry import Registry
 from simulator.plan import Strategy
 from strategies.checkpointing import FullCheckpointing
 from strategies.ddp import Ddp
+from strategies.deepspeed.zero12 import DeepSpeedZero1, DeepSpeedZero2
 from strategies.fsdp1 import Fsdp1
 from strategies.fsdp2 import Fsdp2
 from strategies.tensor_parallel import TensorParallel
@@ -17,5 +18,5 @@ from strategies.zero_redundancy import ZeroRedundancy
 StrategyFactory = Callable[..., Strategy]
 
 strategies: Registry[StrategyFactory] = Registry("strategy", "vramsim.strategies")
-for factory in (FullCheckpointing, TensorParallel, Ddp, ZeroRedundancy, Fsdp1, Fsdp2):
+for factory in (FullCheckpointing, TensorParallel, Ddp, ZeroRedundancy, Fsdp1, Fsdp2, DeepSpeedZero1, DeepSpeedZero2):
     strategies.add(factory().name, factory)

@@ -20,6 +20,11 @@ class Member:
     end: int
 
     @property
+    def elements(self) -> int:
+        """How many it has."""
+        return self.end - self.start
+
+    @property
     def label(self) -> str:
         """A name that no other weight has: a built layer stands for several of the real model."""
         label = self.tensor.storage.label

@@ -52,7 +52,7 @@ class ZeroRedundancy:
             by_total.setdefault(sum(sizes[index] for index in own), []).append(rank)
         ordered = sorted(by_total.items(), reverse=True)
         others = plan.mesh.world // plan.mesh.dp_replicate
-        return [RankClass(_ranges(ranks), others * len(ranks), ranks[0]) for _, ranks in ordered]
+        return [RankClass.of(ranks, others) for _, ranks in ordered]
 
     def start(self, job: Job) -> ZeroRedundancyRuntime:
         """Partition the weights."""
@@ -89,14 +89,6 @@ class ZeroRedundancyRuntime(Runtime):
 def _elements(job: Job) -> list[int]:
     bindings = job.plan.dimensions.bindings
     return [int(tensor.storage.size.elements(bindings)) for tensor, _ in job.weights()]
-
-
-def _ranges(ranks: Sequence[int]) -> str:
-    """``ranks 0, 3-7``."""
-    starts = [rank for rank in ranks if rank - 1 not in ranks]
-    ends = [rank for rank in ranks if rank + 1 not in ranks]
-    parts = [f"{a}-{b}" if b > a else str(a) for a, b in zip(starts, ends, strict=True)]
-    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(parts)}"
 
 
 def _of_one_layer(tensor: Tensor, layer: int | None) -> Storage:
