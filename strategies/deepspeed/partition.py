@@ -12,9 +12,11 @@ from functools import cached_property
 
 import attrs
 
+from hardware.dtypes import FP32
 from simulator.graph import ForwardGraph, Storage
 from simulator.plan import Plan
 from simulator.runtime import Job
+from simulator.sizes import Dim, FlatSize
 from strategies.flat import Member, lay_out
 
 #: ``nccl_start_alignment_factor``: partitions start at multiples of 4 bytes, 2 elements of 16 bits.
@@ -58,6 +60,19 @@ class FlatBuffer:
             return (2 if layers and use[0] > layers[0] else 0), 0, use
 
         return sorted(self.members, key=key, reverse=True)
+
+
+def flat_size(job: Job, bits: int, *, partition: bool = False) -> FlatSize:
+    """All weights in one buffer, or a rank's partition of it (`flatten_dense_tensors_aligned`)."""
+    members = tuple((job.repeats(t.storage.slot), t.dims) for t in job.graph.parameters)
+    shards: tuple[Dim, ...] = ("dp_shard",) if partition else ()
+    return FlatSize(members, bits, total_multiple=(START_ALIGNMENT, "dp_shard"), shards=shards)
+
+
+def partition_dim(job: Job) -> Dim:
+    """The dimension of a rank's partition, in elements."""
+    dimensions = job.plan.dimensions
+    return dimensions.bind("partition", flat_size(job, FP32.bits, partition=True).elements(dimensions.bindings))
 
 
 def _first_uses(graph: ForwardGraph) -> dict[Storage, tuple[int, int]]:

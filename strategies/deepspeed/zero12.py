@@ -7,22 +7,22 @@ Behaviour: DeepSpeed 0.19.8 deepspeed/runtime/zero/stage_1_and_2.py (function na
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 from typing import ClassVar
 
 import attrs
 
-from hardware.dtypes import FP32, FP64, DType
+from hardware.dtypes import BF16, FP32, FP64, DType
 from hardware.errors import UnsupportedError, UsageError
 from simulator.graph import COMPUTE, Storage
 from simulator.optimizers.step import OptimizerStep, Parameter
 from simulator.plan import Plan, RankClass
 from simulator.roles import Role
 from simulator.runtime import Job, Runtime, Turn, buffer
-from simulator.sizes import Dim, FlatSize, size_of
-from strategies.deepspeed.partition import START_ALIGNMENT, Arrival, Bucket, FlatBuffer, Flush, layer_kinds
+from simulator.sizes import size_of
+from strategies.deepspeed.bf16_optimizer import Bf16OptimizerRuntime
+from strategies.deepspeed.partition import Arrival, Bucket, FlatBuffer, Flush, flat_size, layer_kinds, partition_dim
 from strategies.flat import Member
-from strategies.options import count, flag, option
+from strategies.options import count, flag, option, training_dtype
 from strategies.rules import refuse_second_owner
 
 #: deepspeed/runtime/zero/config.py `DeepSpeedZeroConfig`: ``reduce_bucket_size``, in elements.
@@ -77,7 +77,7 @@ class _ZeroOneTwo:
         """Ranks by the gradients of whole weights that their partitions touch, the fullest first."""
         return classes(plan)
 
-    def start(self, job: Job) -> ZeroRuntime:
+    def start(self, job: Job) -> Runtime:
         """Flatten the weights, and copy the rank's partition to fp32."""
         return ZeroRuntime(job, self)
 
@@ -86,8 +86,32 @@ class _ZeroOneTwo:
 class DeepSpeedZero1(_ZeroOneTwo):
     """`DeepSpeedZeroOptimizer` with ``stage: 1``: gradients are reduced when all of them are there."""
 
+    grad_accum_dtype: DType | None = option(
+        None, training_dtype, "fp32 with bf16 weights is BF16_Optimizer; none is the weights' own type"
+    )
     stage: ClassVar[int] = 1
     name: str = attrs.field(default="deepspeed_zero1", init=False)
+
+    def __call__(self, plan: Plan) -> Plan:
+        """The plan with flat weights and partitioned optimizer state."""
+        weights, wanted = plan.training.weights, self.grad_accum_dtype
+        if wanted in (None, weights):
+            return super().__call__(plan)
+        if (weights, wanted) != (BF16, FP32):
+            raise UnsupportedError(f"'grad_accum_dtype' {wanted} with {weights} weights is not modelled; leave it out")
+        check(plan, self.name)
+        return attrs.evolve(plan, hooks=(*plan.hooks, self))
+
+    def start(self, job: Job) -> Runtime:
+        """`_do_optimizer_sanity_check`: which of DeepSpeed's optimizers it is."""
+        own = self.grad_accum_dtype in (None, job.plan.training.weights)
+        return super().start(job) if own else Bf16OptimizerRuntime(job)
+
+    def rank_classes(self, plan: Plan) -> list[RankClass]:
+        """With `BF16_Optimizer` all ranks are alike."""
+        if self.grad_accum_dtype in (None, plan.training.weights):
+            return super().rank_classes(plan)
+        return [RankClass(f"all {plan.mesh.world} ranks", plan.mesh.world, plan.rank)]
 
 
 @attrs.frozen(kw_only=True)
@@ -126,13 +150,6 @@ def classes(plan: Plan) -> list[RankClass]:
     return [RankClass.of(ranks) for _, ranks in sorted(by_elements.items(), reverse=True)]
 
 
-def flat_size(job: Job, bits: int, *, partition: bool) -> FlatSize:
-    """All weights in one buffer, or a rank's partition of it (`flatten_dense_tensors_aligned`)."""
-    members = tuple((job.repeats(t.storage.slot), t.dims) for t in job.graph.parameters)
-    shards: tuple[Dim, ...] = ("dp_shard",) if partition else ()
-    return FlatSize(members, bits, total_multiple=(START_ALIGNMENT, "dp_shard"), shards=shards)
-
-
 @attrs.define(eq=False)
 class _Kept:
     """Buffers that outlive a micro-batch."""
@@ -162,6 +179,9 @@ class ZeroRuntime(Runtime):
         self._foreign: list[Storage] = []
         self._last = True
         self._opened: Storage | None = None
+        self._partition = partition_dim(job)
+        size = size_of((self._partition,), FP32.bits)
+        self._gradient = buffer("fp32 gradient partition", size, FP32, Role.GRADIENT)
         self._master = self._persistent("fp32 partition", FP32, Role.MASTER_WEIGHT, partition=True)
         job.keep_instead([self._persistent("flat parameters", self._dtype, Role.PARAMETER), self._master])
 
@@ -269,16 +289,6 @@ class ZeroRuntime(Runtime):
         self._opened = None
 
     # optimizer -----------------------------------------------------------------------------------------------------
-
-    @cached_property
-    def _partition(self) -> Dim:
-        size = flat_size(self.job, FP32.bits, partition=True)
-        dimensions = self.job.plan.dimensions
-        return dimensions.bind("partition", size.elements(dimensions.bindings))
-
-    @cached_property
-    def _gradient(self) -> Storage:
-        return buffer("fp32 gradient partition", size_of((self._partition,), FP32.bits), FP32, Role.GRADIENT)
 
     def trainable(self, parameters: Sequence[Parameter]) -> list[Parameter]:
         """One flat parameter: the rank's fp32 partition."""
