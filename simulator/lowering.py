@@ -119,8 +119,12 @@ class _Lowering:
         if self.training.clip is not None and not any(runtime.clips for runtime in self.runtimes):
             clip_gradient_norm(step)
         for group in step.groups():
+            for runtime in self.runtimes:
+                runtime.before_group(group)
             optimizers.get(self.training.optimizer.name)(group)
             group.finish()
+            for runtime in self.runtimes:
+                runtime.after_group(group)
         if self.training.zero_grad == "none":
             gradients = step.gradients
             for runtime in self.runtimes:

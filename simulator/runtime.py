@@ -141,6 +141,12 @@ class Runtime:
     def before_step(self, step: OptimizerStep) -> None:
         """``optimizer.step()`` is called."""
 
+    def before_group(self, step: OptimizerStep) -> None:
+        """The optimizer turns to one group of parameters, those of `step`."""
+
+    def after_group(self, step: OptimizerStep) -> None:
+        """The optimizer is done with one group of parameters."""
+
     def cleared(self, gradients: Sequence[Storage]) -> list[Storage]:
         """Which of the optimizer's gradients ``zero_grad(set_to_none=True)`` frees."""
         return list(gradients)

@@ -8,6 +8,7 @@ from hardware.registry import Registry
 from simulator.plan import Strategy
 from strategies.checkpointing import FullCheckpointing
 from strategies.ddp import Ddp
+from strategies.deepspeed.zero3 import DeepSpeedZero3
 from strategies.deepspeed.zero12 import DeepSpeedZero1, DeepSpeedZero2
 from strategies.fsdp1 import Fsdp1
 from strategies.fsdp2 import Fsdp2
@@ -18,5 +19,16 @@ from strategies.zero_redundancy import ZeroRedundancy
 StrategyFactory = Callable[..., Strategy]
 
 strategies: Registry[StrategyFactory] = Registry("strategy", "vramsim.strategies")
-for factory in (FullCheckpointing, TensorParallel, Ddp, ZeroRedundancy, Fsdp1, Fsdp2, DeepSpeedZero1, DeepSpeedZero2):
+_BUILT_IN: tuple[StrategyFactory, ...] = (
+    FullCheckpointing,
+    TensorParallel,
+    Ddp,
+    ZeroRedundancy,
+    Fsdp1,
+    Fsdp2,
+    DeepSpeedZero1,
+    DeepSpeedZero2,
+    DeepSpeedZero3,
+)
+for factory in _BUILT_IN:
     strategies.add(factory().name, factory)

@@ -25,6 +25,8 @@ class Parameter:
     """Whether it is a DTensor of tensor parallelism."""
     redistribution: str | None = None
     """Kernel that brings the gradient to the weight's placement, where it has another one."""
+    group: int = 0
+    """Number of the group of parameters that is updated at once."""
 
     @property
     def dims(self) -> tuple[Dim, ...]:
@@ -95,11 +97,11 @@ class OptimizerStep:
         self._record(op, storage.slot, [storage])
 
     def groups(self) -> list[OptimizerStep]:
-        """One step per parameter group: no kernel takes DTensors and plain tensors together."""
-        kinds = {p.distributed for p in self.parameters}
+        """One step per group of parameters: no kernel takes DTensors and plain tensors together."""
+        kinds = sorted({(not p.distributed, p.group) for p in self.parameters})
         if len(kinds) < 2:
             return [self]
-        parts = [[p for p in self.parameters if p.distributed is kind] for kind in (True, False)]
+        parts = [[p for p in self.parameters if (not p.distributed, p.group) == kind] for kind in kinds]
         steps = [OptimizerStep(self.optimizer, part, self.tensors, self._states) for part in parts]
         for step in steps:
             step.steps = self.steps
