@@ -20,7 +20,12 @@ from strategies.options import flag, option
 #: Optimizers whose step on DTensors was compared with recordings.
 OPTIMIZERS = ("adamw", "adam", "sgd")
 #: Families whose modules have the names of `simulator.tensor_parallel.PLANS`.
-FAMILIES = {"transformers": ("llama", "gemma2"), "torchtitan": ("llama",), "plain": ("gpt2",)}
+FAMILIES = {
+    "transformers": ("llama", "gemma2"),
+    "torchtitan": ("llama",),
+    "plain": ("gpt2",),
+    "megatron": ("llama", "gpt2"),
+}
 
 
 @attrs.frozen(kw_only=True)
@@ -54,7 +59,10 @@ class TensorParallel:
                 f"{self.name!r} of {family} is not modelled for implementation {implementation!r}; "
                 f"{'use ' + ' or '.join(others) if others else 'leave it out'}"
             )
-        for option_name, known in (("sequence_parallel", ("torchtitan",)), ("loss_parallel", ("torchtitan", "plain"))):
+        for option_name, known in (
+            ("sequence_parallel", ("torchtitan", "megatron")),
+            ("loss_parallel", ("torchtitan", "plain", "megatron")),
+        ):
             if getattr(self, option_name) and implementation not in known:
                 raise UnsupportedError(
                     f"{option_name!r} needs implementation {' or '.join(known)}, not {implementation!r}: "
