@@ -8,6 +8,7 @@ mlp.py, with the fusions on that are on by default and flash attention as core a
 from __future__ import annotations
 
 from hardware.dtypes import FP32, INT64
+from hardware.errors import UnsupportedError
 from simulator import blocks, ops
 from simulator.decoder import BuiltLayers, batch
 from simulator.graph import Tensor
@@ -22,6 +23,8 @@ VOCABULARY_MULTIPLE = 128
 
 def forward(t: Trace, spec: ModelSpec, layers: BuiltLayers) -> None:
     """`GPTModel.forward` with labels, and the mean over tokens of its caller."""
+    if t.regime.autocast is not None:
+        raise UnsupportedError("'autocast' must be left out with implementation 'megatron': it keeps 16-bit weights")
     ids, labels = batch(t)
     positions = t.input("position_ids", "b", "s", dtype=INT64)  # made for every model (megatron/training/utils.py)
     sizes = t.dimensions.bindings
@@ -204,6 +207,7 @@ def _table(t: Trace, name: str, freqs: Tensor, like: Tensor) -> Tensor:
 
 def _mlp(t: Trace, x: Tensor, spec: FeedForwardSpec) -> tuple[Tensor, Tensor | None]:
     """`MLP`: gate and up are one projection."""
+    blocks.check_feed_forward(t, spec, blocks.SILU if spec.gated else blocks.GELU, bias=not spec.gated)
     width = t.shard((t.dim("f", spec.width),))
     with t.call("mlp") as local:
         fused, bias = _column(t, "linear_fc1", x, (2, *width) if spec.gated else width, bias=spec.bias, add=False)

@@ -320,6 +320,8 @@ def test_saved_by_a_sequence_parallel_layer():
         (Mesh(tp=2), [TensorParallel()], Training(optimizer=Optimizer(name="sgd", momentum=0.9)), "'momentum'"),
         (Mesh(tp=2, dp_replicate=2), [TensorParallel(), Ddp()], Training(), "use fsdp2"),
         (Mesh(), [FullCheckpointing()], Training(implementation="megatron"), "is not modelled: leave it out"),
+        (Mesh(), [], Training(implementation="megatron", weights=FP32, autocast=BF16), "'autocast' must be left out"),
+        (Mesh(), [], Training(implementation="torchtitan", attention="eager"), "'attention' must be sdpa"),
         (Mesh(), [], Training(implementation="plain"), "'implementation' of llama must be transformers or megatron"),
     ],
 )
