@@ -14,7 +14,7 @@ import attrs
 
 from hardware.errors import UnsupportedError
 from simulator.plan import Plan
-from simulator.tensor_parallel import AXIS, TensorParallelism
+from simulator.tensor_parallel import AXIS, DTENSOR, TensorParallelism
 from strategies.options import flag, option
 
 #: Optimizers whose step on DTensors was compared with recordings.
@@ -69,7 +69,18 @@ class TensorParallel:
                     "its code does not run on shards"
                 )
         _check_optimizer(plan)
+        _check_clipping(plan, self.sequence_parallel)
         _check_even(plan, self.sequence_parallel)
+
+
+def _check_clipping(plan: Plan, sequence: bool) -> None:
+    """Without sequence parallelism norms are plain tensors, and `clip_grad_norm_` scales all by one DTensor."""
+    mixed = plan.training.implementation in DTENSOR and not sequence and plan.mesh.dp_shard == 1
+    if plan.training.clip is not None and mixed:
+        raise UnsupportedError(
+            f"'clip' {plan.training.clip} fails in torch where some weights are sharded along 'tp' and norms are not; "
+            "leave it out, or use sequence_parallel or fsdp2"
+        )
 
 
 def _check_optimizer(plan: Plan) -> None:
