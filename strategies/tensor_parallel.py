@@ -103,7 +103,10 @@ def _check_even(plan: Plan, sequence: bool) -> None:
     """DTensor views heads as whole ones and takes local shapes for even shards; only the vocabulary may be uneven."""
     sizes = [("seq_len", plan.training.seq_len)] if sequence else []
     for layer in dict.fromkeys(plan.model.layers):
-        sizes += [("heads", layer.attention.heads), ("key/value heads", layer.attention.kv_heads)]
+        sizes.append(("heads", layer.attention.heads))
+        shared = plan.training.implementation == "megatron" and plan.mesh.tp % layer.attention.kv_heads == 0
+        if not shared:  # Megatron-LM lets several ranks have one group
+            sizes.append(("key/value heads", layer.attention.kv_heads))
         sizes.append(("feed-forward width", layer.feed_forward.width))
     for what, value in dict.fromkeys(sizes):
         if value % plan.mesh.tp:

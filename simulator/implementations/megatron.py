@@ -15,6 +15,7 @@ from simulator.graph import Tensor
 from simulator.model import AttentionSpec, FeedForwardSpec, LayerSpec, ModelSpec
 from simulator.ops import megatron
 from simulator.sizes import Dim, round_up
+from simulator.tensor_parallel import AXIS
 from simulator.trace import Trace
 
 #: `make_vocab_size_divisible_by` of megatron/training/arguments.py, times the tensor-parallel degree.
@@ -153,23 +154,42 @@ def _row(t: Trace, name: str, x: Tensor, *, bias: bool) -> tuple[Tensor, Tensor 
 
 def _attention(t: Trace, x: Tensor, freqs: Tensor | None, spec: AttentionSpec) -> tuple[Tensor, Tensor | None]:
     """`SelfAttention`: queries of a group, its key and its value lie together in the fused projection."""
-    heads, key_heads, d = blocks.head_dims(t, spec)
-    groups = () if spec.groups == 1 else (heads[-1],)
-    together = t.dim("g+2", spec.groups + 2)
     with t.call("self_attention") as local:
-        mixed, _ = _column(t, "linear_qkv", x, (*key_heads, together, d), bias=spec.bias, add=True)
-        outer = mixed.shape[:-1]
-        by_group = ops.reshape(t, mixed, (*outer, key_heads, (together, d)))
-        shapes = [(*outer, key_heads, (*groups, d)), (*outer, key_heads, (d,)), (*outer, key_heads, (d,))]
-        query, key, value = (local(n, p) for n, p in zip("qkv", ops.split_with_sizes(t, by_group, shapes), strict=True))
-        query = local("qkv_output", _heads_apart(t, query, (*outer, heads, (d,))))
+        query, key, value = (local(n, part) for n, part in zip("qkv", _query_key_value(t, x, spec), strict=True))
         if freqs is not None:
             query, key = (local(name, _rope(t, part, freqs)) for name, part in (("query", query), ("key", key)))
+        heads, d = query.shape[-2:]
         query, key, value = (ops.transpose(t, part, 0, 1) for part in (query, key, value))
         out = blocks.causal_flash(t, query, key, value, spec)
         out = ops.transpose(t, out, 0, 1)
-        out = local("core_attn_out", ops.reshape(t, out, (*out.shape[:-2], (*heads, d))))
+        out = local("core_attn_out", ops.reshape(t, out, (*out.shape[:-2], heads + d)))
         return _row(t, "linear_proj", out, bias=spec.bias)
+
+
+def _query_key_value(t: Trace, x: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor, Tensor]:
+    """`get_query_key_value_tensors`: with more ranks than groups, all is gathered and each rank takes its heads."""
+    shared = spec.kv_heads < t.dimensions.bindings[AXIS]
+    d = t.dim("d", spec.head_dim)
+    groups = () if spec.groups == 1 else (t.dim("g", spec.groups),)
+    together = t.dim("g+2", spec.groups + 2)
+    keys = (t.dim("k" if groups else "a", spec.kv_heads),)
+    with t.call("") as local:
+        rows = t.shard((*keys, together, d)) if shared else (*t.shard(keys), together, d)
+        mixed, _ = _column(t, "linear_qkv", x, rows, bias=spec.bias, add=True)
+        outer = mixed.shape[:-1]
+        if shared:
+            whole = megatron.gather_features(t, local("mixed_qkv", mixed), (*keys, together, d))
+            own: tuple[Dim, ...] = ()
+            by_group = megatron.part(t, whole, (*outer, own, (together, d)))
+        else:
+            own = t.shard(keys)
+            by_group = ops.reshape(t, mixed, (*outer, own, (together, d)))
+        shapes = [(*outer, own, (*groups, d)), (*outer, own, (d,)), (*outer, own, (d,))]
+        query, key, value = ops.split_with_sizes(t, by_group, shapes)
+        query = _heads_apart(t, query, (*outer, (*own, *groups), (d,)))
+        if shared:
+            query = megatron.part(t, query, (*outer, t.shard((t.dim("a", spec.heads),)), (d,)))
+        return query, key, value
 
 
 def _heads_apart(t: Trace, query: Tensor, shape: tuple[tuple[Dim, ...], ...]) -> Tensor:

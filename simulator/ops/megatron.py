@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from hardware.dtypes import BOOL, FP32, INT64
 from simulator.autograd import Autograd
-from simulator.graph import Op, Tensor, flat
+from simulator.graph import Op, Shape, Tensor, flat
 from simulator.ops.elementwise import constant
 from simulator.ops.embedding import embedding, vocabulary_mask
 from simulator.sizes import Dim
@@ -70,6 +70,32 @@ def scatter_replicated(t: Trace, x: Tensor, shard: Axis) -> Tensor:
 def _gather_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients:
     x = op.inputs[0]
     return [engine.fresh("all_gather", x.shape, x.dtype)]
+
+
+def gather_features(t: Trace, x: Tensor, whole: Axis) -> Tensor:
+    """`all_gather_last_dim_from_tensor_parallel_region`: ranks are joined in a copy; the gradient is reduced back."""
+    shape = (*x.shape[:-1], whole)
+    out, gathered = t.fresh("cat.default", shape, x.dtype), t.fresh("all_gather", shape, x.dtype)
+    t.emit("all_gather", [x], [out, gathered], backward=_reduce_features_backward)
+    return out
+
+
+def _reduce_features_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients:
+    x, whole = op.inputs[0], op.outputs[0]
+    engine.fresh("cat.default", whole.shape, x.dtype)
+    return [engine.fresh("reduce_scatter", x.shape, x.dtype)]
+
+
+def part(t: Trace, x: Tensor, shape: Shape) -> Tensor:
+    """A slice of `x`: its gradient is padded back to the whole of `x`."""
+    out = t.view(x, shape, flat(shape))
+    out.dense = False
+    t.emit("slice.Tensor", [x], [out], backward=_part_backward)
+    return out
+
+
+def _part_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients:
+    return [engine.fresh("slice_backward.default", op.inputs[0].shape, op.inputs[0].dtype)]
 
 
 def vocabulary_rows(t: Trace, weight: Tensor, indices: Tensor) -> Tensor:
