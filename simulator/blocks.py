@@ -233,11 +233,33 @@ def rotary_attention(
 
 def causal_flash(t: Trace, query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec) -> Tensor:
     """``F.scaled_dot_product_attention(..., is_causal=True, enable_gqa=True)`` on token-major ``[b, s, a, d]``."""
+    for field, only in (("attention", "sdpa"), ("attention_mask", "none")):
+        value_given = getattr(t.regime, field)
+        if value_given != only:
+            raise UnsupportedError(
+                f"{field!r} must be {only} with implementation {t.regime.implementation!r}, not {value_given!r}"
+            )
     by_head = [ops.transpose(t, x, 1, 2) for x in (query, key, value)]
     with t.call("", *by_head):
         query, key, value = by_head
         out = ops.scaled_dot_product_attention(t, query, key, value, None, 0.0, spec.head_dim)
     return ops.transpose(t, out, 1, 2)
+
+
+def check_feed_forward(t: Trace, spec: FeedForwardSpec, activations: Sequence[str], *, bias: bool) -> None:
+    """Refuse what an implementation with one activation, or without biases, does not compute."""
+    name = t.regime.implementation
+    if spec.activation not in activations:
+        raise UnsupportedError(
+            f"'activation' must be {' or '.join(activations)} with implementation {name!r}, not {spec.activation!r}"
+        )
+    if spec.bias != bias:
+        raise UnsupportedError(f"biases of the feed-forward must be {str(bias).lower()} with implementation {name!r}")
+
+
+#: Names of the tanh approximation, which one kernel computes.
+GELU = ("gelu", "gelu_new", "gelu_pytorch_tanh")
+SILU = ("silu", "swish")
 
 
 def layer_inputs(t: Trace, *arguments: Tensor) -> tuple[Tensor, ...]:

@@ -47,6 +47,12 @@ _PLAIN = {
     **dict.fromkeys(("proj", "fc2"), Style.ROW),
     **dict.fromkeys(("ln1", "ln2", "norm"), Style.SEQUENCE),
 }
+_MEGATRON = {
+    "word_embeddings": Style.VOCABULARY,
+    "output_layer": Style.HEAD,
+    **dict.fromkeys(("linear_qkv", "linear_fc1"), Style.COLUMN),
+    **dict.fromkeys(("linear_proj", "linear_fc2"), Style.ROW),
+}
 _TRANSFORMERS = {
     "embed_tokens": Style.VOCABULARY,
     "lm_head": Style.HEAD,
@@ -59,7 +65,10 @@ PLANS: Mapping[str, Mapping[str, Style]] = {
     "torchtitan": _TORCHTITAN,
     "plain": _PLAIN,
     "transformers": _TRANSFORMERS,
+    "megatron": _MEGATRON,
 }
+#: Implementations whose shards are DTensors; Megatron-LM's are plain tensors.
+DTENSOR = ("torchtitan", "plain", "transformers")
 
 
 @attrs.frozen

@@ -11,7 +11,7 @@ from hardware.dtypes import DType
 from simulator.graph import BackwardRule, ForwardGraph, Op, Shape, Tensor, flat, make_storage, make_tensor
 from simulator.roles import Role
 from simulator.sizes import Dim, Dimensions, Value, product, size_of
-from simulator.tensor_parallel import AXIS, Style, TensorParallelism
+from simulator.tensor_parallel import AXIS, DTENSOR, Style, TensorParallelism
 
 
 @attrs.frozen
@@ -52,6 +52,10 @@ class Frame:
         if old is not None:
             self._trace.drop(old)
         return tensor
+
+    def held(self, name: str) -> Tensor:
+        """What local `name` is bound to."""
+        return self._locals[name]
 
     def close(self) -> None:
         """Leave the function: every local and argument is dropped."""
@@ -163,7 +167,7 @@ class Trace:
             whole = (*dims, AXIS)  # even shards; a dimension that is 1 here may have got lost on the way
         if whole != dims:
             tensor.storage.whole = size_of(whole, tensor.dtype.bits)
-        if style is not None:
+        if style is not None and self.regime.implementation in DTENSOR:
             self.graph.placements[tensor.storage] = "all_reduce.default" if style is Style.SEQUENCE else None
 
     def order_layer_parameters(self, *modules: str) -> None:

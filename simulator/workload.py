@@ -83,8 +83,8 @@ ATTENTIONS = ("eager", "sdpa", "flash_attention_2")
 SDPA_BACKENDS = ("auto", "flash", "efficient", "math")
 ATTENTION_MASKS = ("none", "full", "padded")
 ZERO_GRADS = ("none", "zero")
-#: transformers' own, torchtitan's Llama, and a GPT in plain PyTorch with the layer of Megatron-LM.
-MODEL_IMPLEMENTATIONS = ("transformers", "torchtitan", "plain")
+#: transformers' own, torchtitan's Llama, a GPT in plain PyTorch, and the models of Megatron-LM.
+MODEL_IMPLEMENTATIONS = ("transformers", "torchtitan", "plain", "megatron")
 
 #: Bounds that make a slip of the keyboard visible; byte counts may still exceed 64 bits.
 LARGEST_MICRO_BATCH = 2**20

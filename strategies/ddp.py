@@ -52,6 +52,8 @@ class Ddp:
     def __call__(self, plan: Plan) -> Plan:
         """The plan with buckets and their all-reduce."""
         refuse_second_owner(plan, self.name)
+        if plan.training.implementation == "megatron":
+            raise UnsupportedError(f"{self.name} around Megatron-LM's own code is not modelled: leave it out")
         if plan.tensor_parallel is not None:
             raise UnsupportedError(f"{self.name} on weights sharded along 'tp' is not modelled: use fsdp2")
         if self.comm_hook != "none":

@@ -14,13 +14,18 @@ import attrs
 
 from hardware.errors import UnsupportedError
 from simulator.plan import Plan
-from simulator.tensor_parallel import AXIS, TensorParallelism
+from simulator.tensor_parallel import AXIS, DTENSOR, TensorParallelism
 from strategies.options import flag, option
 
 #: Optimizers whose step on DTensors was compared with recordings.
 OPTIMIZERS = ("adamw", "adam", "sgd")
 #: Families whose modules have the names of `simulator.tensor_parallel.PLANS`.
-FAMILIES = {"transformers": ("llama", "gemma2"), "torchtitan": ("llama",), "plain": ("gpt2",)}
+FAMILIES = {
+    "transformers": ("llama", "gemma2"),
+    "torchtitan": ("llama",),
+    "plain": ("gpt2",),
+    "megatron": ("llama", "gpt2"),
+}
 
 
 @attrs.frozen(kw_only=True)
@@ -54,14 +59,28 @@ class TensorParallel:
                 f"{self.name!r} of {family} is not modelled for implementation {implementation!r}; "
                 f"{'use ' + ' or '.join(others) if others else 'leave it out'}"
             )
-        for option_name, known in (("sequence_parallel", ("torchtitan",)), ("loss_parallel", ("torchtitan", "plain"))):
+        for option_name, known in (
+            ("sequence_parallel", ("torchtitan", "megatron")),
+            ("loss_parallel", ("torchtitan", "plain", "megatron")),
+        ):
             if getattr(self, option_name) and implementation not in known:
                 raise UnsupportedError(
                     f"{option_name!r} needs implementation {' or '.join(known)}, not {implementation!r}: "
                     "its code does not run on shards"
                 )
         _check_optimizer(plan)
+        _check_clipping(plan, self.sequence_parallel)
         _check_even(plan, self.sequence_parallel)
+
+
+def _check_clipping(plan: Plan, sequence: bool) -> None:
+    """Without sequence parallelism norms are plain tensors, and `clip_grad_norm_` scales all by one DTensor."""
+    mixed = plan.training.implementation in DTENSOR and not sequence and plan.mesh.dp_shard == 1
+    if plan.training.clip is not None and mixed:
+        raise UnsupportedError(
+            f"'clip' {plan.training.clip} fails in torch where some weights are sharded along 'tp' and norms are not; "
+            "leave it out, or use sequence_parallel or fsdp2"
+        )
 
 
 def _check_optimizer(plan: Plan) -> None:
@@ -84,7 +103,10 @@ def _check_even(plan: Plan, sequence: bool) -> None:
     """DTensor views heads as whole ones and takes local shapes for even shards; only the vocabulary may be uneven."""
     sizes = [("seq_len", plan.training.seq_len)] if sequence else []
     for layer in dict.fromkeys(plan.model.layers):
-        sizes += [("heads", layer.attention.heads), ("key/value heads", layer.attention.kv_heads)]
+        sizes.append(("heads", layer.attention.heads))
+        shared = plan.training.implementation == "megatron" and plan.mesh.tp % layer.attention.kv_heads == 0
+        if not shared:  # Megatron-LM lets several ranks have one group
+            sizes.append(("key/value heads", layer.attention.kv_heads))
         sizes.append(("feed-forward width", layer.feed_forward.width))
     for what, value in dict.fromkeys(sizes):
         if value % plan.mesh.tp:

@@ -134,7 +134,10 @@ def _conv1d(t: Trace, name: str, x: Tensor, out: tuple[Dim, ...]) -> Tensor:
         return ops.addmm(t, t.vector("bias", out), x, weight, out)
 
 
-_OTHERS = {"plain": "simulator.implementations.plain_gpt"}
+_OTHERS = {
+    "plain": "simulator.implementations.plain_gpt",
+    "megatron": "simulator.implementations.megatron",
+}
 families.add(
     "gpt2",
     Family("gpt2", read, forward=forward, config_class="GPT2Config", aliases=_ALIASES, implementations=_OTHERS),

@@ -79,5 +79,8 @@ def _layer(t: Trace, x: Tensor, tables: tuple[Tensor, Tensor], mask: Tensor | No
         return ops.add(t, residual, hidden)
 
 
-_OTHERS = {"torchtitan": "simulator.implementations.torchtitan"}
+_OTHERS = {
+    "torchtitan": "simulator.implementations.torchtitan",
+    "megatron": "simulator.implementations.megatron",
+}
 families.add("llama", Family("llama", read, forward=forward, config_class="LlamaConfig", implementations=_OTHERS))

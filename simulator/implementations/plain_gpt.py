@@ -53,5 +53,6 @@ def _attention(t: Trace, x: Tensor, local: Frame, spec: AttentionSpec) -> Tensor
 
 
 def _feed_forward(t: Trace, x: Tensor, spec: FeedForwardSpec) -> Tensor:
+    blocks.check_feed_forward(t, spec, blocks.GELU, bias=True)
     hidden = blocks.projection(t, "fc1", x, t.shard((t.dim("f", spec.width),)), bias=True)
     return blocks.projection(t, "fc2", ops.gelu(t, hidden), ("h",), bias=True)

@@ -39,6 +39,7 @@ from simulator.ops.matmul import linear as linear
 from simulator.ops.matmul import matmul as matmul
 from simulator.ops.normalisation import layer_norm as layer_norm
 from simulator.ops.normalisation import mean as mean
+from simulator.ops.normalisation import mean_all as mean_all
 from simulator.ops.normalisation import rms_norm as rms_norm
 from simulator.ops.shape import cat as cat
 from simulator.ops.shape import clone as clone
@@ -47,5 +48,7 @@ from simulator.ops.shape import narrow as narrow
 from simulator.ops.shape import reshape as reshape
 from simulator.ops.shape import slices as slices
 from simulator.ops.shape import split as split
+from simulator.ops.shape import split_with_sizes as split_with_sizes
 from simulator.ops.shape import transpose as transpose
+from simulator.ops.shape import view as view
 from simulator.ops.softmax import softmax as softmax

@@ -72,6 +72,13 @@ def mean(t: Trace, x: Tensor) -> Tensor:
     return out
 
 
+def mean_all(t: Trace, x: Tensor) -> Tensor:
+    """``x.mean()``: backward divides an expanded gradient."""
+    out = t.fresh("mean.default", (), x.dtype)
+    t.emit("mean.default", [x], [out], backward=_mean_backward)
+    return out
+
+
 def _rows(x: Tensor) -> Shape:
     return x.shape[:-1]
 

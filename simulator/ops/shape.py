@@ -84,6 +84,14 @@ def contiguous(t: Trace, x: Tensor) -> Tensor:
     return x if x.contiguous else clone(t, x)
 
 
+def split_with_sizes(t: Trace, x: Tensor, shapes: list[Shape]) -> tuple[Tensor, ...]:
+    """``torch.split`` into views of unlike `shapes`; backward concatenates their gradients."""
+    views = [t.view(x, shape, flat(shape)) for shape in shapes]
+    for view_of_part in views:
+        view_of_part.dense = False
+    return t.emit("split_with_sizes.default", [x], views, backward=_split_backward)
+
+
 def split(t: Trace, x: Tensor, shape: Shape, parts: int) -> tuple[Tensor, ...]:
     """``x.split``: `parts` views of `shape`; backward concatenates their gradients."""
     views = [t.view(x, shape, flat(shape)) for _ in range(parts)]

@@ -59,6 +59,7 @@ def training_of(config: dict[str, Any]) -> Training:
         micro_batch=config["batch"],
         seq_len=config["seq"],
         weights=dtype(config["dtype"]),
+        clip=config.get("clip"),
         optimizer=known,
         implementation=IMPLEMENTATIONS[config["impl"]],
         sdpa_backend="flash",
@@ -91,6 +92,40 @@ def test_recorded_peaks(case):
     phases = {"backward": backward, "forward": (Phase.FORWARD,), "optimizer": (Phase.OPTIMIZER,)}
     if plan.mesh.dp_shard == 1:  # a weight gathered again is recorded with the phase of its first time
         assert report.steady.phase in phases[case["peak_phase"]]
+
+
+MEGATRON = [json.loads(line) for line in (DATA / "megatron.jsonl").read_text().splitlines()]
+
+
+def megatron_plan(config: dict[str, Any], **options: Any) -> Plan:
+    layers, hidden, width, heads, key_heads, vocab, tied = config["shape"]
+    gpt = config["family"] == "gpt2"
+    attention = AttentionSpec(heads, key_heads, hidden // heads, bias=gpt)
+    layer = LayerSpec(attention, FeedForwardSpec(width, "gelu_new" if gpt else "silu", gated=not gpt, bias=gpt))
+    rates = {"embedding_dropout": 0.1, "residual_dropout": 0.1} if gpt else {}
+    model = ModelSpec("recorded", config["family"], hidden, vocab, config["seq"], (layer,) * layers, tied, **rates)
+    training = attrs.evolve(training_of({"impl": "titan", **config}), implementation="megatron")
+    sharded = TensorParallel(sequence_parallel=bool(config.get("sp")))
+    return apply(make_plan(model, training, mesh=Mesh(tp=config.get("tp", 1)), **options), [sharded])
+
+
+@pytest.mark.parametrize("case", MEGATRON, ids=lambda case: case["name"])
+def test_recorded_peaks_of_megatron(case):
+    """Megatron-core's GPTModel, fused kernels as one op each: both peaks equal recorded ones to the byte."""
+    report = Report(plan := megatron_plan(case["config"]), lower(plan))
+    assert report.cold.nbytes == case["first_step_peak_bytes"]
+    assert report.steady.nbytes == case["peak_bytes"]
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_saved_bytes_of_a_megatron_layer(tp):
+    """34 s b h / t per layer with sequence parallelism and flash attention (arXiv 2205.05198, table 2)."""
+    config = {"family": "gpt2", "shape": [3, 64, 256, 4, 4, 250, True], "tp": tp, "sp": True}
+    plan = megatron_plan({**config, "dtype": "bf16", "batch": 2, "seq": 32}, unrolled=True)
+    saved = {s for s, op, why in plan.graph.edges.edges(data=True) if "saves" in why and op.slot == 1}
+    own = [s for s in saved if not s.persistent and s.dtype.bits <= 16]  # statistics of norms and attention aside
+    total = sum(s.size.nbytes(plan.dimensions.bindings) for s in own)
+    assert total == 34 * 32 * 2 * 64 // tp
 
 
 #: Ops that are one here and two kernels there, or the other way round.
@@ -160,6 +195,16 @@ class Torchtitan:
         for plan in super().plans(mesh, unrolled=unrolled):
             if plan.training.autocast is None:
                 yield attrs.evolve(plan, training=attrs.evolve(plan.training, implementation="torchtitan"))
+
+
+class TestMegatron(StrategyContract):
+    strategy = TensorParallel(sequence_parallel=True)
+    mesh = Mesh(tp=2)
+
+    def plans(self, mesh=None, *, unrolled=False):
+        for plan in super().plans(mesh, unrolled=unrolled):
+            if plan.training.autocast is None:
+                yield attrs.evolve(plan, training=attrs.evolve(plan.training, implementation="megatron"))
 
 
 class TestSequenceParallel(Torchtitan, StrategyContract):
@@ -274,8 +319,12 @@ def test_saved_by_a_sequence_parallel_layer():
         (Mesh(tp=2), [TensorParallel(), TensorParallel()], Training(), "must come before"),
         (Mesh(tp=2), [TensorParallel()], Training(optimizer=Optimizer(name="adafactor")), "optimizer adafactor"),
         (Mesh(tp=2), [TensorParallel()], Training(optimizer=Optimizer(name="sgd", momentum=0.9)), "'momentum'"),
+        (Mesh(tp=2), [TensorParallel()], Training(clip=1.0), "'clip' 1.0 fails in torch"),
         (Mesh(tp=2, dp_replicate=2), [TensorParallel(), Ddp()], Training(), "use fsdp2"),
-        (Mesh(), [], Training(implementation="plain"), "'implementation' of llama must be transformers or torchtitan"),
+        (Mesh(), [FullCheckpointing()], Training(implementation="megatron"), "is not modelled: leave it out"),
+        (Mesh(), [], Training(implementation="megatron", weights=FP32, autocast=BF16), "'autocast' must be left out"),
+        (Mesh(), [], Training(implementation="torchtitan", attention="eager"), "'attention' must be sdpa"),
+        (Mesh(), [], Training(implementation="plain"), "'implementation' of llama must be transformers or megatron"),
     ],
 )
 def test_refusals_say_the_way_out(mesh, strategies, training, said):

@@ -1,0 +1,243 @@
+"""Llama and GPT as Megatron-LM writes them: sequence first, fused projections, fused kernels, its own linear layers.
+
+Follows megatron-core 0.16: megatron/core/models/gpt/gpt_model.py, transformer/transformer_layer.py, attention.py,
+mlp.py, with the fusions on that are on by default and flash attention as core attention. Every linear layer is
+`LinearWithGradAccumulationAndAsyncCommunication`; gradients are not fused into a main gradient.
+"""
+
+from __future__ import annotations
+
+from hardware.dtypes import FP32, INT64
+from hardware.errors import UnsupportedError
+from simulator import blocks, ops
+from simulator.decoder import BuiltLayers, batch
+from simulator.graph import Tensor
+from simulator.model import AttentionSpec, FeedForwardSpec, LayerSpec, ModelSpec
+from simulator.ops import megatron
+from simulator.sizes import Dim, round_up
+from simulator.tensor_parallel import AXIS
+from simulator.trace import Trace
+
+#: `make_vocab_size_divisible_by` of megatron/training/arguments.py, times the tensor-parallel degree.
+VOCABULARY_MULTIPLE = 128
+
+
+def forward(t: Trace, spec: ModelSpec, layers: BuiltLayers) -> None:
+    """`GPTModel.forward` with labels, and the mean over tokens of its caller."""
+    if t.regime.autocast is not None:
+        raise UnsupportedError("'autocast' must be left out with implementation 'megatron': it keeps 16-bit weights")
+    ids, labels = batch(t)
+    positions = t.input("position_ids", "b", "s", dtype=INT64)  # made for every model (megatron/training/utils.py)
+    sizes = t.dimensions.bindings
+    rows = t.shard((t.dim("V_padded", round_up(sizes["V"], VOCABULARY_MULTIPLE * sizes["tp"])),))
+    if t.sequence() != ("s",):
+        t.buffer("mpu", "s", "b", "h", dtype=t.regime.weights)  # `GlobalMemoryBuffer`, shared by all gathers
+    freqs = _frequencies(t, spec) if spec.family == "llama" else None
+    with t.call("") as local:
+        table, hidden = _embed(t, ids, positions, rows, spec)
+        local("decoder_input", hidden)
+        with t.call("decoder") as decoder:
+            for slot, layer in layers:
+                with t.layer(slot, hidden, freqs):
+                    hidden = decoder("hidden", _layer(t, hidden, freqs, layer, spec))
+            hidden = _norm(t, "final_layernorm", hidden, spec)
+        local("hidden", hidden)
+        with t.loss_head():
+            with t.call("output_layer"):
+                weight = table if spec.tied_embeddings else t.matrix("weight", rows, ("h",))
+            logits = local("logits", megatron.fused_linear(t, hidden, weight, None, rows, _gathered(t)))
+            loss = _token_losses(t, logits, labels)
+    with t.loss_head():
+        t.graph.loss = ops.mean_all(t, loss)
+    t.graph.outputs = ()
+    names = ("input_layernorm", "linear_proj", "linear_qkv", "pre_mlp_layernorm", "linear_fc1", "linear_fc2")
+    t.order_layer_parameters(*names)
+
+
+def _frequencies(t: Trace, spec: ModelSpec) -> Tensor:
+    """`RotaryEmbedding.forward`: angles of shape ``[s, 1, 1, d]``, computed once and cached."""
+    d = t.dim("d", spec.layers[0].attention.head_dim)
+    t.buffer("rotary_pos_emb.inv_freq", t.dim("d/2", spec.layers[0].attention.head_dim // 2), dtype=FP32)
+    freqs = t.buffer("rotary_pos_emb.freqs", "s", d, dtype=FP32)
+    freqs.shape = t.squeezed((("s",), (), (), (d,)))
+    return freqs
+
+
+def _gathered(t: Trace) -> tuple[Dim, ...] | None:
+    """The whole sequence, where tensors are shards of it."""
+    return None if t.sequence() == ("s",) else ("s",)
+
+
+def _embed(t: Trace, ids: Tensor, positions: Tensor, rows: tuple[Dim, ...], spec: ModelSpec) -> tuple[Tensor, Tensor]:
+    """`LanguageModelEmbedding.forward`: the table and, sequence first, the hidden states."""
+    with t.call("embedding") as local:
+        with t.call("word_embeddings"):
+            table = t.matrix("weight", rows, ("h",))
+            sharded = t.regime.tensor_parallel is not None
+            words = megatron.vocabulary_rows(t, table, ids) if sharded else ops.embedding(t, table, ids)
+        shard, sequence = t.sequence(), _gathered(t) is not None
+        if spec.family == "llama" and sequence:
+            with t.call("", words):
+                first = _sequence_first(t, words)
+            with t.call("", first):
+                hidden = local("embeddings", megatron.scatter_partial(t, first, shard))
+        else:
+            local("word_embeddings", words)
+            hidden = words
+            if spec.family == "gpt2":
+                places = local("position_embeddings", _positions(t, positions, spec))
+                hidden = ops.add(t, words, places)
+            with t.call("", hidden):
+                hidden = local("embeddings", _sequence_first(t, hidden))
+            if sequence:
+                hidden = megatron.scatter_replicated(t, hidden, shard)
+        if sequence:
+            hidden = local("embeddings", ops.clone(t, hidden))
+        return table, local("embeddings", ops.dropout(t, hidden, spec.embedding_dropout))
+
+
+def _sequence_first(t: Trace, x: Tensor) -> Tensor:
+    """``x.transpose(0, 1).contiguous()``: no copy of a batch of one."""
+    return ops.contiguous(t, ops.transpose(t, x, 0, 1))
+
+
+def _positions(t: Trace, ids: Tensor, spec: ModelSpec) -> Tensor:
+    with t.call("position_embeddings"):
+        table = t.matrix("weight", (t.dim("P", spec.max_positions),), ("h",))
+        return ops.embedding(t, table, ids)
+
+
+def _layer(t: Trace, x: Tensor, freqs: Tensor | None, layer: LayerSpec, spec: ModelSpec) -> Tensor:
+    """`TransformerLayer`."""
+    rate = spec.residual_dropout
+    with t.call("layer", x) as local:
+        normed = local("input_layernorm_output", _norm(t, "input_layernorm", x, spec))
+        with t.call("") as branch:
+            out, bias = _attention(t, normed, freqs, layer.attention)
+            branch("attention_output", out)
+            hidden = local("hidden_states", megatron.bias_dropout_add(t, out, bias, x, rate))
+        normed = local("pre_mlp_layernorm_output", _norm(t, "pre_mlp_layernorm", hidden, spec))
+        with t.call("") as branch:
+            out, bias = _mlp(t, normed, layer.feed_forward)
+            branch("mlp_output", out)
+            return megatron.bias_dropout_add(t, out, bias, hidden, rate)
+
+
+def _norm(t: Trace, name: str, x: Tensor, spec: ModelSpec) -> Tensor:
+    if spec.family == "gpt2":
+        return blocks.layer_norm(t, name, x)
+    with t.call(name, x):
+        return ops.rms_norm(t, x, t.parameter("weight", *x.shape[-1]))
+
+
+def _column(
+    t: Trace, name: str, x: Tensor, out: tuple[Dim, ...], *, bias: bool, add: bool
+) -> tuple[Tensor, Tensor | None]:
+    """`ColumnParallelLinear`; its bias is added by the next kernel unless `add`."""
+    with t.call(name):
+        weight = t.matrix("weight", out, x.shape[-1])
+        offset = t.vector("bias", out) if bias else None
+        return megatron.fused_linear(t, x, weight, offset if add else None, out, _gathered(t)), offset
+
+
+def _row(t: Trace, name: str, x: Tensor, *, bias: bool) -> tuple[Tensor, Tensor | None]:
+    """`RowParallelLinear` with `skip_bias_add`."""
+    with t.call(name):
+        weight = t.matrix("weight", ("h",), x.shape[-1])
+        offset = t.vector("bias", ("h",)) if bias else None
+        partial = megatron.fused_linear(t, x, weight, None, ("h",))
+        if _gathered(t) is None:
+            return partial, offset
+        with t.call("", partial):
+            return megatron.scatter_partial(t, partial, t.sequence()), offset
+
+
+def _attention(t: Trace, x: Tensor, freqs: Tensor | None, spec: AttentionSpec) -> tuple[Tensor, Tensor | None]:
+    """`SelfAttention`: queries of a group, its key and its value lie together in the fused projection."""
+    with t.call("self_attention") as local:
+        query, key, value = (local(n, part) for n, part in zip("qkv", _query_key_value(t, x, spec), strict=True))
+        if freqs is not None:
+            query, key = (local(name, _rope(t, part, freqs)) for name, part in (("query", query), ("key", key)))
+        heads, d = query.shape[-2:]
+        query, key, value = (ops.transpose(t, part, 0, 1) for part in (query, key, value))
+        out = blocks.causal_flash(t, query, key, value, spec)
+        out = ops.transpose(t, out, 0, 1)
+        out = local("core_attn_out", ops.reshape(t, out, (*out.shape[:-2], heads + d)))
+        return _row(t, "linear_proj", out, bias=spec.bias)
+
+
+def _query_key_value(t: Trace, x: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor, Tensor]:
+    """`get_query_key_value_tensors`: with more ranks than groups, all is gathered and each rank takes its heads."""
+    shared = spec.kv_heads < t.dimensions.bindings[AXIS]
+    d = t.dim("d", spec.head_dim)
+    groups = () if spec.groups == 1 else (t.dim("g", spec.groups),)
+    together = t.dim("g+2", spec.groups + 2)
+    keys = (t.dim("k" if groups else "a", spec.kv_heads),)
+    with t.call("") as local:
+        rows = t.shard((*keys, together, d)) if shared else (*t.shard(keys), together, d)
+        mixed, _ = _column(t, "linear_qkv", x, rows, bias=spec.bias, add=True)
+        outer = mixed.shape[:-1]
+        if shared:
+            whole = megatron.gather_features(t, local("mixed_qkv", mixed), (*keys, together, d))
+            own: tuple[Dim, ...] = ()
+            by_group = megatron.part(t, whole, (*outer, own, (together, d)))
+        else:
+            own = t.shard(keys)
+            by_group = ops.reshape(t, mixed, (*outer, own, (together, d)))
+        shapes = [(*outer, own, (*groups, d)), (*outer, own, (d,)), (*outer, own, (d,))]
+        query, key, value = ops.split_with_sizes(t, by_group, shapes)
+        query = _heads_apart(t, query, (*outer, (*own, *groups), (d,)))
+        if shared:
+            query = megatron.part(t, query, (*outer, t.shard((t.dim("a", spec.heads),)), (d,)))
+        return query, key, value
+
+
+def _heads_apart(t: Trace, query: Tensor, shape: tuple[tuple[Dim, ...], ...]) -> Tensor:
+    """``query.reshape(s, b, -1, d)``: a copy where several groups of several heads lie apart."""
+    shape = t.squeezed(shape)
+    if query.shape == shape:
+        return query
+    several = len(shape[-2]) > 1
+    return ops.view(t, ops.clone(t, query) if several else query, shape)
+
+
+def _rope(t: Trace, x: Tensor, freqs: Tensor) -> Tensor:
+    """`_apply_rotary_pos_emb_bshd`: cosines and sines are made at every call; an empty rest is joined in a copy."""
+    with t.call("", x) as local:
+        rest = local("t_pass", ops.narrow(t, x, x.shape))
+        cos, sin = (local(name, _table(t, name, freqs, x)) for name in ("cos", "sin"))
+        with t.call("") as stack:
+            direct = stack("direct", ops.mul(t, x, cos))
+            with t.call("") as half:
+                d = x.shape[-1][0]
+                shape = (*x.shape[:-1], (t.dim(f"{d}/2", t.dimensions.bindings[str(d)] // 2),))
+                first, second = (half(n, p) for n, p in zip(("x1", "x2"), ops.split(t, x, shape, 2), strict=True))
+                rotated = ops.cat(t, [ops.neg(t, second), first], x.shape, x.memory)
+            turned = stack("turned", ops.mul(t, rotated, sin))
+            whole = local("t", ops.add(t, direct, turned))
+        return ops.cat(t, [whole, rest], x.shape, x.memory)
+
+
+def _table(t: Trace, name: str, freqs: Tensor, like: Tensor) -> Tensor:
+    with t.call("") as local:
+        with t.call("") as inner:
+            scaled = ops.constant(t, "mul.Tensor", inner(name, ops.constant(t, f"{name}.default", freqs)))
+        return ops.to(t, local("scaled", scaled), like.dtype)
+
+
+def _mlp(t: Trace, x: Tensor, spec: FeedForwardSpec) -> tuple[Tensor, Tensor | None]:
+    """`MLP`: gate and up are one projection."""
+    blocks.check_feed_forward(t, spec, blocks.SILU if spec.gated else blocks.GELU, bias=not spec.gated)
+    width = t.shard((t.dim("f", spec.width),))
+    with t.call("mlp") as local:
+        fused, bias = _column(t, "linear_fc1", x, (2, *width) if spec.gated else width, bias=spec.bias, add=False)
+        with t.call("", fused):
+            active = megatron.swiglu(t, fused, width) if bias is None else megatron.bias_gelu(t, fused, bias)
+        return _row(t, "linear_fc2", local("intermediate", active), bias=spec.bias)
+
+
+def _token_losses(t: Trace, logits: Tensor, labels: Tensor) -> Tensor:
+    """`compute_language_model_loss`: one loss per token, batch first."""
+    with t.call("") as local:
+        loss = local("loss", megatron.vocabulary_cross_entropy(t, logits, local("labels", _sequence_first(t, labels))))
+        return _sequence_first(t, loss)
