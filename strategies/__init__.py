@@ -10,6 +10,7 @@ from strategies.checkpointing import FullCheckpointing
 from strategies.ddp import Ddp
 from strategies.fsdp1 import Fsdp1
 from strategies.fsdp2 import Fsdp2
+from strategies.megatron import MegatronDistributedOptimizer
 from strategies.tensor_parallel import TensorParallel
 from strategies.zero_redundancy import ZeroRedundancy
 
@@ -17,5 +18,5 @@ from strategies.zero_redundancy import ZeroRedundancy
 StrategyFactory = Callable[..., Strategy]
 
 strategies: Registry[StrategyFactory] = Registry("strategy", "vramsim.strategies")
-for factory in (FullCheckpointing, TensorParallel, Ddp, ZeroRedundancy, Fsdp1, Fsdp2):
+for factory in (FullCheckpointing, TensorParallel, Ddp, ZeroRedundancy, Fsdp1, Fsdp2, MegatronDistributedOptimizer):
     strategies.add(factory().name, factory)
