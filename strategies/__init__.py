@@ -10,6 +10,7 @@ from strategies.checkpointing import FullCheckpointing
 from strategies.ddp import Ddp
 from strategies.fsdp1 import Fsdp1
 from strategies.fsdp2 import Fsdp2
+from strategies.gemini import Gemini
 from strategies.megatron import MegatronDistributedOptimizer
 from strategies.tensor_parallel import TensorParallel
 from strategies.zero_redundancy import ZeroRedundancy
@@ -18,5 +19,6 @@ from strategies.zero_redundancy import ZeroRedundancy
 StrategyFactory = Callable[..., Strategy]
 
 strategies: Registry[StrategyFactory] = Registry("strategy", "vramsim.strategies")
-for factory in (FullCheckpointing, TensorParallel, Ddp, ZeroRedundancy, Fsdp1, Fsdp2, MegatronDistributedOptimizer):
+_DATA_PARALLEL = (Ddp, ZeroRedundancy, Fsdp1, Fsdp2, MegatronDistributedOptimizer, Gemini)
+for factory in (FullCheckpointing, TensorParallel, *_DATA_PARALLEL):
     strategies.add(factory().name, factory)
