@@ -7,6 +7,7 @@ Behaviour: torch 2.13 torch/distributed/fsdp/_runtime_utils.py (function named p
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import attrs
 
@@ -21,6 +22,7 @@ from simulator.sizes import Dim, FlatSize, size_of
 from simulator.units import Unit, UnitRuntime, wrapped_units
 from strategies.flat import Member, lay_out, rank_pieces
 from strategies.options import choice, flag, option, training_dtype
+from strategies.rules import refuse_second_owner, refuse_tensor_parallel
 
 #: Streams of `_init_streams`.
 PRE_UNSHARD, UNSHARD, POST_BACKWARD, ALL_REDUCE = "pre_unshard", "unshard", "post_backward", "all_reduce"
@@ -56,8 +58,9 @@ class Fsdp1:
     forward_prefetch: bool = option(False, flag, "gather the next unit of forward before this one runs")
     use_orig_params: bool = option(False, flag, "the optimizer sees each weight's part of the shard, not the shard")
     wrap: str = option("layer", choice("root", "layer"), "modules that are wrapped besides the model")
-    sync: str = option("last", choice("last", "every"), "micro-batches whose gradients are reduced (`no_sync`)")
+    sync: str = option("every", choice("every", "last"), "micro-batches whose gradients are reduced (`no_sync`)")
     name: str = attrs.field(default="fsdp1", init=False)
+    axis: ClassVar[str] = "dp_shard"
 
     def __call__(self, plan: Plan) -> Plan:
         """The plan with the weights of each unit in one flat parameter."""
@@ -71,8 +74,8 @@ class Fsdp1:
                 f"optimizer {optimizer} on flat parameters is not modelled with {self.name}; "
                 f"use one of {', '.join(OPTIMIZERS)}"
             )
-        if plan.hooks:
-            raise UnsupportedError(f"{self.name} does not go with {plan.applied[-1]}: choose one of the two")
+        refuse_second_owner(plan, self.name)
+        refuse_tensor_parallel(plan, self.name)
         hybrid = self.sharding_strategy in (HYBRID_SHARD, HYBRID_SHARD_ZERO2)
         if self.sharding_strategy != NO_SHARD and hybrid != (mesh.dp_replicate > 1):
             raise UsageError(

@@ -7,6 +7,7 @@ Technique: Fang et al., PatrickStar, arXiv:2108.05818; Li et al., Colossal-AI, a
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import ClassVar
 
 import attrs
 
@@ -20,6 +21,7 @@ from simulator.runtime import Job, Runtime, Turn, buffer
 from simulator.sizes import Dim, FlatSize, size_of, with_bits
 from strategies.flat import Member, rank_pieces
 from strategies.options import choice, flag, number, option
+from strategies.rules import refuse_second_owner, refuse_tensor_parallel
 
 #: Stream of `GeminiDDP.async_reduce_stream`.
 REDUCE = "async_reduce"
@@ -58,6 +60,7 @@ class Gemini:
         False, flag, "LLMem's patch: a rank alone keeps its chunks whole", "LLMem at 3d289b4"
     )
     name: str = attrs.field(default="gemini", init=False)
+    axis: ClassVar[str] = "dp_shard"
 
     def __call__(self, plan: Plan) -> Plan:
         """The plan with weights in chunks; every layer is built."""
@@ -66,8 +69,8 @@ class Gemini:
 
     def _check(self, plan: Plan) -> None:
         training = plan.training
-        if plan.hooks:
-            raise UnsupportedError(f"{self.name} does not go with {plan.applied[-1]}: choose one of the two")
+        refuse_second_owner(plan, self.name)
+        refuse_tensor_parallel(plan, self.name)
         if training.optimizer.name not in OPTIMIZERS:
             raise UnsupportedError(
                 f"optimizer {training.optimizer.name} is not one of ColossalAI's for {self.name}; "

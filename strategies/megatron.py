@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import ClassVar
 
 import attrs
 
@@ -23,6 +24,7 @@ from simulator.runtime import Job, Runtime, Turn, buffer
 from simulator.sizes import Dim, FlatSize, JoinedSize, size_of
 from strategies.flat import Member, lay_out, rank_pieces
 from strategies.options import count, flag, option, training_dtype
+from strategies.rules import refuse_second_owner, refuse_tensor_parallel
 
 #: A weight starts at a multiple of so many elements (optimizer/param_layout.py `pad_param_start`).
 PARAMETER_ALIGNMENT = 64
@@ -60,6 +62,7 @@ class MegatronDistributedOptimizer:
     exp_avg_dtype: DType | None = option(None, training_dtype, "element type of the first moment; none is fp32")
     exp_avg_sq_dtype: DType | None = option(None, training_dtype, "element type of the second moment; none is fp32")
     name: str = attrs.field(default="megatron_distributed_optimizer", init=False)
+    axis: ClassVar[str] = "dp_shard"
 
     def __call__(self, plan: Plan) -> Plan:
         """The plan with buffers and their optimizer."""
@@ -68,8 +71,8 @@ class MegatronDistributedOptimizer:
 
     def _check(self, plan: Plan) -> None:
         training, ranks = plan.training, plan.mesh.dp
-        if plan.hooks:
-            raise UnsupportedError(f"{self.name} does not go with {plan.applied[-1]}: choose one of the two")
+        refuse_second_owner(plan, self.name)
+        refuse_tensor_parallel(plan, self.name)
         if training.optimizer.name not in OPTIMIZERS:
             raise UnsupportedError(
                 f"optimizer {training.optimizer.name} is not modelled with {self.name}; "

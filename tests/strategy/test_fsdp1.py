@@ -26,13 +26,13 @@ RECORDED = Path(__file__).parents[1] / "data" / "oracle" / "fsdp1.jsonl"
 
 
 class TestFsdp1(StrategyContract):
-    strategy = Fsdp1(param_dtype=BF16, reduce_dtype=FP32, forward_prefetch=True)
+    strategy = Fsdp1(param_dtype=BF16, reduce_dtype=FP32, forward_prefetch=True, sync="last")
     mesh = Mesh(dp_shard=4)
     axis = "dp_shard"
 
 
 class TestFsdp1OriginalParameters(StrategyContract):
-    strategy = Fsdp1(sharding_strategy=SHARD_GRAD_OP, use_orig_params=True, backward_prefetch="post")
+    strategy = Fsdp1(sharding_strategy=SHARD_GRAD_OP, use_orig_params=True, backward_prefetch="post", sync="last")
     mesh = Mesh(dp_shard=3)
 
 
