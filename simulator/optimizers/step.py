@@ -23,10 +23,10 @@ class Parameter:
     shape: Shape
     distributed: bool = False
     """Whether it is a DTensor of tensor parallelism."""
-    group: int = 0
-    """Number of the optimizer's parameter group that it is in."""
     redistribution: str | None = None
     """Kernel that brings the gradient to the weight's placement, where it has another one."""
+    group: int = 0
+    """Number of the optimizer's parameter group that it is in."""
 
     @property
     def dims(self) -> tuple[Dim, ...]:
