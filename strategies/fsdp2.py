@@ -330,7 +330,7 @@ class Fsdp2Runtime(UnitRuntime):
         kernel = self.job.graph.placements.get(weight)
         if kernel is None or not self._reduces:
             return gradient
-        size = attrs.evolve(weight.size, bits=gradient.dtype.bits)
+        size = with_bits(weight.size, gradient.dtype.bits)
         placed = buffer(f"{weight.label}.redistributed", size, gradient.dtype, Role.GRADIENT, weight.slot)
         self.job.allocate(kernel, placed)
         self.job.free(gradient)
