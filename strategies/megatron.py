@@ -41,8 +41,10 @@ class MegatronDistributedOptimizer:
 
     With ``dp_replicate`` above 1 these are the distributed optimizer instances. Options and defaults are those of
     `DistributedDataParallelConfig` and `OptimizerConfig` but for the two whose help says otherwise. Gather and
-    reduce-scatter work in place in the buffers, whether they overlap or not. ``fused`` optimizers stand for
-    FusedAdam of Transformer Engine or Apex, which counts steps on the host; the others for torch's own.
+    reduce-scatter work in place in the buffers, whether they overlap or not. Without Transformer Engine, fusing
+    gradient accumulation saves nothing: a dummy as big as the gradient is made for each weight all the same.
+    ``fused`` optimizers stand for FusedAdam of Transformer Engine or Apex, which counts steps on the host; the
+    others for torch's own.
     """
 
     use_distributed_optimizer: bool = option(
@@ -57,6 +59,12 @@ class MegatronDistributedOptimizer:
     overlap_grad_reduce: bool = option(False, flag, "several buckets, so that their reduction overlaps with backward")
     bucket_size: int = option(0, count(0), "elements of a bucket; 0 is the larger of 40e6 and 1e6 a rank")
     pad_buckets_for_high_nccl_busbw: bool = option(False, flag, "bucket ends at multiples of 2^16 elements, too")
+    gradient_accumulation_fusion: bool = option(
+        False,
+        flag,
+        "weight gradients of linear layers go straight to their buffer; Transformer Engine's dummies stand for them",
+        "megatron/core/tensor_parallel/layers.py LinearWithGradAccumulationAndAsyncCommunication",
+    )
     use_precision_aware_optimizer: bool = option(False, flag, "FusedAdam holds main weights and narrow moments")
     store_param_remainders: bool = option(True, flag, "of bf16 weights FusedAdam holds the 16 bits that fp32 adds")
     exp_avg_dtype: DType | None = option(None, training_dtype, "element type of the first moment; none is fp32")
@@ -132,7 +140,8 @@ class MegatronRuntime(Runtime):
         copies = [p.storage for p in self._trained] if self._holds_main_weights else []
         self._main_gradients = [p.gradient for p in self._trained if p.gradient is not self._grad_data]
         self.first_differs = self.cold_differs = bool(self._main_gradients)
-        job.resident = [*self._model_weights(), self._grad_data, *copies]
+        self._fused = self._fused_weights() if options.gradient_accumulation_fusion else frozenset()
+        job.resident = [*self._model_weights(), self._grad_data, *copies, *self._dummies()]
 
     # buffers -------------------------------------------------------------------------------------------------------
 
@@ -179,6 +188,26 @@ class MegatronRuntime(Runtime):
             return [self._buffer("param_data", self._weights, Role.PARAMETER)]
         return self.job.resident
 
+    def _fused_weights(self) -> frozenset[Storage]:
+        """Weights that one linear layer reads and nothing else does."""
+        kernels: dict[Storage, list[str]] = {}
+        for op in self.job.graph.ops:
+            if not all(output.is_view for output in op.outputs):
+                for storage in {tensor.storage for tensor in op.inputs}:
+                    kernels.setdefault(storage, []).append(op.name)
+        matrices = [tensor.storage for tensor in self.job.graph.parameters if len(tensor.shape) == 2]
+        return frozenset(s for s in matrices if kernels.get(s) in (["mm.default"], ["addmm.default"]))
+
+    def _dummies(self) -> list[Storage]:
+        """Transformer Engine's `get_dummy_wgrad`: one for each shape, for ever (counted from the beginning)."""
+        shapes = dict.fromkeys(t.dims for t in self.job.graph.parameters if t.storage in self._fused)
+        made = []
+        for number, dims in enumerate(shapes):
+            size = size_of(dims, self._weights.bits)
+            made.append(buffer(f"dummy_wgrad.{number}", size, self._weights, Role.GRADIENT))
+            made[-1].persistent = True
+        return made
+
     # the optimizer's view ------------------------------------------------------------------------------------------
 
     @property
@@ -222,7 +251,11 @@ class MegatronRuntime(Runtime):
 
     def accumulated(self, parameter: Storage) -> None:
         """`_make_backward_post_hook`: the gradient is added to its place in the buffer and dropped."""
-        self.job.free(self.job.gradients.pop(parameter))
+        gradient = self.job.gradients.pop(parameter)
+        if parameter in self._fused and self.job.recorder.references(gradient) == 1:
+            self.job.recorder.unmake(gradient)
+        else:
+            self.job.free(gradient)
 
     def trainable(self, parameters: Sequence[Parameter]) -> list[Parameter]:
         """The rank's pieces of weights."""

@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 from hardware.dtypes import BF16, FP16, FP32
 from hardware.errors import UnsupportedError, UsageError
 from simulator import Mesh, Training
+from simulator.lowering import lower
 from simulator.plan import apply, make_plan
 from simulator.report import count_parameters
 from simulator.roles import Role
+from simulator.timeline import moments
 from simulator.workload import Optimizer
 from strategies.contract import StrategyContract
 from strategies.megatron import MegatronDistributedOptimizer as Megatron
@@ -32,6 +34,11 @@ class TestMegatron(StrategyContract):
     strategy = Megatron(overlap_grad_reduce=True, bucket_size=5000)
     mesh = Mesh(dp_shard=4)
     axis = "dp_shard"
+
+
+class TestMegatronFused(StrategyContract):
+    strategy = Megatron(gradient_accumulation_fusion=True)
+    mesh = Mesh(dp_shard=2)
 
 
 class TestMegatronWithoutDistributedOptimizer(StrategyContract):
@@ -86,6 +93,18 @@ def test_a_precision_aware_optimizer_lowers_what_is_sharded(options, sharded):
     options = {"use_precision_aware_optimizer": True, **options}
     mean = sum(bytes_per_parameter(BF16, options, 2, rank) for rank in range(2)) / 2
     assert mean == pytest.approx(6 + sharded / 2, rel=0.01)
+
+
+def test_fused_accumulation_makes_no_gradients_of_linear_layers():
+    """A dummy for each shape stays; the transient gradients of linear layers are not made."""
+    training = Training(micro_batch=1, seq_len=8, weights=BF16, optimizer=FUSED)
+    born = []
+    for fusion in (False, True):
+        plan = make_plan(uniform_llama(4), training, mesh=Mesh(dp_shard=2))
+        program = lower(apply(plan, [Megatron(gradient_accumulation_fusion=fusion)]))
+        made = [r.storage.label for m in moments(program.steady) for r in m.step.births]
+        born.append({label for label in made if ".grad.mm.default" in label and "_proj" in label})
+    assert len(born[1]) < len(born[0])  # what is left are gradients of the layers' inputs
 
 
 @settings(max_examples=15, deadline=None)
