@@ -215,6 +215,7 @@ def _flat_sharded(config: Mapping[str, Any]) -> _Parallel:
         reduce_dtype=_dtype(config.get("reduce_dtype", "fp32")),
         backward_prefetch=config.get("backward_prefetch", "pre"),
         forward_prefetch=bool(config.get("forward_prefetch")),
+        keep_low_precision_grads=bool(config.get("keep_low_precision_grads")),
         use_orig_params=bool(config.get("use_orig_params")),
         wrap=config.get("wrap", "layer"),
         sync="every" if config.get("sync_every") else "last",
@@ -230,7 +231,7 @@ def _megatron(config: Mapping[str, Any]) -> _Parallel:
 _MEGATRON = {"use_distributed_optimizer", "grad_reduce_in_fp32", "overlap_grad_reduce", "bucket_size"}
 _MEGATRON |= {"pad_buckets_for_high_nccl_busbw"}
 _FSDP1 = {"sharding", "param_dtype", "reduce_dtype", "backward_prefetch", "forward_prefetch", "use_orig_params", "wrap"}
-_FSDP1 |= {"sync_every", "replicate"}
+_FSDP1 |= {"sync_every", "replicate", "keep_low_precision_grads"}
 _FSDP2 = {"reshard_after_forward", "root_raf", "param_dtype", "reduce_dtype", "wrap", "explicit_prefetch"}
 _FSDP2 |= {"sync_every", "cpu_offload", "replicate"}
 _DDP = {"gradient_as_bucket_view", "bucket_cap_mb", "static_graph"}

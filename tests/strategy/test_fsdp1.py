@@ -104,3 +104,9 @@ def test_a_rank_that_is_not_there_is_refused():
     plan = attrs.evolve(make_plan(uniform_llama(2), Training(), mesh=Mesh(dp_shard=2)), rank=2)
     with pytest.raises(UsageError, match="rank"):
         apply(plan, [Fsdp1()])
+
+
+def test_low_precision_gradients_need_an_optimizer_that_takes_them():
+    plan = make_plan(uniform_llama(2), Training(), mesh=Mesh(dp_shard=2))
+    with pytest.raises(UnsupportedError, match="keep_low_precision_grads"):
+        apply(plan, [Fsdp1(param_dtype=BF16, keep_low_precision_grads=True)])
