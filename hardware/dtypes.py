@@ -26,13 +26,14 @@ FP16 = DType("float16", 16)
 INT64 = DType("int64", 64, floating=False)
 INT8 = DType("int8", 8, floating=False)
 INT32 = DType("int32", 32, floating=False)
+INT16 = DType("int16", 16, floating=False)
 UINT64 = DType("uint64", 64, floating=False)
 UINT8 = DType("uint8", 8, floating=False)
 BOOL = DType("bool", 8, floating=False)
 
 #: The short names people type, and torch's own.
 TRAINING_DTYPES = {"fp32": FP32, "bf16": BF16, "fp16": FP16}
-_BY_NAME = TRAINING_DTYPES | {d.name: d for d in (FP64, FP32, BF16, FP16, INT64, INT32, UINT64, UINT8, BOOL)}
+_BY_NAME = TRAINING_DTYPES | {d.name: d for d in (FP64, FP32, BF16, FP16, INT64, INT32, INT16, UINT64, UINT8, BOOL)}
 
 
 def dtype(name: str) -> DType:

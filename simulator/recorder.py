@@ -68,6 +68,12 @@ class Recorder:
         del self._references[storage]
         self.steps[-1].deaths.append(storage)
 
+    def unmake(self, storage: Storage) -> None:
+        """The kernel that made `storage` wrote somewhere else instead; nobody but the caller may hold it."""
+        assert self._references.pop(storage) == 1, "somebody else holds what was not made"
+        step = next(step for step in reversed(self.steps) if storage in step.births)
+        step.births.remove(storage)
+
     def let_go(self, storage: Storage) -> None:
         """Drop the last reference to `storage`, which an earlier part of the program may have made."""
         if storage in self._references:

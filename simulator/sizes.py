@@ -135,8 +135,43 @@ class FlatSize:
         return round_up(self.nbytes(bindings), ALLOCATION_GRANULARITY)
 
 
+@attrs.frozen(cache_hash=True)
+class JoinedSize:
+    """Flat buffers one after the other in one allocation: Megatron's buckets, each padded at its end."""
+
+    parts: tuple[FlatSize, ...]
+    """All of one element width."""
+
+    @property
+    def bits(self) -> int:
+        """Bits of an element."""
+        return self.parts[0].bits
+
+    def elements(self, bindings: Bindings) -> Value:
+        """How many elements all parts hold."""
+        total: Value = 0
+        for part in self.parts:
+            total = total + part.elements(bindings)
+        return total
+
+    def nbytes(self, bindings: Bindings) -> Value:
+        """Exact bytes, before the allocator rounds."""
+        return ceil_div(self.elements(bindings) * self.bits, 8)
+
+    def allocated(self, bindings: Bindings) -> Value:
+        """Bytes the caching allocator hands out for it: `nbytes` rounded up to 512."""
+        return round_up(self.nbytes(bindings), ALLOCATION_GRANULARITY)
+
+
 #: What a storage may be as big as.
-AnySize: TypeAlias = Size | FlatSize
+AnySize: TypeAlias = Size | FlatSize | JoinedSize
+
+
+def with_bits(size: AnySize, bits: int) -> AnySize:
+    """As many elements of another width."""
+    if isinstance(size, JoinedSize):
+        return JoinedSize(tuple(attrs.evolve(part, bits=bits) for part in size.parts))
+    return attrs.evolve(size, bits=bits)
 
 
 @lru_cache(maxsize=4096)

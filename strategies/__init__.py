@@ -12,6 +12,8 @@ from strategies.deepspeed.zero3 import DeepSpeedZero3
 from strategies.deepspeed.zero12 import DeepSpeedZero1, DeepSpeedZero2
 from strategies.fsdp1 import Fsdp1
 from strategies.fsdp2 import Fsdp2
+from strategies.gemini import Gemini
+from strategies.megatron import MegatronDistributedOptimizer
 from strategies.tensor_parallel import TensorParallel
 from strategies.zero_redundancy import ZeroRedundancy
 
@@ -29,6 +31,8 @@ _BUILT_IN: tuple[StrategyFactory, ...] = (
     DeepSpeedZero1,
     DeepSpeedZero2,
     DeepSpeedZero3,
+    MegatronDistributedOptimizer,
+    Gemini,
 )
 for factory in _BUILT_IN:
     strategies.add(factory().name, factory)

@@ -7,6 +7,7 @@ Behaviour: torch 2.13 torch/distributed/fsdp/_runtime_utils.py (function named p
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import attrs
 
@@ -21,6 +22,7 @@ from simulator.sizes import Dim, FlatSize, size_of
 from simulator.units import Unit, UnitRuntime, wrapped_units
 from strategies.flat import Member, lay_out, rank_pieces
 from strategies.options import choice, flag, option, training_dtype
+from strategies.rules import refuse_second_owner, refuse_tensor_parallel
 
 #: Streams of `_init_streams`.
 PRE_UNSHARD, UNSHARD, POST_BACKWARD, ALL_REDUCE = "pre_unshard", "unshard", "post_backward", "all_reduce"
@@ -50,14 +52,18 @@ class Fsdp1:
     )
     param_dtype: DType | None = option(None, training_dtype, "element type that weights are gathered and used in")
     reduce_dtype: DType | None = option(None, training_dtype, "element type that gradients are reduced in")
+    keep_low_precision_grads: bool = option(
+        False, flag, "the optimizer is given gradients in param_dtype (without sharding, in reduce_dtype)"
+    )
     backward_prefetch: str = option(
         "pre", choice("pre", "post", "none"), "gather the next unit of backward before or after this one's (or not)"
     )
     forward_prefetch: bool = option(False, flag, "gather the next unit of forward before this one runs")
     use_orig_params: bool = option(False, flag, "the optimizer sees each weight's part of the shard, not the shard")
     wrap: str = option("layer", choice("root", "layer"), "modules that are wrapped besides the model")
-    sync: str = option("last", choice("last", "every"), "micro-batches whose gradients are reduced (`no_sync`)")
+    sync: str = option("every", choice("every", "last"), "micro-batches whose gradients are reduced (`no_sync`)")
     name: str = attrs.field(default="fsdp1", init=False)
+    axis: ClassVar[str] = "dp_shard"
 
     def __call__(self, plan: Plan) -> Plan:
         """The plan with the weights of each unit in one flat parameter."""
@@ -71,16 +77,32 @@ class Fsdp1:
                 f"optimizer {optimizer} on flat parameters is not modelled with {self.name}; "
                 f"use one of {', '.join(OPTIMIZERS)}"
             )
-        if plan.hooks:
-            raise UnsupportedError(f"{self.name} does not go with {plan.applied[-1]}: choose one of the two")
+        refuse_second_owner(plan, self.name)
+        refuse_tensor_parallel(plan, self.name)
         hybrid = self.sharding_strategy in (HYBRID_SHARD, HYBRID_SHARD_ZERO2)
         if self.sharding_strategy != NO_SHARD and hybrid != (mesh.dp_replicate > 1):
             raise UsageError(
                 f"'sharding_strategy' must be {HYBRID_SHARD} or {HYBRID_SHARD_ZERO2} where dp_replicate is above 1, "
                 f"and only there: {self.sharding_strategy} with dp_replicate {mesh.dp_replicate}; change one of the two"
             )
+        self._check_low_precision(plan)
         if not 0 <= plan.rank < mesh.dp:
             raise UsageError(f"'rank' must be from 0 to {mesh.dp - 1}, the data-parallel ranks: {plan.rank}")
+
+    def _check_low_precision(self, plan: Plan) -> None:
+        training = plan.training
+        if not self.keep_low_precision_grads:
+            return
+        if training.optimizer.name != "sgd":
+            raise UnsupportedError(
+                f"'keep_low_precision_grads' must go with sgd: {training.optimizer.name} of torch wants weights and "
+                "gradients of one element type; change one of the two"
+            )
+        if training.zero_grad != "none" or (training.gradient_accumulation > 1 and self.sync == "every"):
+            raise UnsupportedError(
+                "'keep_low_precision_grads' is not modelled where reduced gradients are added to: "
+                "use sync last and zero_grad none"
+            )
 
     def start(self, job: Job) -> Fsdp1Runtime:
         """Flatten and shard the weights."""
@@ -102,8 +124,10 @@ class Fsdp1Runtime(UnitRuntime):
         self._compute = plan.compute or self._original
         self._reduce = options.reduce_dtype or self._compute
         self._casts = self._compute != self._original
+        self._keeps_low = options.keep_low_precision_grads
         # one rank is not sharded, whatever is asked (_init_utils.py `_init_core_state`)
         self._sharded = options.sharding_strategy != NO_SHARD and plan.mesh.dp_shard > 1
+        self._final = self._gradient_dtype()
         self._frees = self._sharded and options.sharding_strategy in RESHARD_AFTER_FORWARD
         self._no_sync = options.sync == "last" and accumulates
         self._stays = self._sharded and not self._frees and self._no_sync
@@ -116,6 +140,7 @@ class Fsdp1Runtime(UnitRuntime):
         self._shard_of = {unit: self._shard(unit) for unit in self.handles}
         self._whole_of = {unit: self._whole(unit) for unit in self.handles}
         self._gradient_of = {unit: self._gradient(unit) for unit in self.handles}
+        self._pieces_of: dict[Unit, list[Parameter]] = {}
         self._trained = self._parameters()
         job.resident = list(self._shard_of.values())
         self._unsharded: dict[Unit, Storage] = {}
@@ -180,8 +205,14 @@ class Fsdp1Runtime(UnitRuntime):
 
     def _gradient(self, unit: Unit) -> Storage:
         """What is in the flat parameter's `.grad` after backward."""
-        size = self._sharded_size(unit, self._original)
-        return self._buffer(unit, "gradient", size, self._original, Role.GRADIENT, POST_BACKWARD)
+        size = self._sharded_size(unit, self._final)
+        return self._buffer(unit, "gradient", size, self._final, Role.GRADIENT, POST_BACKWARD)
+
+    def _gradient_dtype(self) -> DType:
+        """Of `.grad`, with ``keep_low_precision_grads`` (`prepare_gradient_for_optim`, `_reduce_grad_no_shard`)."""
+        if not self._keeps_low:
+            return self._original
+        return self._compute if self._sharded else self._reduce
 
     # unsharding ----------------------------------------------------------------------------------------------------
 
@@ -280,6 +311,21 @@ class Fsdp1Runtime(UnitRuntime):
         if self._root in self.handles:
             self._at(self._root, self.post_backward)
             self._at(self._root, self._post_backward)
+        if self._sharded and self._final != self._original and (self._turn.last or not self._no_sync):
+            for unit in self.handles:
+                self._at(unit, self._lower_gradient)
+
+    def _lower_gradient(self, unit: Unit) -> None:
+        """`_finalize_params`, `prepare_gradient_for_optim`: casts for the optimizer."""
+        self.job.allocate("_to_copy", self._gradient_of[unit])
+        self.job.free(self._reduced_gradient(unit))
+
+    def _reduced_gradient(self, unit: Unit) -> Storage:
+        """`_saved_grad_shard`."""
+        if self._final == self._original:
+            return self._gradient_of[unit]
+        size = self._sharded_size(unit, self._original)
+        return self._buffer(unit, "saved_grad_shard", size, self._original, Role.GRADIENT, POST_BACKWARD)
 
     def post_backward(self, unit: Unit) -> None:
         """The flat gradient is made when backward has passed the point where forward made the views.
@@ -325,7 +371,7 @@ class Fsdp1Runtime(UnitRuntime):
         """What autograd makes: the final gradient itself, where that needs no reduction to a shard and no cast."""
         if self._standing(unit) is not None:
             label = "unsharded_gradient.more"
-        elif not self._sharded and self._compute == self._reduce == self._original:
+        elif not self._sharded and self._compute == self._reduce == self._final:
             return self._gradient_of[unit]
         else:
             label = "unsharded_gradient"
@@ -337,7 +383,7 @@ class Fsdp1Runtime(UnitRuntime):
             return self._gradient_of[unit]
         if self._turn.first or not self._no_sync:
             return None
-        if not self._sharded and self._compute == self._reduce == self._original:
+        if not self._sharded and self._compute == self._reduce == self._final:
             return self._gradient_of[unit]
         size = self._unpadded_size(unit, self._compute)
         return self._buffer(unit, "unsharded_gradient", size, self._compute, Role.GRADIENT)
@@ -358,6 +404,7 @@ class Fsdp1Runtime(UnitRuntime):
             size = self._padded_size(unit, self._reduce)
             made.append(self._reduction(unit, "padded_gradient", size, "constant_pad_nd"))
         shard = self._sharded_gradient(unit)
+        self._use_grad_views(unit)
         self.job.free(*made, *([shard] if self._has_gradient else []))
 
     def _reduction(self, unit: Unit, label: str, size: FlatSize, op: str) -> Storage:
@@ -373,7 +420,7 @@ class Fsdp1Runtime(UnitRuntime):
 
     def _sharded_gradient(self, unit: Unit) -> Storage:
         """The reduce-scatter's output in the original dtype (`_accumulate_sharded_grad`)."""
-        result = self._gradient_of[unit]
+        result = self._reduced_gradient(unit)
         if self._has_gradient:
             result = attrs.evolve(result, label=f"{result.label}.more")
         if self._reduce == self._original:
@@ -389,16 +436,25 @@ class Fsdp1Runtime(UnitRuntime):
         reduced, final = gradient, self._gradient_of[unit]
         if gradient.dtype != self._reduce:
             size = self._unpadded_size(unit, self._reduce)
-            cast = self._reduce != self._original or gradient is final
+            cast = self._reduce != self._final or gradient is final
             reduced = self._reduction(unit, "cast_gradient", size, "_to_copy") if cast else final
             if not cast:
                 self.job.allocate("_to_copy", final)
-        if reduced.dtype != self._original:
+        if reduced.dtype != self._final:
             result = attrs.evolve(final, label=f"{final.label}.more") if gradient is final else final
             self.job.allocate("_to_copy", result)
             self.job.free(reduced, *([result] if gradient is final else []))
+        self._use_grad_views(unit)
         if gradient is not final and reduced is not gradient:
             self.job.free(gradient)
+
+    def _use_grad_views(self, unit: Unit) -> None:
+        """`_use_sharded_grad_views`: a low-precision gradient takes a detour over an empty one, where there is none."""
+        if self._keeps_low and (self._turn.first or not self._no_sync):
+            for parameter in self._pieces_of.get(unit, ()):
+                made = attrs.evolve(parameter.storage, label=f"{parameter.storage.label}.empty", persistent=False)
+                self.job.allocate("empty_like", made)
+                self.job.free(made)
 
     # optimizer -----------------------------------------------------------------------------------------------------
 
@@ -429,7 +485,9 @@ class Fsdp1Runtime(UnitRuntime):
         share = self._shard_of[unit].size.elements(dimensions.bindings)
         rank = self.job.plan.rank % self.job.plan.mesh.dp_shard if self._sharded else 0
         pieces = rank_pieces(self._layout(unit)[0], rank * share, (rank + 1) * share, dimensions)
-        return [(tensor, self._piece(unit, label, dims)) for tensor, label, dims in pieces]
+        found = [(tensor, self._piece(unit, label, dims)) for tensor, label, dims in pieces]
+        self._pieces_of[unit] = [parameter for _, parameter in found]
+        return found
 
     def _piece(self, unit: Unit, label: str, dims: Sequence[Dim]) -> Parameter:
         size = size_of(tuple(dims), self._original.bits)

@@ -18,7 +18,7 @@ from simulator.optimizers.step import Parameter
 from simulator.plan import Plan
 from simulator.roles import Role
 from simulator.runtime import Job, Turn, buffer
-from simulator.sizes import Dim, FlatSize, size_of
+from simulator.sizes import Dim, FlatSize, size_of, with_bits
 from simulator.units import WRAPS, Unit, UnitRuntime, wrapped_units
 from strategies.options import choice, count, flag, option, training_dtype
 from strategies.rules import refuse_second_owner
@@ -320,7 +320,7 @@ class Fsdp2Runtime(UnitRuntime):
             return gradients.pop(weight)
         if self._reduce == self._compute:
             return gradients[weight]
-        size = attrs.evolve(gradients[weight].size, bits=self._reduce.bits)
+        size = with_bits(gradients[weight].size, self._reduce.bits)
         label = f"{weight.label}.accumulated"
         accumulated[weight] = buffer(label, size, self._reduce, Role.GRADIENT, weight.slot)
         self._allocate_one(unit, "to_accumulated_grad", accumulated[weight])
@@ -332,7 +332,7 @@ class Fsdp2Runtime(UnitRuntime):
         kernel = self.job.graph.placements.get(weight)
         if kernel is None or not self._reduces:
             return gradient
-        size = attrs.evolve(weight.size, bits=gradient.dtype.bits)
+        size = with_bits(weight.size, gradient.dtype.bits)
         placed = buffer(f"{weight.label}.redistributed", size, gradient.dtype, Role.GRADIENT, weight.slot)
         self.job.allocate(kernel, placed)
         self.job.free(gradient)

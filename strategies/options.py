@@ -53,3 +53,13 @@ def training_dtype(_: object, attribute: attrs.Attribute[DType | None], value: o
     """An element type, or None for the weights' own."""
     if value is not None and not isinstance(value, DType):
         raise UsageError(f"{attribute.name!r} must be fp32, bf16, fp16 or none: {value!r}")
+
+
+def number(smallest: float, largest: float) -> Validator:
+    """A number, whole or not."""
+
+    def rule(_: object, attribute: attrs.Attribute[float], value: object) -> None:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not smallest <= value <= largest:
+            raise UsageError(f"{attribute.name!r} must be a number from {smallest} to {largest}: {value!r}")
+
+    return rule

@@ -23,3 +23,9 @@ def refuse_second_owner(plan: Plan, name: str) -> None:
     first = owner(plan)
     if first is not None:
         raise UnsupportedError(f"{name} does not go with {first}: both own the weights; choose one of the two")
+
+
+def refuse_tensor_parallel(plan: Plan, name: str) -> None:
+    """`UnsupportedError` on a model sharded along ``tp``: flat buffers over such shards were not compared yet."""
+    if plan.tensor_parallel:
+        raise UnsupportedError(f"{name} on weights sharded along 'tp' is not modelled: use fsdp2, or tp 1")

@@ -26,7 +26,7 @@ class Parameter:
     redistribution: str | None = None
     """Kernel that brings the gradient to the weight's placement, where it has another one."""
     group: int = 0
-    """Number of the group of parameters that is updated at once."""
+    """Number of the optimizer's parameter group that it is in."""
 
     @property
     def dims(self) -> tuple[Dim, ...]:
@@ -97,11 +97,11 @@ class OptimizerStep:
         self._record(op, storage.slot, [storage])
 
     def groups(self) -> list[OptimizerStep]:
-        """One step per group of parameters: no kernel takes DTensors and plain tensors together."""
-        kinds = sorted({(not p.distributed, p.group) for p in self.parameters})
+        """One step per parameter group; no kernel takes DTensors and plain tensors together."""
+        kinds = sorted({(p.group, not p.distributed) for p in self.parameters})
         if len(kinds) < 2:
             return [self]
-        parts = [[p for p in self.parameters if (not p.distributed, p.group) == kind] for kind in kinds]
+        parts = [[p for p in self.parameters if (p.group, not p.distributed) == kind] for kind in kinds]
         steps = [OptimizerStep(self.optimizer, part, self.tensors, self._states) for part in parts]
         for step in steps:
             step.steps = self.steps
@@ -125,6 +125,10 @@ class OptimizerStep:
             made = make_storage(label, tuple(dims), dtype, Role.OPTIMIZER_STATE, parameter.storage.slot)
             self._states[key] = made
             self._record(op, parameter.storage.slot, [made])
+
+    def on_host(self, parameter: Parameter, name: str) -> None:
+        """State `name` of `parameter` takes nothing on the device."""
+        self._states.setdefault((parameter.storage, name), parameter.storage)
 
     def renewed_state(
         self, parameter: Parameter, name: str, dims: Iterable[Dim], dtype: DType, op: str

@@ -21,6 +21,7 @@ from simulator.workload import Optimizer, Training
 from strategies.checkpointing import FullCheckpointing
 from strategies.fsdp1 import Fsdp1
 from strategies.fsdp2 import Fsdp2
+from strategies.megatron import MegatronDistributedOptimizer
 from strategies.tensor_parallel import TensorParallel
 from strategies.zero_redundancy import ZeroRedundancy
 from studies.validation.recorded_ddp import RecordedDdp
@@ -214,6 +215,7 @@ def _flat_sharded(config: Mapping[str, Any]) -> _Parallel:
         reduce_dtype=_dtype(config.get("reduce_dtype", "fp32")),
         backward_prefetch=config.get("backward_prefetch", "pre"),
         forward_prefetch=bool(config.get("forward_prefetch")),
+        keep_low_precision_grads=bool(config.get("keep_low_precision_grads")),
         use_orig_params=bool(config.get("use_orig_params")),
         wrap=config.get("wrap", "layer"),
         sync="every" if config.get("sync_every") else "last",
@@ -221,8 +223,15 @@ def _flat_sharded(config: Mapping[str, Any]) -> _Parallel:
     return mesh, (fsdp1,)
 
 
+def _megatron(config: Mapping[str, Any]) -> _Parallel:
+    options = {key: config[key] for key in _MEGATRON if key in config}
+    return Mesh(dp_shard=_ranks(config)), (MegatronDistributedOptimizer(**options),)
+
+
+_MEGATRON = {"use_distributed_optimizer", "grad_reduce_in_fp32", "overlap_grad_reduce", "bucket_size"}
+_MEGATRON |= {"pad_buckets_for_high_nccl_busbw"}
 _FSDP1 = {"sharding", "param_dtype", "reduce_dtype", "backward_prefetch", "forward_prefetch", "use_orig_params", "wrap"}
-_FSDP1 |= {"sync_every", "replicate"}
+_FSDP1 |= {"sync_every", "replicate", "keep_low_precision_grads"}
 _FSDP2 = {"reshard_after_forward", "root_raf", "param_dtype", "reduce_dtype", "wrap", "explicit_prefetch"}
 _FSDP2 |= {"sync_every", "cpu_offload", "replicate"}
 _DDP = {"gradient_as_bucket_view", "bucket_cap_mb", "static_graph"}
@@ -233,6 +242,7 @@ _KINDS: dict[str, tuple[set[str], Callable[[Mapping[str, Any]], _Parallel]]] = {
     "zero1": (_DDP | {"parameters_as_bucket_view"}, _optimizer_sharded),
     "fsdp1": (_FSDP1, _flat_sharded),
     "fsdp2": (_FSDP2, _fully_sharded),
+    "megatron": (_MEGATRON, _megatron),
     "hsdp": (_FSDP2, _fully_sharded),
     "tp": (_FSDP2 | {"tp", "sp", "loss_parallel"}, _tensor_parallel),
 }

@@ -26,13 +26,13 @@ RECORDED = Path(__file__).parents[1] / "data" / "oracle" / "fsdp1.jsonl"
 
 
 class TestFsdp1(StrategyContract):
-    strategy = Fsdp1(param_dtype=BF16, reduce_dtype=FP32, forward_prefetch=True)
+    strategy = Fsdp1(param_dtype=BF16, reduce_dtype=FP32, forward_prefetch=True, sync="last")
     mesh = Mesh(dp_shard=4)
     axis = "dp_shard"
 
 
 class TestFsdp1OriginalParameters(StrategyContract):
-    strategy = Fsdp1(sharding_strategy=SHARD_GRAD_OP, use_orig_params=True, backward_prefetch="post")
+    strategy = Fsdp1(sharding_strategy=SHARD_GRAD_OP, use_orig_params=True, backward_prefetch="post", sync="last")
     mesh = Mesh(dp_shard=3)
 
 
@@ -104,3 +104,9 @@ def test_a_rank_that_is_not_there_is_refused():
     plan = attrs.evolve(make_plan(uniform_llama(2), Training(), mesh=Mesh(dp_shard=2)), rank=2)
     with pytest.raises(UsageError, match="rank"):
         apply(plan, [Fsdp1()])
+
+
+def test_low_precision_gradients_need_an_optimizer_that_takes_them():
+    plan = make_plan(uniform_llama(2), Training(), mesh=Mesh(dp_shard=2))
+    with pytest.raises(UnsupportedError, match="keep_low_precision_grads"):
+        apply(plan, [Fsdp1(param_dtype=BF16, keep_low_precision_grads=True)])

@@ -94,7 +94,7 @@ def test_recorded_peaks(case):
         assert report.steady.phase in phases[case["peak_phase"]]
 
 
-MEGATRON = [json.loads(line) for line in (DATA / "megatron.jsonl").read_text().splitlines()]
+MEGATRON = [json.loads(line) for line in (DATA / "megatron_tensor_parallel.jsonl").read_text().splitlines()]
 
 
 def megatron_plan(config: dict[str, Any], **options: Any) -> Plan:

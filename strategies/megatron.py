@@ -1,0 +1,288 @@
+"""Megatron-LM's data parallelism: contiguous buffers of weights and gradients, an optimizer sharded over them.
+
+Technique: Rajbhandari et al., arXiv:1910.02054, section 5 (P_os), on flat buffers; Megatron-LM
+docs/user-guide/features/dist_optimizer.md. Behaviour: megatron/core at d98e8a64 and as released in 0.16.1
+(distributed/param_and_grad_buffer.py, optimizer/distrib_optimizer.py, optimizer/optimizer.py; function named per
+method).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import ClassVar
+
+import attrs
+
+from hardware.dtypes import BF16, FP32, INT16, DType
+from hardware.errors import UnsupportedError, UsageError
+from simulator.graph import Storage, Tensor
+from simulator.optimizers.step import OptimizerStep, Parameter
+from simulator.plan import Plan
+from simulator.roles import Role
+from simulator.runtime import Job, Runtime, Turn, buffer
+from simulator.sizes import Dim, FlatSize, JoinedSize, size_of
+from strategies.flat import Member, lay_out, rank_pieces
+from strategies.options import count, flag, option, training_dtype
+from strategies.rules import refuse_second_owner, refuse_tensor_parallel
+
+#: A weight starts at a multiple of so many elements (optimizer/param_layout.py `pad_param_start`).
+PARAMETER_ALIGNMENT = 64
+#: Bucket ends are multiples of this and of the ranks, and of the other if so asked (`bucket_end_divisor`).
+BUCKET_ALIGNMENT, HIGH_BANDWIDTH_ALIGNMENT = 128, 2**16
+#: `DistributedDataParallel.__init__`: the default bucket is the larger of these, in elements, the second a rank.
+BUCKET_ELEMENTS, BUCKET_ELEMENTS_PER_RANK = 40_000_000, 1_000_000
+OPTIMIZERS = ("adam", "adamw", "sgd")
+
+
+@attrs.frozen(kw_only=True)
+class MegatronDistributedOptimizer:
+    """Megatron's `DistributedDataParallel` and `DistributedOptimizer` over mesh axis ``dp_shard``.
+
+    With ``dp_replicate`` above 1 these are the distributed optimizer instances. Options and defaults are those of
+    `DistributedDataParallelConfig` and `OptimizerConfig` but for the two whose help says otherwise. Gather and
+    reduce-scatter work in place in the buffers, whether they overlap or not. Without Transformer Engine, fusing
+    gradient accumulation saves nothing: a dummy as big as the gradient is made for each weight all the same.
+    ``fused`` optimizers stand for FusedAdam of Transformer Engine or Apex, which counts steps on the host; the
+    others for torch's own.
+    """
+
+    use_distributed_optimizer: bool = option(
+        True, flag, "shard the optimizer, and lay weights out in one buffer (the config's default is false)"
+    )
+    grad_reduce_in_fp32: bool = option(
+        True,
+        flag,
+        "gradients are summed and reduced in fp32, as training in bf16 sets it (the config's default is false)",
+        "megatron/training/arguments.py validate_args",
+    )
+    overlap_grad_reduce: bool = option(False, flag, "several buckets, so that their reduction overlaps with backward")
+    bucket_size: int = option(0, count(0), "elements of a bucket; 0 is the larger of 40e6 and 1e6 a rank")
+    pad_buckets_for_high_nccl_busbw: bool = option(False, flag, "bucket ends at multiples of 2^16 elements, too")
+    gradient_accumulation_fusion: bool = option(
+        False,
+        flag,
+        "weight gradients of linear layers go straight to their buffer; Transformer Engine's dummies stand for them",
+        "megatron/core/tensor_parallel/layers.py LinearWithGradAccumulationAndAsyncCommunication",
+    )
+    use_precision_aware_optimizer: bool = option(False, flag, "FusedAdam holds main weights and narrow moments")
+    store_param_remainders: bool = option(True, flag, "of bf16 weights FusedAdam holds the 16 bits that fp32 adds")
+    exp_avg_dtype: DType | None = option(None, training_dtype, "element type of the first moment; none is fp32")
+    exp_avg_sq_dtype: DType | None = option(None, training_dtype, "element type of the second moment; none is fp32")
+    name: str = attrs.field(default="megatron_distributed_optimizer", init=False)
+    axis: ClassVar[str] = "dp_shard"
+
+    def __call__(self, plan: Plan) -> Plan:
+        """The plan with buffers and their optimizer."""
+        self._check(plan)
+        return attrs.evolve(plan, hooks=(*plan.hooks, self))
+
+    def _check(self, plan: Plan) -> None:
+        training, ranks = plan.training, plan.mesh.dp
+        refuse_second_owner(plan, self.name)
+        refuse_tensor_parallel(plan, self.name)
+        if training.optimizer.name not in OPTIMIZERS:
+            raise UnsupportedError(
+                f"optimizer {training.optimizer.name} is not modelled with {self.name}; "
+                f"use one of {', '.join(OPTIMIZERS)}"
+            )
+        if training.zero_grad != "none":
+            raise UnsupportedError(f"zero_grad {training.zero_grad} is not what {self.name} does: leave it at none")
+        if not 0 <= plan.rank < ranks:
+            raise UsageError(f"'rank' must be from 0 to {ranks - 1}, the data-parallel ranks: {plan.rank}")
+        self._check_precision(plan)
+
+    def _check_precision(self, plan: Plan) -> None:
+        moments = (self.exp_avg_dtype, self.exp_avg_sq_dtype)
+        if not self.use_precision_aware_optimizer:
+            if any(dtype not in (None, FP32) for dtype in moments):
+                raise UsageError("'exp_avg_dtype' must be fp32 without use_precision_aware_optimizer: set that, too")
+            return
+        optimizer = plan.training.optimizer
+        if not self.use_distributed_optimizer:
+            raise UsageError("'use_precision_aware_optimizer' must go with use_distributed_optimizer: set that, too")
+        if optimizer.name not in ("adam", "adamw") or optimizer.implementation != "fused":
+            raise UsageError(
+                f"'use_precision_aware_optimizer' must go with fused adam or adamw: {optimizer.implementation} "
+                f"{optimizer.name}; change the optimizer"
+            )
+
+    def start(self, job: Job) -> MegatronRuntime:
+        """Allocate the buffers and the main weights."""
+        return MegatronRuntime(job, self)
+
+
+@attrs.frozen(eq=False)
+class _Piece:
+    """What of a weight this rank updates."""
+
+    tensor: Tensor
+    label: str
+    slot: int | None
+    dims: tuple[Dim, ...]
+
+
+class MegatronRuntime(Runtime):
+    """`_ParamAndGradBuffer`, the hooks of `DistributedDataParallel`, and the optimizer around the inner one."""
+
+    def __init__(self, job: Job, options: MegatronDistributedOptimizer) -> None:
+        super().__init__(job)
+        self.options = options
+        self._weights = job.plan.training.weights
+        self._narrow = self._weights.bits < FP32.bits
+        self._gradients = FP32 if options.grad_reduce_in_fp32 or not self._narrow else self._weights
+        self._distributed = options.use_distributed_optimizer
+        self._shards = job.plan.mesh.dp_shard
+        self._multiple = job.plan.dimensions.bind("bucket_multiple", self._bucket_multiple())
+        self._buckets = self._assign(job.weights())
+        self._grad_data = self._buffer("grad_data", self._gradients, Role.BUCKET)
+        self._trained = [self._parameter(piece) for piece in self._pieces()]
+        copies = [p.storage for p in self._trained] if self._holds_main_weights else []
+        self._main_gradients = [p.gradient for p in self._trained if p.gradient is not self._grad_data]
+        self.first_differs = self.cold_differs = bool(self._main_gradients)
+        self._fused = self._fused_weights() if options.gradient_accumulation_fusion else frozenset()
+        job.resident = [*self._model_weights(), self._grad_data, *copies, *self._dummies()]
+
+    # buffers -------------------------------------------------------------------------------------------------------
+
+    def _bucket_multiple(self) -> int:
+        """`bucket_end_divisor`; without a distributed optimizer nothing is padded."""
+        wide = HIGH_BANDWIDTH_ALIGNMENT if self.options.pad_buckets_for_high_nccl_busbw else 1
+        return math.lcm(self._shards, BUCKET_ALIGNMENT, wide) if self._distributed else 1
+
+    @property
+    def _alignment(self) -> int:
+        return PARAMETER_ALIGNMENT if self._distributed else 1
+
+    def _assign(self, weights: Sequence[tuple[Tensor, int | None]]) -> list[list[Member]]:
+        """`_compute_per_buffer_param_layout`: in the order of backward, a bucket is closed by what fills it."""
+        bindings = self.job.plan.dimensions.bindings
+        ranks = self.job.plan.mesh.dp
+        limit = self.options.bucket_size or max(BUCKET_ELEMENTS, BUCKET_ELEMENTS_PER_RANK * ranks)
+        buckets: list[list[Member]] = []
+        left = list(reversed(weights))
+        while left:
+            members, _ = lay_out(left, bindings, self._alignment, 1)
+            full = next((i for i, m in enumerate(members, start=1) if m.end >= limit), len(members))
+            taken = full if self.options.overlap_grad_reduce else len(members)
+            buckets.append(members[:taken])
+            left = left[taken:]
+        return buckets
+
+    def _buffer(self, label: str, dtype: DType, role: Role) -> Storage:
+        """All buckets, one after the other."""
+        made = buffer(label, JoinedSize(tuple(self._size(bucket, dtype) for bucket in self._buckets)), dtype, role)
+        made.persistent = True
+        return made
+
+    def _size(self, bucket: Sequence[Member], dtype: DType) -> FlatSize:
+        counts: dict[tuple[Dim, ...], int] = {}
+        for member in bucket[:-1]:
+            counts[member.tensor.dims] = counts.get(member.tensor.dims, 0) + 1
+        members = (*((n, dims) for dims, n in counts.items()), (1, bucket[-1].tensor.dims))
+        return FlatSize(members, dtype.bits, self._alignment, last_padded=False, total_multiple=(self._multiple,))
+
+    def _model_weights(self) -> list[Storage]:
+        """In one buffer with a distributed optimizer, whose gather is in place; else where they were."""
+        if self._distributed:
+            return [self._buffer("param_data", self._weights, Role.PARAMETER)]
+        return self.job.resident
+
+    def _fused_weights(self) -> frozenset[Storage]:
+        """Weights that one linear layer reads and nothing else does."""
+        kernels: dict[Storage, list[str]] = {}
+        for op in self.job.graph.ops:
+            if not all(output.is_view for output in op.outputs):
+                for storage in {tensor.storage for tensor in op.inputs}:
+                    kernels.setdefault(storage, []).append(op.name)
+        matrices = [tensor.storage for tensor in self.job.graph.parameters if len(tensor.shape) == 2]
+        return frozenset(s for s in matrices if kernels.get(s) in (["mm.default"], ["addmm.default"]))
+
+    def _dummies(self) -> list[Storage]:
+        """Transformer Engine's `get_dummy_wgrad`: one for each shape, for ever (counted from the beginning)."""
+        shapes = dict.fromkeys(t.dims for t in self.job.graph.parameters if t.storage in self._fused)
+        made = []
+        for number, dims in enumerate(shapes):
+            size = size_of(dims, self._weights.bits)
+            made.append(buffer(f"dummy_wgrad.{number}", size, self._weights, Role.GRADIENT))
+            made[-1].persistent = True
+        return made
+
+    # the optimizer's view ------------------------------------------------------------------------------------------
+
+    @property
+    def _holds_main_weights(self) -> bool:
+        """Whether Megatron itself keeps fp32 copies (`_build_model_and_main_param_groups`)."""
+        return self._narrow and not self.options.use_precision_aware_optimizer
+
+    def _pieces(self) -> Iterator[_Piece]:
+        """`_build_model_gbuf_range`: the rank's equal part of every bucket; else every weight."""
+        if not self._distributed:
+            for tensor in self.job.graph.parameters:
+                yield _Piece(tensor, tensor.storage.label, tensor.storage.slot, tensor.dims)
+            return
+        dimensions, rank = self.job.plan.dimensions, self.job.plan.rank % self._shards
+        for bucket in self._buckets:
+            share = self._size(bucket, self._weights).elements(dimensions.bindings) // self._shards
+            for tensor, label, dims in rank_pieces(bucket, rank * share, (rank + 1) * share, dimensions):
+                yield _Piece(tensor, label, None, dims)
+
+    def _parameter(self, piece: _Piece) -> Parameter:
+        """The main weight and its gradient: a view of the buffer, or an fp32 copy of that (`.float()`).
+
+        Vectors are in a parameter group of their own, which does not decay (`_get_param_groups`).
+        """
+        dtype = FP32 if self._holds_main_weights else self._weights
+        role = Role.MASTER_WEIGHT if self._holds_main_weights else Role.PARAMETER
+        size = size_of(piece.dims, dtype.bits)
+        storage = Storage(f"{piece.label}.main", size, dtype, role, piece.slot, persistent=True)
+        gradient = self._grad_data
+        if self._holds_main_weights and self._gradients != FP32:
+            gradient = Storage(f"{piece.label}.main_grad", size, FP32, Role.GRADIENT, piece.slot)
+        shape = piece.tensor.shape if piece.dims == piece.tensor.dims else (piece.dims,)
+        return Parameter(storage, gradient, shape, group=int(len(piece.tensor.shape) < 2))
+
+    # moments -------------------------------------------------------------------------------------------------------
+
+    def begin_forward(self, turn: Turn) -> None:
+        """``optimizer.zero_grad()``, which the training loop calls before each step, frees fp32 copies of gradients."""
+        if turn.first and not turn.cold:
+            self.job.free(*self._main_gradients)
+
+    def accumulated(self, parameter: Storage) -> None:
+        """`_make_backward_post_hook`: the gradient is added to its place in the buffer and dropped."""
+        gradient = self.job.gradients.pop(parameter)
+        if parameter in self._fused and self.job.recorder.references(gradient) == 1:
+            self.job.recorder.unmake(gradient)
+        else:
+            self.job.free(gradient)
+
+    def trainable(self, parameters: Sequence[Parameter]) -> list[Parameter]:
+        """The rank's pieces of weights."""
+        return self._trained
+
+    def before_step(self, step: OptimizerStep) -> None:
+        """`_copy_model_grads_to_main_grads`; then what FusedAdam keeps otherwise than torch."""
+        for gradient in self._main_gradients:
+            step.allocate("float", gradient)
+        if step.optimizer.implementation == "fused":
+            for parameter in step.parameters:
+                step.on_host(parameter, "step")
+        if self.options.use_precision_aware_optimizer:
+            for parameter in step.parameters:
+                self._precision_aware_states(step, parameter)
+
+    def _precision_aware_states(self, step: OptimizerStep, parameter: Parameter) -> None:
+        """Transformer Engine's transformer_engine/pytorch/optimizers/fused_adam.py `initialize_state`."""
+        remainders = self.options.store_param_remainders and self._weights == BF16
+        states = {"exp_avg": self.options.exp_avg_dtype, "exp_avg_sq": self.options.exp_avg_sq_dtype}
+        if self._narrow:
+            states["master_param"] = INT16 if remainders else FP32
+        for name, dtype in states.items():
+            step.state(parameter, name, parameter.dims, dtype or FP32, "empty_like.default")
+            if dtype not in (None, FP32, INT16):
+                step.state(parameter, f"{name}.scale", (), FP32, "ones.default")
+
+    def cleared(self, gradients: Sequence[Storage]) -> list[Storage]:
+        """Nothing after the step: `zero_grad` comes before the next."""
+        return []
