@@ -78,6 +78,7 @@ class _Kept:
     gathered: bool = False
     """Whether persistent weights are gathered between micro-batches: from the first step's end on."""
     secondary: dict[Weight, Storage] = attrs.field(factory=dict)
+    """hpZ's second partitions since the last optimizer step, which drops them (`invalidate_secondary_tensor`)."""
 
 
 @attrs.define(eq=False)
@@ -98,6 +99,7 @@ class Zero3Runtime(Runtime):
     def __init__(self, job: Job, options: DeepSpeedZero3) -> None:
         super().__init__(job)
         self.options = options
+        self.first_differs = options.zero_hpz_partition_size > 1
         self._dtype = job.plan.training.weights
         self._streams = (GATHER, REDUCE) if options.overlap_comm else (COMPUTE, COMPUTE)
         self._weights = self._find_weights()
@@ -117,6 +119,7 @@ class Zero3Runtime(Runtime):
         self._keeps = False
         self._bucket: list[Tensor] = []
         self._oversized: list[Storage] = []
+        self._secondary = {weight: self._second(weight) for weight in self._weights.values()}
         self._kept_persistent = [
             self._whole(w, "persistent", padded=True) for w in self._weights.values() if w.persists
         ]
@@ -202,6 +205,12 @@ class Zero3Runtime(Runtime):
         size = size_of(dims, self._dtype.bits)
         return buffer(f"{weight.storage.label}.{label}", size, self._dtype, Role.GATHERED, weight.storage.slot)
 
+    def _second(self, weight: Weight) -> Storage:
+        """What hpZ keeps of a weight for backward."""
+        size = FlatSize(((1, weight.dims),), self._dtype.bits, shards=(self.options.zero_hpz_partition_size,))
+        label = f"{weight.storage.label}.secondary"
+        return buffer(label, size, self._dtype, Role.POST_FORWARD_SHARD, weight.storage.slot)
+
     def gather(self, weights: Sequence[Weight]) -> None:
         """`all_gather_coalesced`: one weight into its own storage, several into a flat buffer."""
         if len(weights) == 1 and not self.options.zero_quantized_weights:
@@ -241,13 +250,9 @@ class Zero3Runtime(Runtime):
 
     def release(self, weight: Weight) -> None:
         """`free_param`; with hpZ its secondary partition is made first (`_partition_param_sec`)."""
-        ranks = self.options.zero_hpz_partition_size
-        if ranks > 1 and weight not in self._kept.secondary:
-            size = FlatSize(((1, weight.dims),), self._dtype.bits, shards=(ranks,))
-            label = f"{weight.storage.label}.secondary"
-            made = buffer(label, size, self._dtype, Role.POST_FORWARD_SHARD, weight.storage.slot)
-            self._kept.secondary[weight] = made
-            self.job.allocate("_partition_param_sec", made)
+        if self.options.zero_hpz_partition_size > 1 and weight not in self._kept.secondary:
+            self._kept.secondary[weight] = self._secondary[weight]
+            self.job.allocate("_partition_param_sec", self._secondary[weight])
         self.job.free(self._gathered.pop(weight))
 
     def fork(self) -> Self:
@@ -265,6 +270,8 @@ class Zero3Runtime(Runtime):
     def begin_forward(self, turn: Turn) -> None:
         """`reset_step`: the first micro-batch has no trace of modules yet, and gathers nothing ahead."""
         first = turn.cold and turn.first
+        if turn.first:
+            self._kept.secondary.clear()
         self._coordinator = Coordinator(self._modules, None if first else self._trace, self._limits)
         if not first:
             for weight, storage in zip(self._persistent(), self._kept_persistent, strict=True):

@@ -21,21 +21,10 @@ from strategies.checkpointing import FullCheckpointing
 from strategies.ddp import Ddp
 from strategies.fsdp2 import Fsdp2
 from tests.strategies import fsdp2_options, meshes, model_specs, trainings, uniform_llama
+from tests.strategy.kept import kept
 
 some = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 FUSED = Optimizer(name="adamw", implementation="fused")
-
-
-def kept(report: Report) -> dict[Role, int]:
-    """Exact bytes by role of what is alive between steps."""
-    live, found = LiveSet(), {}
-    for node in (report.program.load, report.program.cold):
-        for moment in moments(node):
-            live.run(moment)
-    for each in live.storages(report.program.bindings):
-        nbytes = each.storage.size.nbytes(report.program.bindings)
-        found[each.storage.role] = found.get(each.storage.role, 0) + nbytes
-    return found
 
 
 @some
