@@ -40,6 +40,8 @@ class Plan:
     """Whether it casts the floating-point arguments of each layer, too."""
     tensor_parallel: TensorParallelism | None = None
     """What is sharded along the mesh axis ``tp``."""
+    memory_efficient_linear: bool = False
+    """Whether a framework's own ``linear`` runs instead of torch's: its backward takes the weight as it is then."""
     recomputed: frozenset[int] = frozenset()
     """Saved-set policy: the layers whose saved tensors are dropped and recomputed in backward."""
     hooks: tuple[Hooks, ...] = ()
@@ -189,4 +191,5 @@ def _regime(plan: Plan) -> Regime:
         any_sdpa_backend=training.any_sdpa_backend,
         cast_inputs=plan.cast_inputs,
         tensor_parallel=plan.tensor_parallel,
+        memory_efficient_linear=plan.memory_efficient_linear,
     )

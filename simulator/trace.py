@@ -35,6 +35,8 @@ class Regime:
     cast_inputs: bool = False
     """Whether a framework casts each layer's floating-point arguments to the weights' element type."""
     tensor_parallel: TensorParallelism | None = None
+    memory_efficient_linear: bool = False
+    """Whether a framework replaces ``torch.nn.functional.linear`` by one that saves the weight itself."""
 
 
 class Frame:

@@ -24,6 +24,8 @@ def linear(t: Trace, x: Tensor, weight: Tensor, bias: Tensor | None = None, out:
     weight = autocast(t, weight)
     x = autocast(t, x)
     last = out or weight.shape[0]
+    if t.regime.memory_efficient_linear:
+        return _linear_function(t, x, weight, bias, last)
     if bias is None:
         transposed = transpose(t, weight, 0, 1)
         product = _mm(t, _flatten(t, x), transposed, last)
@@ -31,6 +33,24 @@ def linear(t: Trace, x: Tensor, weight: Tensor, bias: Tensor | None = None, out:
     flat_x = _flatten(t, x)  # with a bias the input is flattened first, which decides the order of backward
     product = _addmm(t, bias, flat_x, transpose(t, weight, 0, 1), last)
     return view(t, product, (*x.shape[:-1], last))
+
+
+def _linear_function(t: Trace, x: Tensor, weight: Tensor, bias: Tensor | None, out: Axis) -> Tensor:
+    """`LinearFunctionForZeroStage3` (deepspeed/runtime/zero/linear.py): one node, a bias added in place."""
+    result = t.fresh("mm.default", (*x.shape[:-1], out), x.dtype)
+    inputs = [x, weight] if bias is None else [x, weight, bias]
+    t.emit("mm.default", inputs, [result], saves=[x, weight], backward=_linear_function_backward)
+    return result
+
+
+def _linear_function_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients:
+    """The input's gradient, the weight's, the bias's; none of them a view."""
+    (gradient,) = gradients
+    assert gradient is not None
+    x, weight, *bias = op.inputs
+    for_x = engine.fresh("mm.default", x.shape, x.dtype) if x.requires_grad else None
+    for_weight = engine.fresh("mm.default", weight.shape, weight.dtype) if weight.requires_grad else None
+    return [for_x, for_weight, *(engine.fresh("sum.dim_IntList", b.shape, b.dtype) for b in bias)]
 
 
 def addmm(t: Trace, bias: Tensor, x: Tensor, weight: Tensor, out: Axis) -> Tensor:
