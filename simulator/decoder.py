@@ -105,8 +105,20 @@ def language_head(t: Trace, hidden: Tensor, labels: Tensor, spec: ModelSpec, voc
             logits = local("logits", ops.tanh(t, logits))
             logits = local("logits", ops.mul_scalar(t, logits))
         loss = causal_lm_loss(t, logits, labels)
-        t.graph.loss = ops.div_scalar(t, loss) if t.regime.loss_division else loss
+        set_loss(t, loss)
     t.graph.outputs = (logits, loss) if t.regime.loss_division else (logits,)
+
+
+def set_loss(t: Trace, loss: Tensor) -> None:
+    """What backward starts from: the loss, the caller's share of it, or what an engine makes of it."""
+    if not t.regime.scaled_loss:
+        t.graph.loss = ops.div_scalar(t, loss) if t.regime.loss_division else loss
+        return
+    if t.graph.outside is None:
+        t.leave_model()
+    share = ops.div_scalar(t, loss)
+    t.graph.loss = ops.mul_scalar(t, share)
+    t.graph.held = (loss, share)
 
 
 def cross_entropy_outside(t: Trace, logits: Tensor, labels: Tensor) -> None:
@@ -123,7 +135,7 @@ def cross_entropy_outside(t: Trace, logits: Tensor, labels: Tensor) -> None:
                 loss = ops.parallel_cross_entropy(t, flat, labels)
             else:
                 loss = ops.nll_loss(t, ops.log_softmax(t, flat), labels)
-        t.graph.loss = ops.div_scalar(t, loss) if t.regime.loss_division else loss
+        set_loss(t, loss)
     t.graph.outputs = (logits, loss) if t.regime.loss_division else (logits,)
 
 

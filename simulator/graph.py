@@ -120,6 +120,8 @@ class ForwardGraph:
     loss: Tensor | None = None
     outputs: tuple[Tensor, ...] = ()
     """What the caller's frame may keep after forward (the logits)."""
+    held: tuple[Tensor, ...] = ()
+    """What it keeps through backward in any case, besides the loss."""
 
     def uses(self, op: Op) -> Uses:
         """The storages that `op` reads, saves and holds."""

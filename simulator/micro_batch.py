@@ -84,7 +84,7 @@ class MicroBatch:
         if self.keep_outputs:
             self._release_outputs()
         assert self.graph.loss is not None
-        for tensor in (*self.graph.inputs, self.graph.loss):
+        for tensor in (*self.graph.inputs, *self.graph.held, self.graph.loss):
             self.recorder.release(tensor.storage)
         return self.recorder.steps
 
@@ -109,7 +109,8 @@ class MicroBatch:
     def _forward(self) -> None:
         recorder = self.recorder
         recorder.phase = Phase.FORWARD
-        held = {t.storage for t in self.graph.outputs} | {self.graph.loss.storage if self.graph.loss else None}
+        graph = self.graph
+        held = {t.storage for t in (*graph.outputs, *graph.held)} | {graph.loss.storage if graph.loss else None}
         entered: set[int] = set()
         for index, op in enumerate(self.graph.ops):
             self._before(index, op)

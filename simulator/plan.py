@@ -40,6 +40,8 @@ class Plan:
     """Whether it casts the floating-point arguments of each layer, too."""
     tensor_parallel: TensorParallelism | None = None
     """What is sharded along the mesh axis ``tp``."""
+    scaled_loss: bool = False
+    """Whether a framework's engine divides the loss by the number of micro-batches and scales it, always."""
     memory_efficient_linear: bool = False
     """Whether a framework's own ``linear`` runs instead of torch's: its backward takes the weight as it is then."""
     recomputed: frozenset[int] = frozenset()
@@ -186,7 +188,8 @@ def _regime(plan: Plan) -> Regime:
         fused_activation_backward=training.fused_activation_backward,
         fused_norm=training.fused_norm,
         implementation=training.implementation,
-        loss_division=training.gradient_accumulation > 1,
+        loss_division=training.gradient_accumulation > 1 and not plan.scaled_loss,
+        scaled_loss=plan.scaled_loss,
         keep_inputs=training.keep_inputs,
         any_sdpa_backend=training.any_sdpa_backend,
         cast_inputs=plan.cast_inputs,

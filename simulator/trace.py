@@ -35,6 +35,8 @@ class Regime:
     cast_inputs: bool = False
     """Whether a framework casts each layer's floating-point arguments to the weights' element type."""
     tensor_parallel: TensorParallelism | None = None
+    scaled_loss: bool = False
+    """Whether a framework's engine divides the loss by the number of micro-batches and multiplies it by a scale."""
     memory_efficient_linear: bool = False
     """Whether a framework replaces ``torch.nn.functional.linear`` by one that saves the weight itself."""
 

@@ -64,7 +64,14 @@ class DeepSpeedZero3:
             )
         notes = ["deepspeed_zero3: weights of a checkpointed layer stay from recomputation to backward"]
         assumptions = (*plan.assumptions, *(notes if plan.recomputed else []))
-        return attrs.evolve(plan, hooks=(*plan.hooks, self), unrolled=True, memory_efficient_linear=True, assumptions=assumptions)
+        return attrs.evolve(
+            plan,
+            hooks=(*plan.hooks, self),
+            unrolled=True,
+            scaled_loss=True,
+            memory_efficient_linear=True,
+            assumptions=assumptions,
+        )
 
     def start(self, job: Job) -> Zero3Runtime:
         """Partition the weights."""
