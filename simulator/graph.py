@@ -114,6 +114,8 @@ class ForwardGraph:
     """What each built layer is called with; checkpointing keeps it for recomputation."""
     outside: int | None = None
     """Index of the first op outside the model (a loss that the caller computes); None where all are inside."""
+    idle: dict[int, list[tuple[str, int | None]]] = attrs.field(factory=dict)
+    """Modules that run no op (dropout at rate 0), by the index of the op after them: dotted path and layer."""
     placements: dict[Storage, str | None] = attrs.field(factory=dict)
     """Weights that are DTensors -> the kernel that brings the gradient autograd leaves to the weight's placement, in
     the optimizer or in a framework's hook; None where it has that placement."""

@@ -129,7 +129,10 @@ class Trace:
         outer = self.module
         if name:
             self.module = f"{outer}.{name}" if outer else name
+        first = len(self.graph.ops)
         yield frame
+        if name and first == len(self.graph.ops):
+            self.graph.idle.setdefault(first, []).append((self.module, self.slot))
         self.module = outer
         frame.close()
 

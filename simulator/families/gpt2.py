@@ -74,7 +74,8 @@ def forward(t: Trace, spec: ModelSpec, layers: decoder.BuiltLayers) -> None:
         mask = decoder.causal_mask(t, embeds)
         if mask is not None:
             local("mask", mask)
-        hidden = local("hidden", ops.dropout(t, hidden, spec.embedding_dropout))
+        with t.call("drop"):
+            hidden = local("hidden", ops.dropout(t, hidden, spec.embedding_dropout))
         for slot, layer in layers:
             with t.layer(slot, hidden, mask, position_ids):
                 hidden = local("hidden", _block(t, hidden, mask, spec, layer))

@@ -55,14 +55,51 @@ def _same(one: Step, other: Step) -> bool:
     return one[0] == other[0] and (one[1] == other[1] or one[0] != "layer")
 
 
-def visits(graph: ForwardGraph) -> Iterator[tuple[Step, ...]]:
-    """Every module in the order in which its hooks fetch: forward, then backward."""
-    forward = [op for i, op in enumerate(graph.ops) if graph.outside is None or i < graph.outside]
-    for ops in (forward, [op for op in reversed(forward) if op.backward is not None]):
+class Route:
+    """The modules on the way to each op, forward and backward, those that run no op included."""
+
+    def __init__(self, graph: ForwardGraph) -> None:
+        self._ops = graph.ops if graph.outside is None else graph.ops[: graph.outside]
+        self._index = {op: index for index, op in enumerate(graph.ops)}
+        self._idle = {
+            index: [tuple((part, slot) for part in module.split(".")) for module, slot in modules]
+            for index, modules in graph.idle.items()
+        }
+
+    def forward(self, op: Op) -> Iterator[tuple[Step, ...]]:
+        """What is run between the op before `op` and `op`, and the modules that it runs in."""
+        yield from self._idle.get(self._index[op], ())
+        yield path_of(op)
+
+    def backward(self, op: Op, after: int) -> Iterator[tuple[Step, ...]]:
+        """The same against the order of forward, from before op number `after` on."""
+        for index in range(after, self._index[op], -1):
+            yield from reversed(self._idle.get(index, []))
+        yield path_of(op)
+
+    def index(self, op: Op) -> int:
+        """Which op of forward `op` is."""
+        return self._index[op]
+
+    @property
+    def last(self) -> int:
+        """Index of the last op of the model."""
+        return len(self._ops) - 1
+
+    def visits(self) -> Iterator[tuple[Step, ...]]:
+        """Every module in the order in which its hooks fetch: forward, then backward."""
         walk = Walk()
         yield ()
-        for op in ops:
-            yield from walk.go(path_of(op))[1]
+        for op in self._ops:
+            for path in self.forward(op):
+                yield from walk.go(path)[1]
+        walk, after = Walk(), self.last
+        yield ()
+        for op in reversed(self._ops):
+            if op.backward is not None:
+                for path in self.backward(op, after):
+                    yield from walk.go(path)[1]
+                after = self._index[op]
 
 
 @attrs.frozen(eq=False)
