@@ -77,10 +77,10 @@ class MicroBatch:
         self.recorder = self._job.recorder = after.recorder.fork()
         for region in self._region_of.values():
             region.recomputed = None
-        runtimes = [runtime.fork() for runtime in after.runtimes]
-        for runtime in runtimes:
+        self._runtimes = [runtime.fork() for runtime in after.runtimes]
+        for runtime in self._runtimes:
             runtime.begin_backward(turn)
-        self._autograd(runtimes).run()
+        self._autograd(self._runtimes).run()
         if self.keep_outputs:
             self._release_outputs()
         assert self.graph.loss is not None
@@ -192,6 +192,8 @@ class MicroBatch:
         region.recomputed = copies
         uses, leftover = self._recompute_uses(region, copies)
         for op in region.ops:
+            for runtime in self._runtimes:
+                runtime.before_recomputed(op)
             for storage in self._use[op].saves:
                 if storage not in copies:
                     recorder.retain(storage)
@@ -201,6 +203,8 @@ class MicroBatch:
                     recorder.release(copies[storage])
         for storage in leftover:
             recorder.release(storage)
+        for runtime in self._runtimes:
+            runtime.end_recomputation()
         recorder.phase = Phase.BACKWARD
         recorder.module, recorder.slot = module, slot
 

@@ -124,6 +124,12 @@ class Runtime:
     def before_node(self, op: Op) -> None:
         """The backward of `op` is about to run; the gradients of its outputs are there."""
 
+    def before_recomputed(self, op: Op) -> None:
+        """`op` of a checkpointed layer is about to run again, in backward."""
+
+    def end_recomputation(self) -> None:
+        """The last saved tensor of the layer is there: modules that were being run are not left in order."""
+
     def accumulated(self, parameter: Storage) -> None:
         """Autograd has put a gradient of `parameter` into the job's `gradients`."""
 

@@ -17,6 +17,8 @@ from simulator.sizes import Dim
 
 #: Functions of a recipe's modules that are no modules themselves.
 FUNCTIONS = ("loss_function",)
+#: What the module of a layer is called in recipes.
+LAYER = "layer"
 #: One module on the way from the model down to an op; the layer tells equal names apart.
 Step = tuple[str, int | None]
 
@@ -52,7 +54,7 @@ class Walk:
 
 def _same(one: Step, other: Step) -> bool:
     """Modules around the layers are met from inside a layer, too."""
-    return one[0] == other[0] and (one[1] == other[1] or one[0] != "layer")
+    return one[0] == other[0] and (one[1] == other[1] or one[0] != LAYER)
 
 
 class Route:
@@ -77,6 +79,11 @@ class Route:
             yield from reversed(self._idle.get(index, []))
         yield path_of(op)
 
+    def recomputed(self, op: Op) -> Iterator[tuple[Step, ...]]:
+        """As `forward`, where the layer of `op` runs again."""
+        yield from (path for path in self._idle.get(self._index[op], ()) if path[-1][1] == op.slot)
+        yield path_of(op)
+
     def index(self, op: Op) -> int:
         """Which op of forward `op` is."""
         return self._index[op]
@@ -86,20 +93,12 @@ class Route:
         """Index of the last op of the model."""
         return len(self._ops) - 1
 
-    def visits(self) -> Iterator[tuple[Step, ...]]:
-        """Every module in the order in which its hooks fetch: forward, then backward."""
-        walk = Walk()
-        yield ()
-        for op in self._ops:
-            for path in self.forward(op):
-                yield from walk.go(path)[1]
-        walk, after = Walk(), self.last
-        yield ()
-        for op in reversed(self._ops):
-            if op.backward is not None:
-                for path in self.backward(op, after):
-                    yield from walk.go(path)[1]
-                after = self._index[op]
+
+@attrs.define(eq=False)
+class Recording:
+    """The modules in the order in which the first micro-batch fetched them (`record_module`)."""
+
+    modules: list[tuple[Step, ...]] = attrs.field(factory=list)
 
 
 @attrs.frozen(eq=False)
@@ -140,17 +139,21 @@ class Coordinator:
 
     Args:
         modules: the weights of each module that has some.
-        trace: the modules in the order of their fetches; None before the trace is complete.
+        recording: the modules in the order of their fetches.
+        complete: whether the recording is; if not it is made now.
     """
 
     def __init__(
         self,
         modules: dict[tuple[Step, ...], tuple[Weight, ...]],
-        trace: Sequence[tuple[Step, ...]] | None,
+        recording: Recording,
         limits: Limits,
+        *,
+        complete: bool,
     ) -> None:
         self._modules, self._limits = modules, limits
-        self._trace = None if trace is None else [modules.get(module, ()) for module in trace]
+        self._recording = recording
+        self._trace = [modules.get(module, ()) for module in recording.modules] if complete else None
         self._queue = deque((w, step) for step, weights in enumerate(self._trace or ()) for w in weights)
         self._step = 0
         self._available = 0
@@ -179,7 +182,9 @@ class Coordinator:
             if self._state[weight] == "in flight":
                 memory.wait(weight)
                 self._state[weight] = "available"
-        if self._trace is not None:
+        if self._trace is None:
+            self._recording.modules.append(module)
+        else:
             self._pass_by(needed)
             self._prefetch(memory)
         self._step += 1
