@@ -99,8 +99,7 @@ def eager_attention(
         else:
             weights = local("weights", ops.softmax(t, weights))
             weights = local("weights", ops.to(t, weights, value.dtype))
-        with t.call("" if fp32_softmax else "attn_dropout"):  # a module in gpt2, a function in llama
-            weights = local("weights", ops.dropout(t, weights, spec.dropout))
+        weights = local("weights", ops.dropout(t, weights, spec.dropout))
         output = ops.transpose(t, ops.matmul(t, weights, value), 1, 2)
         return (ops.contiguous(t, output) if fp32_softmax else output), weights
 

@@ -234,6 +234,9 @@ class Zero3Runtime(Runtime):
             self._recomputing.stack = list(takewhile(lambda step: step[0] != LAYER, self._walk.stack))
         for path in self._route.recomputed(op):
             self._go(self._recomputing, path)
+        for storage in self.job.graph.uses(op).saves:
+            if storage in self._weights:
+                self._gatherer.save(self._weights[storage])
 
     def end_recomputation(self) -> None:
         """Recomputation is left by an exception: no post-forward hooks."""
@@ -241,6 +244,7 @@ class Zero3Runtime(Runtime):
 
     def accumulated(self, parameter: Storage) -> None:
         """`reduce_ready_partitions_and_remove_grads`."""
+        self._gatherer.forget(self._weights[parameter])
         self._reducer.add(self._weights[parameter], self.job.gradients.pop(parameter))
 
     def end_backward(self) -> None:
