@@ -14,7 +14,7 @@ from simulator.graph import Storage
 from simulator.optimizers.step import OptimizerStep, Parameter
 from simulator.roles import Role
 from simulator.runtime import Job, Runtime, Turn, buffer
-from simulator.sizes import size_of
+from simulator.sizes import with_bits
 from strategies.deepspeed.partition import flat_size, partition_dim
 
 
@@ -46,7 +46,7 @@ class Bf16OptimizerRuntime(Runtime):
         for tensor in self.job.graph.parameters:
             storage = tensor.storage
             recorder.slot = storage.slot
-            size = size_of(tensor.dims, FP32.bits)
+            size = with_bits(storage.size, FP32.bits)
             self._pass("_to_copy", buffer(f"{storage.label}.fp32", size, FP32, Role.REDUCE, storage.slot))
         recorder.slot = None
         if self._last and self._flat.dtype != FP32:
