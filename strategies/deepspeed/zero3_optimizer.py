@@ -124,14 +124,12 @@ class Partitions:
         return result
 
     def _keep_norm(self, step: OptimizerStep) -> None:
-        """`_global_grad_norm`: the first stays, later ones take its place."""
-        if not self._stepped:
-            self._stepped = True
-            step.allocate("div", self._norm)
-            return
-        renewed = self._scalar("gradient norm (new)", Role.BUFFER)
-        step.allocate("div", renewed)
-        step.free([renewed])
+        """`_global_grad_norm`: the engine holds the last step's until this one returns (engine.py `_take_model_step`)."""
+        norm = self._norm if not self._stepped else self._scalar("gradient norm (new)", Role.BUFFER)
+        step.allocate("div", norm)
+        if self._stepped:
+            self._held.append(norm)
+        self._stepped = True
 
     def prepare(self, step: OptimizerStep) -> None:
         """`_prepare_fp32_grad_for_sub_group`: flattened, then cast."""
