@@ -124,7 +124,7 @@ class Partitions:
         return result
 
     def _keep_norm(self, step: OptimizerStep) -> None:
-        """`_global_grad_norm`: the engine holds the last step's until this one returns (engine.py `_take_model_step`)."""
+        """`_global_grad_norm`: the engine holds the last until the step returns (engine.py `_take_model_step`)."""
         norm = self._norm if not self._stepped else self._scalar("gradient norm (new)", Role.BUFFER)
         step.allocate("div", norm)
         if self._stepped:
