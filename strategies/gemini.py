@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import attrs
 
-from hardware.dtypes import BF16, BOOL, FP16, FP32, DType
+from hardware.dtypes import BF16, BOOL, FP16, FP32, INT32, DType
 from hardware.errors import UnsupportedError, UsageError
 from simulator.graph import COMPUTE, Op, Storage, Tensor
 from simulator.optimizers.step import OptimizerStep, Parameter
@@ -145,8 +145,8 @@ class _Chunk:
     """`cuda_shard`: weights, from reduction to the optimizer's step gradients."""
     main: Storage
     """The shard of the paired chunk."""
-    checked: tuple[Storage, ...]
-    """Temporaries of `has_inf_or_nan`, one after the other but for the first two."""
+    checked: tuple[tuple[Storage, ...], tuple[Storage, ...]]
+    """What the first check of `has_inf_or_nan` makes inside, and what the checks return, one after the other."""
 
 
 class GeminiRuntime(Runtime):
@@ -168,7 +168,8 @@ class GeminiRuntime(Runtime):
         self._chunk_of = {m.tensor.storage: chunk for chunk in self._chunks for m in chunk.members}
         self._kept = self._kept_gathered()
         self._trained = [self._parameter(*piece) for chunk in self._chunks for piece in self._pieces(chunk)]
-        job.resident = [storage for chunk in self._chunks for storage in (chunk.shard, chunk.main)]
+        overflow = Storage("overflow_counter", size_of((), INT32.bits), INT32, Role.BUFFER, persistent=True)
+        job.resident = [storage for chunk in self._chunks for storage in (chunk.shard, chunk.main)] + [overflow]
         self._gathered: list[_Chunk] = []
         """In the order of their numbers, as `get_cuda_movable_chunks` sorts them."""
         self._reduced: set[Storage] = set()
@@ -191,18 +192,20 @@ class GeminiRuntime(Runtime):
         whole = buffer(f"{label}.gathered", size, dtype, Role.GATHERED, stream=COMPUTE)
         return _Chunk(tuple(members), dim, elements, whole, shard, main, self._checked(label, elements, own))
 
-    def _checked(self, label: str, elements: int, used: int) -> tuple[Storage, ...]:
-        """What finding infinities in the rank's valid elements makes: absolute values, two comparisons, a norm."""
-        share = elements if self._keeps_gathered else elements // self._ranks
-        valid = min(max(used - self._rank * share, 0), share) if not self._keeps_gathered else used
+    def _checked(self, label: str, elements: int, used: int) -> tuple[tuple[Storage, ...], tuple[Storage, ...]]:
+        """What finding infinities (``abs() == inf`` in aten) among the rank's valid elements makes, and their norm."""
+        share = elements // self._ranks
+        valid = used if self._keeps_gathered else min(max(used - self._rank * share, 0), share)
         dim = self.job.plan.dimensions.bind("valid", valid)
-        kinds = [("abs", self.options.precision), ("eq", BOOL), ("ne", BOOL)]
-        if self.job.plan.training.clip is not None:
-            kinds.append(("float", FP32))
-        return tuple(
-            buffer(f"{label}.{name}", size_of((dim,), dtype.bits), dtype, Role.REDUCE, stream=REDUCE)
-            for name, dtype in kinds
-        )
+
+        def made(name: str, dtype: DType) -> Storage:
+            size = size_of((dim,), dtype.bits)
+            return buffer(f"{label}.{name}", size, dtype, Role.REDUCE, stream=REDUCE)
+
+        training = self.job.plan.training
+        inside = (made("abs", self.options.precision),) if training.kernel_workspace else ()
+        checks = (made("isinf", BOOL), made("isnan", BOOL))
+        return inside, (*checks, made("float", FP32)) if training.clip is not None else checks
 
     def _kept_gathered(self) -> float:
         """placement_policy.py `setup_grads_device`, which counts a chunk once for each of its weights."""
@@ -265,13 +268,13 @@ class GeminiRuntime(Runtime):
     def _reduce(self, chunk: _Chunk) -> None:
         if not self._keeps_gathered:
             self._scatter(chunk)
-        absolute, equal, *others = chunk.checked
-        self.job.allocate("abs", absolute)
-        self.job.allocate("eq", equal)
-        self.job.free(absolute, equal)
-        for storage in others:
-            self.job.allocate("check", storage)
-            self.job.free(storage)
+        inside, checks = chunk.checked
+        for storage in inside:
+            self.job.allocate("abs", storage)
+        for storage in checks:
+            self.job.allocate("has_inf_or_nan", storage)
+            self.job.free(*inside, storage)
+            inside = ()
 
     # optimizer -----------------------------------------------------------------------------------------------------
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -12,6 +14,7 @@ from hardware.dtypes import BF16, FP16
 from hardware.errors import UnsupportedError, UsageError
 from simulator import Mesh, Training, simulate
 from simulator.plan import apply, make_plan
+from simulator.reading import spec_from_class
 from simulator.report import count_parameters
 from simulator.roles import Phase, Role
 from simulator.timeline import LiveSet, moments
@@ -22,6 +25,7 @@ from strategies.gemini import MEGA, Gemini, fill, search
 from tests.strategies import model_specs, uniform_llama
 from tests.strategy.residents import persistent
 
+RECORDED = Path(__file__).parents[1] / "data" / "oracle" / "gemini.jsonl"
 #: Chunks of a few thousand elements, so that small models have several.
 SMALL = {"min_chunk_size_m": 4096 / MEGA, "search_range_m": 4096 / MEGA}
 
@@ -39,6 +43,31 @@ class TestGeminiWhole(StrategyContract):
 
 class TestGeminiCuda(StrategyContract):
     strategy = Gemini(**SMALL, placement_policy="cuda", keep_gathered_alone=True)
+
+
+def recorded():
+    """Runs of Gemini's own code, around transformers' Llama in bf16 with eager attention, on tensors of the CPU."""
+    return [json.loads(line) for line in RECORDED.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("line", recorded(), ids=lambda line: "-".join(map(str, line["config"].values())))
+def test_recorded_peaks_are_met_to_the_byte(line):
+    """Cold and steady peaks and the phase of the steady one; kernels' own temporaries cannot be recorded."""
+    config = line["config"]
+    layers = {"num_hidden_layers": config["layers"], "num_attention_heads": 8, "num_key_value_heads": 4}
+    sizes = {"hidden_size": 256, "intermediate_size": 1024, "vocab_size": 1024, "tie_word_embeddings": False}
+    workload = {"micro_batch": config["batch"], "seq_len": config["seq"], "attention": "eager"}
+    options = {k: config[k] for k in ("min_chunk_size_m", "search_range_m", "shard_param_frac") if k in config}
+    report = simulate(
+        spec_from_class("LlamaConfig", {**layers, **sizes}, "tiny"),
+        Training(**workload, keep_inputs=True, kernel_workspace=False),
+        [*([FullCheckpointing()] if config.get("ac") else []), Gemini(precision=BF16, **options)],
+        mesh=Mesh(dp_shard=config["world"]),
+        rank=config.get("rank", 0),
+    )
+    assert report.cold.nbytes == line["first_step_peak_bytes"]
+    assert report.steady.nbytes == line["peak_bytes"]
+    assert report.steady.phase.value == line["phase"]
 
 
 def plain_search(sizes, ranks, smallest, reach, interval):
