@@ -12,7 +12,7 @@ from simulator import Training, simulate
 from simulator.fold import Folder
 from simulator.lowering import lower
 from simulator.plan import make_plan
-from simulator.sizes import Dimensions, maximum, minimum, round_up, size_of, symbol
+from simulator.sizes import Dimensions, FlatSize, JoinedSize, maximum, minimum, product, round_up, size_of, symbol
 from tests.strategies import model_specs, trainings, uniform_llama
 
 NAMES = ("b", "s", "h")
@@ -42,6 +42,45 @@ def test_rounding(dims, bits, points):
     assert 0 <= 8 * size.nbytes(bindings) - bits * size.elements(bindings) < 8
     assert 0 <= size.allocated(bindings) - size.nbytes(bindings) < 512
     assert size.allocated(bindings) % 512 == 0
+
+
+members = st.lists(st.tuples(st.integers(1, 5), dims), min_size=1, max_size=4).map(tuple)
+flat_sizes = st.builds(
+    FlatSize,
+    members,
+    st.just(16),
+    st.sampled_from((1, 8, 64)),
+    st.booleans(),
+    st.sampled_from(((), ("d",), ("d", 3), (128,))),
+    st.sampled_from(((), ("d",))),
+)
+
+
+@given(st.lists(flat_sizes, min_size=1, max_size=3).map(tuple), st.lists(st.integers(1, 40), min_size=1, max_size=4))
+def test_flat_buffers_in_three_systems(parts, shards):
+    """A buffer's bytes are the same from ints, arrays and symbols; joined ones have the elements of all."""
+    fixed = {"b": 2, "s": 3, "h": 5}
+    joined = JoinedSize(parts)
+    array = np.broadcast_to(joined.allocated({**fixed, "d": np.array(shards)}), len(shards))
+    formula = sympy.sympify(joined.allocated({**fixed, "d": symbol("d")}))
+    for index, degree in enumerate(shards):
+        bindings = {**fixed, "d": degree}
+        assert joined.elements(bindings) == sum(part.elements(bindings) for part in parts)
+        assert joined.allocated(bindings) == array[index] == formula.subs({symbol("d"): degree})
+
+
+@given(flat_sizes, st.integers(1, 40))
+def test_flat_buffers_as_frameworks_lay_them_out(size, degree):
+    """Weight after weight at aligned starts (and, where asked, an aligned end), the whole padded and divided."""
+    bindings = {"b": 2, "s": 3, "h": 5, "d": degree}
+    end = 0
+    for count, own in size.members:
+        for _ in range(count):
+            end = round_up(end, size.member_multiple) + product(own, bindings)
+    if size.last_padded:
+        end = round_up(end, size.member_multiple)
+    end = round_up(end, product(size.total_multiple, bindings))
+    assert size.elements(bindings) == -(-end // product(size.shards, bindings))
 
 
 @given(st.integers(0, 10**6), st.integers(1, 10**4))
