@@ -22,7 +22,7 @@ from simulator.plan import Plan
 from simulator.roles import Role
 from simulator.runtime import Job, Runtime, Turn, buffer
 from simulator.sizes import Dim, FlatSize, JoinedSize, size_of
-from strategies.flat import Member, lay_out, rank_pieces
+from strategies.flat import Member, rank_pieces
 from strategies.options import count, flag, option, training_dtype
 from strategies.rules import refuse_second_owner, refuse_tensor_parallel
 
@@ -156,18 +156,18 @@ class MegatronRuntime(Runtime):
 
     def _assign(self, weights: Sequence[tuple[Tensor, int | None]]) -> list[list[Member]]:
         """`_compute_per_buffer_param_layout`: in the order of backward, a bucket is closed by what fills it."""
-        bindings = self.job.plan.dimensions.bindings
-        ranks = self.job.plan.mesh.dp
+        bindings, ranks = self.job.plan.dimensions.bindings, self.job.plan.mesh.dp
         limit = self.options.bucket_size or max(BUCKET_ELEMENTS, BUCKET_ELEMENTS_PER_RANK * ranks)
-        buckets: list[list[Member]] = []
-        left = list(reversed(weights))
-        while left:
-            members, _ = lay_out(left, bindings, self._alignment, 1)
-            full = next((i for i, m in enumerate(members, start=1) if m.end >= limit), len(members))
-            taken = full if self.options.overlap_grad_reduce else len(members)
-            buckets.append(members[:taken])
-            left = left[taken:]
-        return buckets
+        buckets: list[list[Member]] = [[]]
+        end = 0
+        for tensor, layer in reversed(weights):
+            start = end + -end % self._alignment
+            end = start + int(tensor.storage.size.elements(bindings))
+            buckets[-1].append(Member(tensor, layer, start, end))
+            if self.options.overlap_grad_reduce and end >= limit:
+                buckets.append([])
+                end = 0
+        return [bucket for bucket in buckets if bucket]
 
     def _buffer(self, label: str, dtype: DType, role: Role) -> Storage:
         """All buckets, one after the other."""
