@@ -196,7 +196,8 @@ class Fsdp1Runtime(UnitRuntime):
     def _whole(self, unit: Unit) -> Storage:
         """`_full_param_padded`; without sharding, `_mp_shard`, which is then as big as the flat parameter."""
         size = self._padded_size(unit, self._compute) if self._sharded else self._sharded_size(unit, self._compute)
-        return self._buffer(unit, "unsharded", size, self._compute, Role.GATHERED, UNSHARD)
+        stream = UNSHARD if self._sharded else PRE_UNSHARD
+        return self._buffer(unit, "unsharded", size, self._compute, Role.GATHERED, stream)
 
     def _low_precision(self, unit: Unit) -> Storage:
         """`_mp_shard` of a sharded handle."""
@@ -206,7 +207,19 @@ class Fsdp1Runtime(UnitRuntime):
     def _gradient(self, unit: Unit) -> Storage:
         """What is in the flat parameter's `.grad` after backward."""
         size = self._sharded_size(unit, self._final)
-        return self._buffer(unit, "gradient", size, self._final, Role.GRADIENT, POST_BACKWARD)
+        return self._buffer(unit, "gradient", size, self._final, Role.GRADIENT, self._gradient_stream())
+
+    def _gradient_stream(self) -> str:
+        """Autograd's own and what `prepare_gradient_for_optim` casts are made where everything else is computed."""
+        if self._sharded:
+            return COMPUTE if self._final != self._original else self._reduction_stream
+        return COMPUTE if self._compute == self._reduce == self._final else POST_BACKWARD
+
+    @property
+    def _reduction_stream(self) -> str:
+        """Where `_accumulate_sharded_grad` casts: after the all-reduce of hybrid sharding."""
+        cast = self._reduce != self._original and self.job.plan.mesh.dp_replicate > 1
+        return ALL_REDUCE if cast else POST_BACKWARD
 
     def _gradient_dtype(self) -> DType:
         """Of `.grad`, with ``keep_low_precision_grads`` (`prepare_gradient_for_optim`, `_reduce_grad_no_shard`)."""
@@ -325,7 +338,7 @@ class Fsdp1Runtime(UnitRuntime):
         if self._final == self._original:
             return self._gradient_of[unit]
         size = self._sharded_size(unit, self._original)
-        return self._buffer(unit, "saved_grad_shard", size, self._original, Role.GRADIENT, POST_BACKWARD)
+        return self._buffer(unit, "saved_grad_shard", size, self._original, Role.GRADIENT, self._reduction_stream)
 
     def post_backward(self, unit: Unit) -> None:
         """The flat gradient is made when backward has passed the point where forward made the views.

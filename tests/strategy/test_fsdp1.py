@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import attrs
@@ -21,6 +22,7 @@ from strategies.fsdp1 import NO_SHARD, SHARD_GRAD_OP, Fsdp1
 from studies.validation import read_cases, validate_oracle
 from tests.strategies import model_specs, uniform_llama
 from tests.strategy.residents import persistent
+from tests.strategy.test_recorded_ranks import stream_peaks
 
 RECORDED = Path(__file__).parents[1] / "data" / "oracle" / "fsdp1.jsonl"
 
@@ -56,6 +58,14 @@ def test_recorded_peaks_are_met_to_the_byte():
         assert row.phase_simulated == row.phase_expected
         if row.name.split(":")[0] in by_role:
             assert not any(row.role_errors_pct.values()), (row.name, row.role_errors_pct)
+
+
+@pytest.mark.parametrize(
+    "line", [line for line in read_cases(RECORDED) if "per_stream_peak" in line], ids=lambda line: line["name"]
+)
+def test_streams_are_exact(line):
+    """Blocks never move between streams, so reserved memory needs each stream's own peak."""
+    assert stream_peaks(line) == Counter(line["per_stream_peak"])
 
 
 @settings(max_examples=15, deadline=None)
