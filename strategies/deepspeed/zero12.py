@@ -295,13 +295,14 @@ class ZeroRuntime(Runtime):
         return [Parameter(self._master, self._gradient, ((self._partition,),))]
 
     def before_step(self, step: OptimizerStep) -> None:
-        """`step`: the norm, then the partition's gradients in one fp32 tensor."""
-        own = self._flat.own(self.job.plan.rank)
-        self._norm(step, max((member.elements for member in own), default=0))
+        """`step`: the norm, then the partition's gradients in one fp32 tensor; a single piece need not be joined."""
+        rank = self.job.plan.rank
+        pieces = self._flat.pieces(rank)
+        self._norm(step, max(pieces[: len(self._flat.own(rank))], default=0))
         copy = buffer("flat gradient", size_of((self._partition,), self._dtype.bits), self._dtype, Role.GRADIENT)
         if self._dtype == FP32:
             step.allocate("flatten", self._gradient)
-        elif len(own) > 1:
+        elif len(pieces) > 1:
             step.allocate("flatten", copy)
             step.allocate("_to_copy", self._gradient)
             step.free([copy])
@@ -312,7 +313,7 @@ class ZeroRuntime(Runtime):
 
     @staticmethod
     def _norm(step: OptimizerStep, elements: int) -> None:
-        """`get_grad_norm_direct`: each gradient in fp64, one at a time; here the largest."""
+        """`get_grad_norm_direct`: what the rank owns of each gradient in fp64, one at a time; here the largest."""
         if elements:
             copy = buffer("norm", size_of((elements,), FP64.bits), FP64, Role.OPTIMIZER)
             step.allocate("vector_norm", copy)
