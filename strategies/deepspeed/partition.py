@@ -42,7 +42,7 @@ class FlatBuffer:
         return [member for member in self.members if self.is_own(member, rank)]
 
     def pieces(self, rank: int) -> list[int]:
-        """`get_flat_partition`: the elements of each weight in the partition of `rank`, and of the padding at its end."""
+        """`get_flat_partition`: the elements of each weight in the partition of `rank`, then of padding, if any."""
         first, end = rank * self.partition, (rank + 1) * self.partition
         found = [min(end, member.end) - max(first, member.start) for member in self.own(rank)]
         padding = self.partition - sum(found)

@@ -296,9 +296,12 @@ class ZeroRuntime(Runtime):
 
     def before_step(self, step: OptimizerStep) -> None:
         """`step`: the norm, then the partition's gradients in one fp32 tensor; a single piece need not be joined."""
-        rank = self.job.plan.rank
-        pieces = self._flat.pieces(rank)
-        self._norm(step, max(pieces[: len(self._flat.own(rank))], default=0))
+        rank, held = self.job.plan.rank, [] if self._kept.partition is None else [self._kept.partition]
+        pieces, weights = self._flat.pieces(rank), len(self._flat.own(rank))
+        for elements in pieces[weights:]:
+            held.append(buffer("padding", size_of((elements,), self._dtype.bits), self._dtype, Role.GRADIENT))
+            step.allocate("zeros", held[-1])
+        self._norm(step, max(pieces[:weights], default=0))
         copy = buffer("flat gradient", size_of((self._partition,), self._dtype.bits), self._dtype, Role.GRADIENT)
         if self._dtype == FP32:
             step.allocate("flatten", self._gradient)
@@ -308,8 +311,7 @@ class ZeroRuntime(Runtime):
             step.free([copy])
         else:
             step.allocate("_to_copy", self._gradient)
-        if self._kept.partition is not None:
-            step.free([self._kept.partition])
+        step.free(held)
 
     @staticmethod
     def _norm(step: OptimizerStep, elements: int) -> None:
