@@ -292,26 +292,38 @@ class ZeroRuntime(Runtime):
 
     def trainable(self, parameters: Sequence[Parameter]) -> list[Parameter]:
         """One flat parameter: the rank's fp32 partition."""
-        return [Parameter(self._master, self._gradient, ((self._partition,),))]
+        return [Parameter(self._master, self._flat_gradient(), ((self._partition,),))]
+
+    def _flat_gradient(self) -> Storage:
+        """What the optimizer gets: a single piece in fp32 is neither joined nor cast, it stays where it is."""
+        kept = self._kept.partition
+        alone = self._dtype == FP32 and len(self._flat.pieces(self.job.plan.rank)) == 1
+        return kept if alone and kept is not None else self._gradient
 
     def before_step(self, step: OptimizerStep) -> None:
         """`step`: the norm, then the partition's gradients in one fp32 tensor; a single piece need not be joined."""
-        rank, held = self.job.plan.rank, [] if self._kept.partition is None else [self._kept.partition]
+        rank, kept = self.job.plan.rank, self._kept.partition
         pieces, weights = self._flat.pieces(rank), len(self._flat.own(rank))
+        held = [] if kept is None or kept is self._flat_gradient() else [kept]
         for elements in pieces[weights:]:
             held.append(buffer("padding", size_of((elements,), self._dtype.bits), self._dtype, Role.GRADIENT))
             step.allocate("zeros", held[-1])
         self._norm(step, max(pieces[:weights], default=0))
+        self._join(step, len(pieces))
+        step.free(held)
+
+    def _join(self, step: OptimizerStep, pieces: int) -> None:
+        """`flatten`, which returns a single piece as it is; then the cast to fp32."""
         copy = buffer("flat gradient", size_of((self._partition,), self._dtype.bits), self._dtype, Role.GRADIENT)
         if self._dtype == FP32:
-            step.allocate("flatten", self._gradient)
-        elif len(pieces) > 1:
+            if pieces > 1:
+                step.allocate("flatten", self._gradient)
+            return
+        if pieces > 1:
             step.allocate("flatten", copy)
-            step.allocate("_to_copy", self._gradient)
+        step.allocate("_to_copy", self._gradient)
+        if pieces > 1:
             step.free([copy])
-        else:
-            step.allocate("_to_copy", self._gradient)
-        step.free(held)
 
     @staticmethod
     def _norm(step: OptimizerStep, elements: int) -> None:
