@@ -22,11 +22,13 @@ from simulator.sizes import size_of
 from strategies.deepspeed.bf16_optimizer import Bf16OptimizerRuntime
 from strategies.deepspeed.partition import Arrival, Bucket, FlatBuffer, Flush, flat_size, layer_kinds, partition_dim
 from strategies.flat import Member
-from strategies.options import count, flag, option, training_dtype
+from strategies.options import count, flag, later, option, training_dtype
 from strategies.rules import refuse_second_owner
 
 #: deepspeed/runtime/zero/config.py `DeepSpeedZeroConfig`: ``reduce_bucket_size``, in elements.
 BUCKET_ELEMENTS = 500_000_000
+#: Where DeepSpeed documents offloading.
+OFFLOAD = "deepspeed/runtime/zero/offload_config.py"
 #: Optimizers that work on one flat parameter as on any other.
 OPTIMIZERS = ("adam", "adamw", "sgd")
 REDUCTION = "reduction"
@@ -44,6 +46,7 @@ class _ZeroOneTwo:
         BUCKET_ELEMENTS, count(0), "nothing where torch has all_gather_into_tensor: weights are gathered in place"
     )
     round_robin_gradients: bool = option(False, flag, "order weights so that ranks take turns in the reduction")
+    offload_optimizer: str = option("none", later("none", "cpu", "nvme"), "where optimizer state is kept", OFFLOAD)
     axis: ClassVar[str] = "dp_shard"
     stage: ClassVar[int]
     name: str = attrs.field(init=False)
