@@ -8,7 +8,7 @@ from typing import Any
 import attrs
 
 from hardware.dtypes import DType
-from hardware.errors import UsageError, unknown_name
+from hardware.errors import UnsupportedError, UsageError, unknown_name
 
 Validator = Callable[[Any, "attrs.Attribute[Any]", Any], None]
 
@@ -35,6 +35,18 @@ def choice(*names: str) -> Validator:
     def rule(_: object, attribute: attrs.Attribute[str], value: object) -> None:
         if value not in names:
             raise unknown_name(attribute.name, value, names)
+
+    return rule
+
+
+def later(modelled: str, *others: str) -> Validator:
+    """A name of which only `modelled` can be had so far; the `others` exist, too."""
+    known = choice(modelled, *others)
+
+    def rule(instance: object, attribute: attrs.Attribute[str], value: str) -> None:
+        known(instance, attribute, value)
+        if value != modelled:
+            raise UnsupportedError(f"{attribute.name!r} {value} is not modelled yet; leave it out")
 
     return rule
 

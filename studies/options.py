@@ -60,6 +60,7 @@ class TrainingOptions:
     zero_grad: str | None = None
     keep_outputs: bool = False
     torch: str | None = None
+    implementation: str | None = None
     strategy: Sequence[str] = ()
     """Each ``NAME[,option=value...]``, applied in order after checkpointing."""
     tp: int | None = None
@@ -106,6 +107,7 @@ def resolve(options: TrainingOptions, model: ModelSpec, world: int = 1) -> Resol
         clip=options.clip,
         zero_grad=chosen["zero_grad"],
         torch=_version(chosen["torch"]),
+        implementation=chosen["implementation"],
     )
     strategies = (*_strategies(chosen["checkpointing"]), *strategies)
     return Resolved(training, mesh, strategies, (*chosen.assumed(training), *assumed, *model.assumptions))
@@ -128,6 +130,7 @@ class _Chosen:
             "checkpointing": "none",
             "zero_grad": "none",
             "torch": _dotted(NEWEST_TORCH),
+            "implementation": "transformers",
         }
         self._family = model.family
 

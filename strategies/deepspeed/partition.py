@@ -41,6 +41,13 @@ class FlatBuffer:
         """The weights that touch the partition of `rank`."""
         return [member for member in self.members if self.is_own(member, rank)]
 
+    def pieces(self, rank: int) -> list[int]:
+        """`get_flat_partition`: the elements of each weight in the partition of `rank`, then of padding, if any."""
+        first, end = rank * self.partition, (rank + 1) * self.partition
+        found = [min(end, member.end) - max(first, member.start) for member in self.own(rank)]
+        padding = self.partition - sum(found)
+        return [*found, padding] if padding else found
+
     def slices(self, member: Member) -> list[tuple[int, int]]:
         """The partitions that the weight lies in, with its elements in each."""
         first, last = member.start // self.partition, (member.end - 1) // self.partition

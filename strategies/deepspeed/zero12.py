@@ -22,11 +22,13 @@ from simulator.sizes import size_of
 from strategies.deepspeed.bf16_optimizer import Bf16OptimizerRuntime
 from strategies.deepspeed.partition import Arrival, Bucket, FlatBuffer, Flush, flat_size, layer_kinds, partition_dim
 from strategies.flat import Member
-from strategies.options import count, flag, option, training_dtype
+from strategies.options import count, flag, later, option, training_dtype
 from strategies.rules import refuse_second_owner
 
 #: deepspeed/runtime/zero/config.py `DeepSpeedZeroConfig`: ``reduce_bucket_size``, in elements.
 BUCKET_ELEMENTS = 500_000_000
+#: Where DeepSpeed documents offloading.
+OFFLOAD = "deepspeed/runtime/zero/offload_config.py"
 #: Optimizers that work on one flat parameter as on any other.
 OPTIMIZERS = ("adam", "adamw", "sgd")
 REDUCTION = "reduction"
@@ -44,6 +46,7 @@ class _ZeroOneTwo:
         BUCKET_ELEMENTS, count(0), "nothing where torch has all_gather_into_tensor: weights are gathered in place"
     )
     round_robin_gradients: bool = option(False, flag, "order weights so that ranks take turns in the reduction")
+    offload_optimizer: str = option("none", later("none", "cpu", "nvme"), "where optimizer state is kept", OFFLOAD)
     axis: ClassVar[str] = "dp_shard"
     stage: ClassVar[int]
     name: str = attrs.field(init=False)
@@ -292,27 +295,42 @@ class ZeroRuntime(Runtime):
 
     def trainable(self, parameters: Sequence[Parameter]) -> list[Parameter]:
         """One flat parameter: the rank's fp32 partition."""
-        return [Parameter(self._master, self._gradient, ((self._partition,),))]
+        return [Parameter(self._master, self._flat_gradient(), ((self._partition,),))]
+
+    def _flat_gradient(self) -> Storage:
+        """What the optimizer gets: a single piece in fp32 is neither joined nor cast, it stays where it is."""
+        kept = self._kept.partition
+        alone = self._dtype == FP32 and len(self._flat.pieces(self.job.plan.rank)) == 1
+        return kept if alone and kept is not None else self._gradient
 
     def before_step(self, step: OptimizerStep) -> None:
-        """`step`: the norm, then the partition's gradients in one fp32 tensor."""
-        own = self._flat.own(self.job.plan.rank)
-        self._norm(step, max((member.elements for member in own), default=0))
+        """`step`: the norm, then the partition's gradients in one fp32 tensor; a single piece need not be joined."""
+        rank, kept = self.job.plan.rank, self._kept.partition
+        pieces, weights = self._flat.pieces(rank), len(self._flat.own(rank))
+        held = [] if kept is None or kept is self._flat_gradient() else [kept]
+        for elements in pieces[weights:]:
+            held.append(buffer("padding", size_of((elements,), self._dtype.bits), self._dtype, Role.GRADIENT))
+            step.allocate("zeros", held[-1])
+        self._norm(step, max(pieces[:weights], default=0))
+        self._join(step, len(pieces))
+        step.free(held)
+
+    def _join(self, step: OptimizerStep, pieces: int) -> None:
+        """`flatten`, which returns a single piece as it is; then the cast to fp32."""
         copy = buffer("flat gradient", size_of((self._partition,), self._dtype.bits), self._dtype, Role.GRADIENT)
         if self._dtype == FP32:
-            step.allocate("flatten", self._gradient)
-        elif len(own) > 1:
+            if pieces > 1:
+                step.allocate("flatten", self._gradient)
+            return
+        if pieces > 1:
             step.allocate("flatten", copy)
-            step.allocate("_to_copy", self._gradient)
+        step.allocate("_to_copy", self._gradient)
+        if pieces > 1:
             step.free([copy])
-        else:
-            step.allocate("_to_copy", self._gradient)
-        if self._kept.partition is not None:
-            step.free([self._kept.partition])
 
     @staticmethod
     def _norm(step: OptimizerStep, elements: int) -> None:
-        """`get_grad_norm_direct`: each gradient in fp64, one at a time; here the largest."""
+        """`get_grad_norm_direct`: what the rank owns of each gradient in fp64, one at a time; here the largest."""
         if elements:
             copy = buffer("norm", size_of((elements,), FP64.bits), FP64, Role.OPTIMIZER)
             step.allocate("vector_norm", copy)

@@ -25,8 +25,8 @@ from strategies.deepspeed.coordinator import LAYER, Coordinator, Limits, Recordi
 from strategies.deepspeed.zero3_gather import Gatherer, Gathering
 from strategies.deepspeed.zero3_optimizer import Partitions
 from strategies.deepspeed.zero3_reduce import Reducer, Reduction
-from strategies.deepspeed.zero12 import BUCKET_ELEMENTS, check
-from strategies.options import count, flag, option, training_dtype
+from strategies.deepspeed.zero12 import BUCKET_ELEMENTS, OFFLOAD, check
+from strategies.options import count, flag, later, option, training_dtype
 
 #: Streams of the coordinator's gathers and of the reduction (stage3.py).
 GATHER, REDUCE = "allgather", "reduce_and_partition"
@@ -55,6 +55,8 @@ class DeepSpeedZero3:
     zero_hpz_partition_size: int = option(1, count(1), "ranks over which a second copy is sharded for backward (hpZ)")
     zero_quantized_weights: bool = option(False, flag, "weights are gathered in int8 (qwZ)")
     zero_quantized_gradients: bool = option(False, flag, "gradients are reduced in int4 (qgZ)")
+    offload_optimizer: str = option("none", later("none", "cpu", "nvme"), "where optimizer state is kept", OFFLOAD)
+    offload_param: str = option("none", later("none", "cpu", "nvme"), "where partitions of weights are kept", OFFLOAD)
     axis: ClassVar[str] = "dp_shard"
     name: str = attrs.field(default="deepspeed_zero3", init=False)
 

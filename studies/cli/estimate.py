@@ -47,6 +47,9 @@ def command(
         bool, typer.Option("--keep-outputs", help="The outputs are held through backward.")
     ] = False,
     torch: Annotated[Text, typer.Option(help="PyTorch version whose behaviour is simulated.")] = None,
+    implementation: Annotated[
+        Text, typer.Option(help="Whose code the model is: transformers, torchtitan, plain (nn.Module) or megatron.")
+    ] = None,
     strategy: Annotated[
         list[str] | None, typer.Option(help="NAME[,option=value...] (see vramsim strategies); may be repeated.")
     ] = None,

@@ -57,7 +57,7 @@ def test_estimate_json_is_the_report(capsys):
         (["estimate", "gemma-2-2b", "--gpus", "a100-80", "--attention", "sdpa"], 2),
         (["estimate", "gemma-2-2b", "--gpus", "a100-80", "--attention", "sdpa", "--strict"], 5),
         (["estimate", "gpt2", "--gpus", "a100-80", "--task", "lora", "--strict"], 5),
-        (["estimate", "gpt2", "--gpus", "8xa100-80", "--strict"], 5),
+        (["estimate", "gpt2", "--gpus", "8xa100-80", "--pp", "2", "--strict"], 5),
         (["models"], 0),
         (["gpus", "--json"], 0),
         (["--help"], 0),
@@ -102,7 +102,7 @@ BAD = {
     "headroom": ([*SMALL, "--min-headroom", "150%"], "min-headroom"),
     "plot format": ([*SMALL, "--plot", "x.gif"], ".png"),
     "plot folder": ([*SMALL, "--plot", "/no/such/folder/x.png"], "folder"),
-    "several gpus": (["estimate", "gpt2", "--gpus", "2xa100-80"], "one device"),
+    "several gpus": (["estimate", "gpt2", "--gpus", "2xa100-80"], "fsdp2"),
     "validate nothing": (["validate", "oracle", "--cases", "/no/such/file"], "cases"),
 }
 
@@ -169,7 +169,7 @@ def test_the_plot_is_never_overwritten_unasked(capsys, tmp_path):
 
 
 def test_our_own_error_is_told_from_the_users(capsys, monkeypatch):
-    monkeypatch.setattr("studies.estimate.simulate", lambda *_: 1 / 0)
+    monkeypatch.setattr("studies.estimate.simulate", lambda *_, **__: 1 / 0)
     code, out, err = call(capsys, *SMALL)
     assert (code, out, err.count("\n")) == (1, "", 1)
     assert "ZeroDivisionError" in err
