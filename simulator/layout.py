@@ -84,13 +84,12 @@ class Layout:
 
 
 def layout_of(layers: Sequence[Hashable], reach: int = 1) -> Layout:
-    """Split a list of layers (or of whatever tells them apart) into runs, longest repetition first at each point."""
+    """Split a list of layers (or of whatever tells them apart) into runs, so that the fewest layers are built."""
     kinds = _kinds(layers)
     runs: list[Run] = []
     places: list[Place] = []
     position = 0
-    while position < len(kinds):
-        period, count = _longest(kinds, position)
+    for period, count in _cut(kinds, 2 * reach + 1):
         run = Run(position, period, count, len(places), reach)
         runs.append(run)
         places += [Place(run, turn, offset) for turn in range(run.built) for offset in range(period)]
@@ -114,21 +113,33 @@ def _kinds(layers: Sequence[Hashable]) -> list[int]:
     return [by_identity[id(layer)] for layer in layers]
 
 
-def _longest(kinds: list[int], position: int) -> tuple[int, int]:
-    """The period and count that cover most layers from `position` on; the shorter period wins a tie."""
-    best = (1, 1)
-    for period in range(1, min(LONGEST_PERIOD, (len(kinds) - position) // 2) + 1):
-        count = _repetitions(kinds, position, period)
-        if count > 1 and period * count > best[0] * best[1]:
-            best = (period, count)
-        if best[0] * best[1] == len(kinds) - position:
-            break
-    return best
+def _cut(kinds: list[int], turns: int) -> list[tuple[int, int]]:
+    """Period and count of each run; of a run at most `turns` turns are built.
+
+    From the last layer to the first: the run that leaves the fewest to build, the longer and then the one of the
+    shorter period where several do.
+    """
+    total = len(kinds)
+    if len(set(kinds)) == 1:
+        return [(1, total)]
+    counts = [_counts(kinds, period) for period in range(1, min(LONGEST_PERIOD, total) + 1)]
+    fewest = [0] * (total + 1)
+    chosen = [(1, 1)] * total
+    for position in reversed(range(total)):
+        options = [(period, count[position]) for period, count in enumerate(counts, start=1) if position < len(count)]
+        cost = {(p, n): p * min(n, turns) + fewest[position + p * n] for p, n in options if n > 1 or p == 1}
+        chosen[position] = min(cost, key=lambda run: (cost[run], -run[0] * run[1], run[0]))
+        fewest[position] = cost[chosen[position]]
+    runs, position = [], 0
+    while position < total:
+        runs.append(chosen[position])
+        position += chosen[position][0] * chosen[position][1]
+    return runs
 
 
-def _repetitions(kinds: list[int], position: int, period: int) -> int:
-    pattern = kinds[position : position + period]
-    count = 1
-    while kinds[position + count * period : position + (count + 1) * period] == pattern:
-        count += 1
-    return count
+def _counts(kinds: list[int], period: int) -> list[int]:
+    """How often the `period` layers from each position on follow one another, as far as there are so many left."""
+    equal = [0] * (len(kinds) + 1)
+    for position in reversed(range(len(kinds) - period)):
+        equal[position] = equal[position + 1] + 1 if kinds[position] == kinds[position + period] else 0
+    return [1 + equal[position] // period for position in range(len(kinds) - period + 1)]
