@@ -95,7 +95,8 @@ class Estimate:
         strategies = "".join(f", {name.replace('_', ' ')}" for name in self.report.plan.applied)
         strategies += f" on {mesh}" if mesh.world > 1 else ""
         how = f"{training.attention} attention, {training.optimizer.name} ({training.optimizer.implementation})"
-        return f"{regime}, {batch}{more}, {how}{strategies}"
+        whose = "" if training.implementation == "transformers" else f", {training.implementation}'s code"
+        return f"{regime}, {batch}{more}, {how}{whose}{strategies}"
 
     @cached_property
     def live(self) -> list[Live]:
