@@ -41,8 +41,8 @@ ALIGNMENT_BITS = 128
 class Fsdp1:
     """`FullyShardedDataParallel` over mesh axis ``dp_shard``, with its options and defaults and `MixedPrecision`'s.
 
-    ``limit_all_gathers`` is no option here: the limiter makes the host wait for events, which changes when a block
-    can be used again, not the order in which blocks are allocated and freed.
+    ``limit_all_gathers`` is taken and changes nothing: the limiter makes the host wait for events, which changes when
+    a block can be used again (active and reserved memory), not the order in which blocks are allocated and freed.
     """
 
     sharding_strategy: str = option(
@@ -59,6 +59,9 @@ class Fsdp1:
         "pre", choice("pre", "post", "none"), "gather the next unit of backward before or after this one's (or not)"
     )
     forward_prefetch: bool = option(False, flag, "gather the next unit of forward before this one runs")
+    limit_all_gathers: bool = option(
+        True, flag, "nothing in allocated memory: bounds the gathers in flight whose blocks cannot be used again yet"
+    )
     use_orig_params: bool = option(False, flag, "the optimizer sees each weight's part of the shard, not the shard")
     wrap: str = option("layer", choice("root", "layer"), "modules that are wrapped besides the model")
     sync: str = option("every", choice("every", "last"), "micro-batches whose gradients are reduced (`no_sync`)")

@@ -35,6 +35,9 @@ class TensorParallel:
     axis: ClassVar[str] = AXIS
     sequence_parallel: bool = option(False, flag, "shard norms and residuals along the sequence")
     loss_parallel: bool = option(False, flag, "compute the loss on logits sharded along the vocabulary")
+    async_tp: bool = option(
+        False, flag, "overlap matmuls with their collectives", "torchtitan/distributed/tensor_parallel.py"
+    )
     name: str = attrs.field(default="tensor_parallel", init=False)
 
     def __call__(self, plan: Plan) -> Plan:
@@ -43,6 +46,10 @@ class TensorParallel:
         Raises:
             UnsupportedError: what is not modelled, or a model that the degree does not divide.
         """
+        if self.async_tp:
+            raise UnsupportedError(
+                "'async_tp' true is not modelled yet (it needs torch.compile and symmetric memory); leave it out"
+            )
         if plan.mesh.tp == 1:
             return plan
         self._check(plan)

@@ -9,7 +9,7 @@ from pathlib import Path
 import attrs
 import pytest
 
-from hardware.dtypes import BF16, FP32
+from hardware.dtypes import BF16, FP16, FP32
 from simulator import Mesh, Training, simulate
 from simulator.plan import Plan
 from strategies import strategies
@@ -30,6 +30,20 @@ class EveryOther:
 
     def __call__(self, plan: Plan) -> Plan:
         return attrs.evolve(plan, recomputed=frozenset(range(0, len(plan.model.layers), 2)))
+
+
+@pytest.mark.parametrize("name", [n for n in strategies.names() if n not in ("full_checkpointing", "loopback")])
+def test_checkpointing_commutes_with(name):
+    """What is recomputed and who holds the weights do not depend on which was said first."""
+    made = strategies.get(name)()
+    rest = (Ddp(),) if name == "zero_redundancy" else ()
+    mesh = Mesh(**{made.axis: 2})
+    training = Training(micro_batch=2, seq_len=64, weights=FP16 if name == "gemini" else BF16)
+    orders = ((FullCheckpointing(), *rest, made), (*rest, made, FullCheckpointing()))
+    one, other = (simulate(uniform_llama(5), training, order, mesh=mesh) for order in orders)
+    assert one.cold.by_role == other.cold.by_role
+    assert one.steady.by_role == other.steady.by_role
+    assert set(one.plan.assumptions) == set(other.plan.assumptions)
 
 
 class TestFullCheckpointing(StrategyContract):

@@ -316,6 +316,7 @@ def test_saved_by_a_sequence_parallel_layer():
     [
         (Mesh(tp=3), [TensorParallel()], Training(), "'tp' must divide the model's heads: 4 / 3; use 2"),
         (Mesh(tp=2), [TensorParallel(sequence_parallel=True)], Training(), "needs implementation torchtitan"),
+        (Mesh(tp=2), [TensorParallel(async_tp=True)], Training(), "'async_tp' true is not modelled yet"),
         (Mesh(tp=2), [TensorParallel(), TensorParallel()], Training(), "must come before"),
         (Mesh(tp=2), [TensorParallel()], Training(optimizer=Optimizer(name="adafactor")), "optimizer adafactor"),
         (Mesh(tp=2), [TensorParallel()], Training(optimizer=Optimizer(name="sgd", momentum=0.9)), "'momentum'"),
