@@ -96,8 +96,8 @@ class Op:
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...] = ()
     backward: BackwardRule | None = None
-    saved_outputs: bool = False
-    """Whether autograd keeps one of its outputs (packed after the kernel ran, not before)."""
+    saves_late: bool = False
+    """Whether what it saves is packed after the kernel ran, not before: an output, or by a function in Python."""
     attributes: dict[str, Any] = attrs.field(factory=dict)
 
 

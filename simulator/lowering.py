@@ -40,10 +40,11 @@ class _Lowering:
         self.job = Job(plan)
         self.runtimes = [hooks.start(self.job) for hooks in plan.hooks]
         self._cold_differs = any(runtime.cold_differs for runtime in self.runtimes)
+        self._second_differs = any(runtime.second_differs for runtime in self.runtimes)
         self._first_differs = any(runtime.first_differs for runtime in self.runtimes)
         self._last_differs = any(runtime.last_differs for runtime in self.runtimes)
         self._micro_batch = MicroBatch(self.job, self.runtimes)
-        self._forwards: dict[tuple[bool, bool], tuple[Node, AfterForward]] = {}
+        self._forwards: dict[tuple[bool, ...], tuple[Node, AfterForward]] = {}
         self._turns: dict[tuple[bool, ...], Node] = {}
         self._states: dict[tuple[Storage, str], Storage] = {}
 
@@ -58,14 +59,16 @@ class _Lowering:
         return [Step(f"load {s.label}", Phase.LOAD, "", s.slot, [s]) for s in (*self.job.resident, *kept)]
 
     def _step(self, *, cold: bool) -> Node:
-        """First micro-batch, those like each other after it, and the last where it differs; then the optimizer."""
+        """First micro-batch, the second and the last where they differ, those between them; then the optimizer."""
         count = self.training.gradient_accumulation
         parts = [self._turn(Turn(cold, first=True, last=count == 1))]
-        if count > 1 and not self._last_differs:
-            parts.append(Repeat(count - 1, self._turn(Turn(cold, first=False, last=False))))
-        elif count > 1:
-            if count > 2:
-                parts.append(Repeat(count - 2, self._turn(Turn(cold, first=False, last=False))))
+        if count > 1 and cold and self._second_differs:
+            parts.append(self._turn(Turn(cold, first=False, last=count == 2, second=True)))
+        left = count - len(parts)
+        alike = left - 1 if self._last_differs else left
+        if alike > 0:
+            parts.append(Repeat(alike, self._turn(Turn(cold, first=False, last=False))))
+        if left > 0 and self._last_differs:
             parts.append(self._turn(Turn(cold, first=False, last=True)))
         return Seq((*parts, *self._optimizer()))
 
@@ -84,9 +87,10 @@ class _Lowering:
             self._turns[key] = Seq((forward, self.builder.tree(self._micro_batch.backward(turn, after))))
         return self._turns[key]
 
-    def _forward_key(self, turn: Turn) -> tuple[bool, bool]:
-        """What tells forwards apart: the first of all, and the first of a step."""
-        return turn.cold and turn.first and self._cold_differs, turn.first and self._first_differs
+    def _forward_key(self, turn: Turn) -> tuple[bool, bool, bool]:
+        """What tells forwards apart: the first and second of all, and the first of a step."""
+        second = turn.cold and turn.second and self._second_differs
+        return turn.cold and turn.first and self._cold_differs, second, turn.first and self._first_differs
 
     def _forward(self, turn: Turn) -> tuple[Node, AfterForward]:
         key = self._forward_key(turn)

@@ -229,7 +229,7 @@ class MicroBatch:
 
 def _until_last_save(ops: list[Op], last: Op) -> list[Op]:
     """Recomputation stops at the last saved tensor: before its op if it is an input, after it if an output."""
-    return ops[: ops.index(last) + (1 if last.saved_outputs else 0)]
+    return ops[: ops.index(last) + (1 if last.saves_late else 0)]
 
 
 def _copy(storage: Storage) -> Storage:

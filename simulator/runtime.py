@@ -34,6 +34,8 @@ class Turn:
     """Whether it is the first micro-batch of its step."""
     last: bool
     """Whether it is the last of its step, after which gradients must be ready."""
+    second: bool = False
+    """Whether it is the second of its step."""
 
 
 class Job:
@@ -89,6 +91,8 @@ class Runtime:
 
     cold_differs = False
     """Whether the first micro-batch of all runs otherwise than those that begin later steps."""
+    second_differs = False
+    """Whether the second micro-batch of all runs otherwise than those after it."""
     first_differs = False
     """Whether the forward of a step's first micro-batch runs otherwise than those after it."""
     last_differs = False

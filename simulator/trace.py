@@ -250,7 +250,7 @@ class Trace:
                 edges.add_edge(op, tensor.storage)
         for tensor in saves if differentiable else ():
             edges.add_edge(tensor.storage, op, saves=True)
-            op.saved_outputs |= any(tensor is output for output in outputs)
+            op.saves_late |= any(tensor is output for output in outputs)
         return op.outputs
 
     def squeezed(self, shape: Shape) -> Shape:

@@ -36,10 +36,14 @@ def linear(t: Trace, x: Tensor, weight: Tensor, bias: Tensor | None = None, out:
 
 
 def _linear_function(t: Trace, x: Tensor, weight: Tensor, bias: Tensor | None, out: Axis) -> Tensor:
-    """`LinearFunctionForZeroStage3` (deepspeed/runtime/zero/linear.py): one node, a bias added in place."""
+    """`LinearFunctionForZeroStage3` (deepspeed/runtime/zero/linear.py): one node, a bias added in place.
+
+    ``save_for_backward`` takes the bias, too, and packs when its forward has returned.
+    """
     result = t.fresh("mm.default", (*x.shape[:-1], out), x.dtype)
     inputs = [x, weight] if bias is None else [x, weight, bias]
-    t.emit("mm.default", inputs, [result], saves=[x, weight], backward=_linear_function_backward)
+    t.emit("mm.default", inputs, [result], saves=inputs, backward=_linear_function_backward)
+    t.graph.ops[-1].saves_late = True
     return result
 
 

@@ -99,6 +99,11 @@ class Recording:
     """The modules in the order in which the first micro-batch fetched them (`record_module`)."""
 
     modules: list[tuple[Step, ...]] = attrs.field(factory=list)
+    kept: dict[tuple[tuple[Step, ...], int], frozenset[Weight]] = attrs.field(factory=dict)
+    """By module and step, the weights that stay: decided in the first micro-batch after, and never again.
+
+    `__params_to_release` has an ``lru_cache`` over these two, although what it finds depends on what was prefetched.
+    """
 
 
 @attrs.frozen(eq=False)
@@ -223,7 +228,7 @@ class Coordinator:
         weights = self._modules.get(module, ())
         if not weights:
             return
-        kept = self._kept(weights) if self._trace is not None else set()
+        kept = self._decided(module, weights) if self._trace is not None else frozenset()
         for weight in weights:
             self._active.get(weight, set()).discard(module)
             if weight not in kept:
@@ -234,6 +239,13 @@ class Coordinator:
             memory.release(weight)
             del self._state[weight]
             self._available -= weight.elements
+
+    def _decided(self, module: tuple[Step, ...], weights: Sequence[Weight]) -> frozenset[Weight]:
+        """The weights that stay, as they were found when this module was left at this step for the first time."""
+        key = module, self._step
+        if key not in self._recording.kept:
+            self._recording.kept[key] = frozenset(self._kept(weights))
+        return self._recording.kept[key]
 
     def _kept(self, weights: Sequence[Weight]) -> set[Weight]:
         """The others of `__params_to_release`: persistent, skipped by prefetch, or used within the reuse distance."""

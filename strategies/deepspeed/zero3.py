@@ -129,7 +129,8 @@ class Zero3Runtime(Runtime):
         self._reducer = Reducer(job, options.reduction(accumulates, reduce), order)
         self._partitions = Partitions(job, list(order), options.sub_group_size, accumulates)
         self._keep()
-        self._records = self._stepped = False
+        self.second_differs = bool(self._regathered)
+        self._records = self._settles = self._stepped = False
 
     # set-up --------------------------------------------------------------------------------------------------------
 
@@ -181,14 +182,17 @@ class Zero3Runtime(Runtime):
     # modules -------------------------------------------------------------------------------------------------------
 
     def begin_forward(self, turn: Turn) -> None:
-        """`reset_step`: the first micro-batch has no trace of modules yet, and gathers nothing ahead."""
+        """`reset_step`: the first micro-batch has no trace of modules yet, and gathers nothing ahead.
+
+        The second gathers what persists as it meets it, unless the first step has ended; those after it have it.
+        """
         first = turn.cold and turn.first
         if turn.first and not turn.cold:
             self._gatherer.seconds.clear()
         if first:
             self._recording.modules.clear()
         self._coordinator = Coordinator(self._modules, self._recording, self._limits, complete=not first)
-        if not first:
+        if not first and not (turn.cold and turn.second):
             for weight, storage in zip(self._persistent, self._regathered, strict=False):
                 self._coordinator.hold(weight)
                 self._gatherer.hold(weight, storage)
@@ -217,7 +221,7 @@ class Zero3Runtime(Runtime):
     def begin_backward(self, turn: Turn) -> None:
         """The model's output has its gradient."""
         self._after = self._route.last
-        self._records = turn.cold and turn.first
+        self._records, self._settles = turn.cold and turn.first, turn.cold and turn.second
         self._walk = Walk()
         self._enter_model()
 
@@ -252,13 +256,12 @@ class Zero3Runtime(Runtime):
     def end_backward(self) -> None:
         """`independent_gradient_partition_epilogue`, `release_backward_leftovers`.
 
-        Weights that persist are so from the first step's end on, or from its second micro-batch on: that one gathers
-        them as it meets them, and is taken to have them from its beginning, as those after it do.
+        What the second micro-batch has gathered of what persists is from here on one storage for each.
         """
         self._go(self._walk, ())
         self._reducer.flush()
-        self._coordinator.release_all(self._gatherer, persistent=self._records)
-        if self._records and self._regathered and self.job.plan.training.gradient_accumulation > 1:
+        self._coordinator.release_all(self._gatherer, persistent=self._records or self._settles)
+        if self._settles:
             self.job.allocate("all_gather", *self._regathered)
 
     # optimizer -----------------------------------------------------------------------------------------------------
