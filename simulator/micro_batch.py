@@ -25,6 +25,7 @@ class Region:
     ops: list[Op]
     arguments: list[Storage]
     first_saver: Op
+    last_saver: Op
     recomputed: dict[Storage, Storage] | None = None
 
 
@@ -170,7 +171,7 @@ class MicroBatch:
         slot = ops[0].slot
         assert slot is not None
         savers = [op for op in ops if self._use[op].saves]
-        return Region(_until_last_save(ops, savers[-1]), self.graph.arguments[slot], savers[0])
+        return Region(_until_last_save(ops, savers[-1]), self.graph.arguments[slot], savers[0], savers[-1])
 
     def _saved(self, op: Op) -> tuple[list[Storage], list[Storage]]:
         """What `op` saved, to be released when its backward node has ended, or as soon as its function returns."""
@@ -189,24 +190,38 @@ class MicroBatch:
         module, slot = recorder.module, recorder.slot
         recorder.phase = Phase.RECOMPUTE
         copies = {s: _copy(s) for op in region.ops for s in self.graph.births(op)}
-        region.recomputed = copies
+        region.recomputed = places = copies.copy()
         uses, leftover = self._recompute_uses(region, copies)
         for op in region.ops:
-            for runtime in self._runtimes:
-                runtime.before_recomputed(op)
-            for storage in self._use[op].saves:
-                if storage not in copies:
-                    recorder.retain(storage)
+            self._save_again(op, places, copies)
             self._run(op, [copies[s] for s in self.graph.births(op)], uses, set())
             for storage in (*self._use[op].reads, *self._use[op].holds):
                 if storage in copies:
                     recorder.release(copies[storage])
+        if region.last_saver not in region.ops:
+            self._save_again(region.last_saver, places, copies)
         for storage in leftover:
             recorder.release(storage)
         for runtime in self._runtimes:
             runtime.end_recomputation()
         recorder.phase = Phase.BACKWARD
         recorder.module, recorder.slot = module, slot
+
+    def _save_again(self, op: Op, places: dict[Storage, Storage], copies: Mapping[Storage, Storage]) -> None:
+        """Hold what `op` saves of what is not recomputed: of a weight, what it consists of at this moment.
+
+        The pack hook detaches each tensor (torch/utils/checkpoint.py `_recomputation_hook`), so that a framework that
+        lets go of a gathered weight after its module frees nothing. Otherwise autograd keeps the parameter itself,
+        whose memory is exchanged.
+        """
+        self.recorder.module, self.recorder.slot = op.module, op.slot
+        for runtime in self._runtimes:
+            runtime.before_recomputed(op)
+        for storage in self._use[op].saves:
+            if storage not in copies:
+                place = next((p for runtime in self._runtimes if (p := runtime.place_of(storage))), storage)
+                places[storage] = place
+                self.recorder.retain(place)
 
     def _recompute_uses(
         self, region: Region, copies: dict[Storage, Storage]

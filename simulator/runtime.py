@@ -129,7 +129,11 @@ class Runtime:
         """The backward of `op` is about to run; the gradients of its outputs are there."""
 
     def before_recomputed(self, op: Op) -> None:
-        """`op` of a checkpointed layer is about to run again, in backward."""
+        """`op` of a checkpointed layer is about to run again, in backward; the last one only as far as it saves."""
+
+    def place_of(self, weight: Storage) -> Storage | None:
+        """What holds `weight` now, if that is not the weight itself: a recomputed op may save it."""
+        return None
 
     def end_recomputation(self) -> None:
         """The last saved tensor of the layer is there: modules that were being run are not left in order."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from itertools import takewhile
 from typing import ClassVar, Self
 
 import attrs
@@ -234,15 +233,21 @@ class Zero3Runtime(Runtime):
         self._after = self._route.index(op)
 
     def before_recomputed(self, op: Op) -> None:
-        """Pre- and post-forward hooks of the modules in the layer, which is entered again; they fetch and release."""
+        """Pre- and post-forward hooks of the modules in the layer; they fetch and release.
+
+        Not the layer's own: what is checkpointed is its ``forward`` (transformers/modeling_layers.py
+        `forward_with_checkpointing`).
+        """
         if self._recomputing is None:
+            layer = [name for name, _ in self._walk.stack].index(LAYER)
             self._recomputing = Walk()
-            self._recomputing.stack = list(takewhile(lambda step: step[0] != LAYER, self._walk.stack))
+            self._recomputing.stack = self._walk.stack[: layer + 1]
         for path in self._route.recomputed(op):
             self._go(self._recomputing, path)
-        for storage in self.job.graph.uses(op).saves:
-            if storage in self._weights:
-                self._gatherer.save(self._weights[storage])
+
+    def place_of(self, weight: Storage) -> Storage | None:
+        """The gathered weight, which outlives its release until the op that saves it has run backward."""
+        return self._gatherer.save(self._weights[weight]) if weight in self._weights else None
 
     def end_recomputation(self) -> None:
         """Recomputation is left by an exception: no post-forward hooks."""
@@ -250,7 +255,6 @@ class Zero3Runtime(Runtime):
 
     def accumulated(self, parameter: Storage) -> None:
         """`reduce_ready_partitions_and_remove_grads`."""
-        self._gatherer.forget(self._weights[parameter])
         self._reducer.add(self._weights[parameter], self.job.gradients.pop(parameter))
 
     def end_backward(self) -> None:

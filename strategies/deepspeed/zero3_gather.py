@@ -75,7 +75,7 @@ class Gatherer:
         self._handles: dict[Weight, _Handle] = {}
         self._gathered: dict[Weight, Storage] = {}
         self._saved: dict[Weight, Storage] = {}
-        """Gathered weights that a recomputed layer has saved: they outlive their release."""
+        """Gathered weights that a recomputed layer has saved: they may outlive their release."""
         self._second = {weight: self._secondary(weight) for weight in weights} if options.secondary > 1 else {}
         self.seconds: set[Weight] = set(self._second)
         """Weights that have a secondary partition: all from the beginning, until the first optimizer step."""
@@ -98,7 +98,9 @@ class Gatherer:
         """A gathered weight: as all partitions are (`_aligned_size`), or as it is itself."""
         size = self._flat_size([weight], self._dtype) if padded else size_of(weight.dims, self._dtype.bits)
         slot = weight.storage.slot
-        label = f"{weight.storage.label}.{label}{' (again)' if weight in self._saved else ''}"
+        saved = self._saved.get(weight)
+        again = " (again)" if saved is not None and self.job.recorder.references(saved) else ""
+        label = f"{weight.storage.label}.{label}{again}"
         return buffer(label, size, self._dtype, Role.GATHERED, slot, self.options.stream)
 
     def _flat_size(self, weights: Sequence[Weight], dtype: DType, *, shard: bool = False) -> FlatSize:
@@ -208,22 +210,13 @@ class Gatherer:
         if self._ranks > 1:
             self.job.free(self._gathered.pop(weight))
 
-    def save(self, weight: Weight) -> None:
-        """An op that is recomputed saves a weight: checkpointing keeps a detached view of it, and so its memory.
-
-        Source: torch/utils/checkpoint.py `_recomputation_hook.pack_hook`. Otherwise autograd keeps the parameter
-        itself, whose memory is exchanged.
-        """
+    def save(self, weight: Weight) -> Storage | None:
+        """Where a weight is that recomputation saves, if it was gathered in this micro-batch."""
         gathered = self._gathered.get(weight)
-        if gathered is not None and self.job.recorder.references(gathered):
-            self.job.recorder.retain(gathered)
-            self._saved[weight] = gathered
-
-    def forget(self, weight: Weight) -> None:
-        """The op's backward has run."""
-        saved = self._saved.pop(weight, None)
-        if saved is not None:
-            self.job.recorder.release(saved)
+        if gathered is None or not self.job.recorder.references(gathered):
+            return None
+        self._saved[weight] = gathered
+        return gathered
 
     def secondaries(self, weights: Iterable[Weight]) -> list[Storage]:
         """The secondary partitions of `weights`; none without hpZ."""
