@@ -99,6 +99,8 @@ class Recording:
     """The modules in the order in which the first micro-batch fetched them (`record_module`)."""
 
     modules: list[tuple[Step, ...]] = attrs.field(factory=list)
+    left: dict[Weight, Storage] = attrs.field(factory=dict)
+    """What that micro-batch leaves gathered: weights that persist of modules that no hook leaves in backward."""
     kept: dict[tuple[tuple[Step, ...], int], frozenset[Weight]] = attrs.field(factory=dict)
     """By module and step, the weights that stay: decided in the first micro-batch after, and never again.
 

@@ -111,6 +111,7 @@ class Zero3Runtime(Runtime):
         self._route = Route(job.graph)
         self._after = self._route.last
         self._modules = self._find_modules()
+        self._never_left = self._without_input_gradient()
         self._recording = Recording()
         self._recomputing: Walk | None = None
         self._limits = Limits(
@@ -129,7 +130,7 @@ class Zero3Runtime(Runtime):
         self._partitions = Partitions(job, list(order), options.sub_group_size, accumulates)
         self._keep()
         self.second_differs = bool(self._regathered)
-        self._records = self._settles = self._stepped = False
+        self._backward = self._records = self._settles = self._stops = self._stepped = False
 
     # set-up --------------------------------------------------------------------------------------------------------
 
@@ -157,6 +158,15 @@ class Zero3Runtime(Runtime):
                     owned.setdefault(tuple(walk.stack), set()).add(self._weights[tensor.storage])
         ids = {weight: index for index, weight in enumerate(self._weights.values())}
         return {path: tuple(sorted(weights, key=ids.__getitem__)) for path, weights in owned.items()}
+
+    def _without_input_gradient(self) -> set[tuple[Step, ...]]:
+        """Modules, such as embeddings, whose inputs need no gradient: no post-backward hook tells their end."""
+        walk, found = Walk(), set(self._modules)
+        for op in self.job.graph.ops:
+            walk.go(path_of(op))
+            if any(tensor.requires_grad and not tensor.is_parameter for tensor in op.inputs):
+                found.discard(tuple(walk.stack))
+        return found
 
     def _keep(self) -> None:
         """`_setup_for_real_optimizer`: partitions, the bucket in full; hpZ's first secondary partitions."""
@@ -191,8 +201,9 @@ class Zero3Runtime(Runtime):
         if first:
             self._recording.modules.clear()
         self._coordinator = Coordinator(self._modules, self._recording, self._limits, complete=not first)
-        if not first and not (turn.cold and turn.second):
-            for weight, storage in zip(self._persistent, self._regathered, strict=False):
+        if not first:
+            later = dict(zip(self._persistent, self._regathered, strict=False))
+            for weight, storage in (self._recording.left if turn.cold and turn.second else later).items():
                 self._coordinator.hold(weight)
                 self._gatherer.hold(weight, storage)
         self._enter_model()
@@ -209,7 +220,8 @@ class Zero3Runtime(Runtime):
     def _go(self, walk: Walk, path: Sequence[Step]) -> None:
         left, entered = walk.go(path)
         for module in left:
-            self._coordinator.release(module, self._gatherer)
+            if not (self._backward and walk is self._walk and module in self._never_left):
+                self._coordinator.release(module, self._gatherer)
         for module in entered:
             self._coordinator.fetch(module, self._gatherer)
 
@@ -220,7 +232,9 @@ class Zero3Runtime(Runtime):
     def begin_backward(self, turn: Turn) -> None:
         """The model's output has its gradient."""
         self._after = self._route.last
-        self._records, self._settles = turn.cold and turn.first, turn.cold and turn.second
+        self._backward = True
+        self._records, self._settles = turn.cold and turn.first and not turn.last, turn.cold and turn.second
+        self._stops = turn.cold and turn.first and turn.last
         self._walk = Walk()
         self._enter_model()
 
@@ -264,7 +278,9 @@ class Zero3Runtime(Runtime):
         """
         self._go(self._walk, ())
         self._reducer.flush()
-        self._coordinator.release_all(self._gatherer, persistent=self._records or self._settles)
+        self._coordinator.release_all(self._gatherer, persistent=self._settles or self._stops)
+        if self._records:
+            self._recording.left = self._gatherer.holding(self._persistent)
         if self._settles:
             self.job.allocate("all_gather", *self._regathered)
 

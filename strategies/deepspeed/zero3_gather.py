@@ -88,6 +88,10 @@ class Gatherer:
         other._gathered, other._saved = self._gathered.copy(), self._saved.copy()
         return other
 
+    def holding(self, weights: Iterable[Weight]) -> dict[Weight, Storage]:
+        """Those of `weights` that are gathered, and where."""
+        return {weight: self._gathered[weight] for weight in weights if weight in self._gathered}
+
     def hold(self, weight: Weight, storage: Storage) -> None:
         """A weight that is gathered from the beginning."""
         self._gathered[weight] = storage
