@@ -1,4 +1,4 @@
-"""ZeRO-1, ZeRO-2 and BF16_Optimizer phase by phase: drawn at random, run by DeepSpeed, and met to the byte.
+"""The ZeRO stages and BF16_Optimizer phase by phase: drawn at random, run by DeepSpeed, and met to the byte.
 
 Recorded on CPU tensors (so eager attention), on one rank of many. Storages of one element are left out of both: loss,
 norms, scales and counters, some of which a GPU has on the host.
@@ -17,6 +17,7 @@ from simulator.reading import spec_from_class
 from simulator.timeline import moments
 from strategies.checkpointing import FullCheckpointing
 from strategies.deepspeed.partition import FlatBuffer
+from strategies.deepspeed.zero3 import DeepSpeedZero3
 from strategies.deepspeed.zero12 import DeepSpeedZero1, DeepSpeedZero2
 from tests.strategies import uniform_llama
 
@@ -60,7 +61,7 @@ def recorded_report(config):
     options = dict(config["zero"])
     if config.get("grad_accum_dtype"):
         options["grad_accum_dtype"] = FP32
-    stage = {1: DeepSpeedZero1, 2: DeepSpeedZero2}[config["stage"]](**options)
+    stage = {1: DeepSpeedZero1, 2: DeepSpeedZero2, 3: DeepSpeedZero3}[config["stage"]](**options)
     strategies = [*([FullCheckpointing()] if config["ac"] else []), stage]
     return simulate(
         recorded_model(config), training, strategies, mesh=Mesh(dp_shard=config["world"]), rank=config["rank"]
