@@ -62,6 +62,7 @@ class MicroBatch:
         self._runtimes = [runtime.fork() for runtime in self._initial]
         self.recorder = self._job.recorder = Recorder()
         self._begin()
+        self.recorder.phase = Phase.FORWARD
         for runtime in self._runtimes:
             runtime.begin_forward(turn)
         self._forward()
@@ -79,6 +80,7 @@ class MicroBatch:
         for region in self._region_of.values():
             region.recomputed = None
         self._runtimes = [runtime.fork() for runtime in after.runtimes]
+        self.recorder.phase = Phase.BACKWARD
         for runtime in self._runtimes:
             runtime.begin_backward(turn)
         self._autograd(self._runtimes).run()
@@ -109,7 +111,6 @@ class MicroBatch:
 
     def _forward(self) -> None:
         recorder = self.recorder
-        recorder.phase = Phase.FORWARD
         graph = self.graph
         held = {t.storage for t in (*graph.outputs, *graph.held)} | {graph.loss.storage if graph.loss else None}
         entered: set[int] = set()

@@ -37,6 +37,10 @@ class DeepSpeedZero3:
 
     Every layer is built (`Plan.unrolled`): what the coordinator gathers ahead and releases differs from layer to
     layer. For 80 layers that takes seconds, where strategies with periodic decisions take a tenth of one.
+
+    Not modelled: while a weight's gradient is reduced, that of its module's input waits in `PostBackwardFunctionModule`
+    before it is added to the one of a sibling (gate and up, or query, key and value). Where that reduction is the peak
+    it is one layer's input too low.
     """
 
     reduce_bucket_size: int = option(BUCKET_ELEMENTS, count(1), "gradients that are reduced at once; a bucket's size")
