@@ -74,10 +74,14 @@ def _rotate_half(t: Trace, x: Tensor) -> Tensor:
 
 
 def repeat_kv(t: Trace, x: Tensor, heads: tuple[Dim, ...]) -> Tensor:
-    """`repeat_kv`: copies keys or values for every query head of their group; nothing without groups."""
+    """`repeat_kv`: keys or values for every query head of their group; nothing without groups.
+
+    ``expand`` then ``reshape``: several heads have to be copied, a single one remains a view of stride 0.
+    """
+    shape = (x.shape[0], heads, *x.shape[2:])
     if x.shape[1] == heads:
         return x
-    return ops.clone(t, x, (x.shape[0], heads, *x.shape[2:]))
+    return ops.clone(t, x, shape) if x.shape[1] else ops.expand(t, x, shape)
 
 
 def eager_attention(

@@ -44,6 +44,7 @@ from simulator.ops.normalisation import rms_norm as rms_norm
 from simulator.ops.shape import cat as cat
 from simulator.ops.shape import clone as clone
 from simulator.ops.shape import contiguous as contiguous
+from simulator.ops.shape import expand as expand
 from simulator.ops.shape import narrow as narrow
 from simulator.ops.shape import reshape as reshape
 from simulator.ops.shape import slices as slices

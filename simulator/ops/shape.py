@@ -79,6 +79,14 @@ def _clone_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients
     return list(gradients)
 
 
+def expand(t: Trace, x: Tensor, shape: Shape) -> Tensor:
+    """``x.expand`` over the one dimension that `x` lacks: a view in which it has stride 0, outside all others."""
+    new = tuple(d for d in flat(t.squeezed(shape)) if d not in x.memory)
+    out = t.view(x, shape, (*new, *x.memory))
+    out.dense = False
+    return t.emit("expand.default", [x], [out], backward=_clone_backward)[0]
+
+
 def contiguous(t: Trace, x: Tensor) -> Tensor:
     """``x.contiguous()``: `x` itself when it is."""
     return x if x.contiguous else clone(t, x)
