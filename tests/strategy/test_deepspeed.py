@@ -57,17 +57,6 @@ class TestZero2(StrategyContract):
     axis = "dp_shard"
 
 
-class TestZero3(StrategyContract):
-    strategy = DeepSpeedZero3(reduce_bucket_size=3000, stage3_max_live_parameters=9000, stage3_max_reuse_distance=0)
-    mesh = Mesh(dp_shard=4)
-    axis = "dp_shard"
-
-
-class TestZero3PlusPlus(StrategyContract):
-    strategy = DeepSpeedZero3(zero_hpz_partition_size=2, zero_quantized_weights=True)
-    mesh = Mesh(dp_shard=4)
-
-
 def recorded_model(config):
     heads, width = config["heads"], config["f"]
     if config["gpt2"]:
