@@ -48,7 +48,12 @@ _flag = instance_of(bool)
 
 
 @attrs.frozen
-class AttentionSpec:
+class TokenMixerSpec:
+    """What lets the tokens of one layer see each other: attention, a state space model, a linear recurrence."""
+
+
+@attrs.frozen
+class AttentionSpec(TokenMixerSpec):
     """Multi-head, grouped-query or multi-query attention of one layer."""
 
     heads: int = attrs.field(validator=_count(LARGEST_HEADS))
@@ -85,10 +90,30 @@ class FeedForwardSpec:
 
 @attrs.frozen
 class LayerSpec:
-    """One transformer layer."""
+    """One layer: a token mixer, a channel mixer, or both (hybrids have layers of one of them)."""
 
-    attention: AttentionSpec
-    feed_forward: FeedForwardSpec
+    token_mixer: TokenMixerSpec | None
+    channel_mixer: FeedForwardSpec | None
+
+    @property
+    def attention(self) -> AttentionSpec:
+        """The token mixer of a layer that is known to have attention."""
+        assert isinstance(self.token_mixer, AttentionSpec)
+        return self.token_mixer
+
+    @property
+    def feed_forward(self) -> FeedForwardSpec:
+        """The channel mixer of a layer that is known to have one."""
+        assert self.channel_mixer is not None
+        return self.channel_mixer
+
+
+@attrs.frozen
+class Part:
+    """A part of a checkpoint whose parameters are counted but not simulated (a vision tower)."""
+
+    name: str
+    parameters: int = attrs.field(validator=instance_of(int))
 
 
 @attrs.frozen
@@ -106,6 +131,8 @@ class ModelSpec:
     residual_dropout: float = attrs.field(default=0.0, validator=_rate)
     final_softcap: float | None = attrs.field(default=None, validator=_softcap)
     """Soft cap on the logits (Gemma 2)."""
+    parts: tuple[Part, ...] = ()
+    """What the checkpoint holds beside the simulated decoder."""
     assumptions: tuple[str, ...] = ()
     """One line for each value that the config did not give and a class default filled in."""
 

@@ -24,9 +24,9 @@ ENTRY_POINTS = "vramsim.families"
 
 # model_type -> (module that registers it, its configuration class in transformers 5.23.0)
 BUILT_IN = {
-    "gemma2": ("simulator.families.gemma2", "Gemma2Config"),
-    "gpt2": ("simulator.families.gpt2", "GPT2Config"),
-    "llama": ("simulator.families.llama", "LlamaConfig"),
+    "gemma2": ("simulator.families.dense.gemma2", "Gemma2Config"),
+    "gpt2": ("simulator.families.early.gpt2", "GPT2Config"),
+    "llama": ("simulator.families.dense.llama", "LlamaConfig"),
 }
 _HEADS = re.compile(r"(Config|Model|LMHeadModel|DoubleHeadsModel|For[A-Z]\w*)$")
 
