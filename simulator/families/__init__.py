@@ -24,7 +24,11 @@ ENTRY_POINTS = "vramsim.families"
 
 # model_type -> (module that registers it, its configuration class in transformers 5.23.0)
 BUILT_IN = {
+    "deepseek_v32": ("simulator.families.counted.sparse_attention", "DeepseekV32Config"),
+    "deepseek_v4": ("simulator.families.counted.deepseek_v4", "DeepseekV4Config"),
     "gemma2": ("simulator.families.dense.gemma2", "Gemma2Config"),
+    "gemma4": ("simulator.families.counted.gemma4", "Gemma4Config"),
+    "glm_moe_dsa": ("simulator.families.counted.sparse_attention", "GlmMoeDsaConfig"),
     "gpt2": ("simulator.families.early.gpt2", "GPT2Config"),
     "llama": ("simulator.families.dense.llama", "LlamaConfig"),
 }
@@ -47,12 +51,19 @@ class Family:
     implementations: Mapping[str, str] = attrs.field(factory=dict)
     """Other implementations of the model -> the module whose `forward` is their recipe, imported when asked for."""
 
+    @property
+    def counted(self) -> bool:
+        """Whether its parameters are counted only: no recipe builds its graph."""
+        return self.forward is None and not self.implementations
+
     def recipe(self, implementation: str) -> Callable[..., Any]:
         """The recipe that follows `implementation`; `UnsupportedError` with those there are where there is none."""
         if implementation in self.implementations:
             return cast(Callable[..., Any], import_module(self.implementations[implementation]).forward)
         if implementation == "transformers" and self.forward is not None:
             return self.forward
+        if self.counted:
+            raise UnsupportedError(f"model_type {self.name} is counted, not simulated: its graph is not modelled yet")
         known = ["transformers"] * (self.forward is not None) + sorted(self.implementations)
         raise UnsupportedError(
             f"'implementation' of {self.name} must be {' or '.join(known)}: {implementation!r} is not modelled"

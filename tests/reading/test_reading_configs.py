@@ -145,7 +145,10 @@ def test_only_the_family_that_is_needed_is_imported():
         "print([n for n in sorted(sys.modules) if n.startswith('simulator.families.')])"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == "['simulator.families.early', 'simulator.families.early.gpt2', 'simulator.families.reader']"
+    assert (
+        run.stdout.strip()
+        == "['simulator.families.early', 'simulator.families.early.gpt2', 'simulator.families.reader']"
+    )
 
 
 def test_a_taken_family_name_is_refused():
