@@ -73,9 +73,39 @@ class AttentionSpec(TokenMixerSpec):
             raise UsageError(f"heads x head_dim must be at most {LARGEST_WIDTH}, not {self.heads} x {self.head_dim}")
 
     @property
+    def rotary_width(self) -> int:
+        """Channels of a head that rotary positions turn."""
+        return self.head_dim
+
+    @property
     def groups(self) -> int:
         """Query heads that share one key/value head."""
         return self.heads // self.kv_heads
+
+
+@attrs.frozen(kw_only=True)
+class LatentAttentionSpec(AttentionSpec):
+    """Multi-head latent attention: keys and values of every head are made from one low-rank latent per token."""
+
+    latent: int = attrs.field(validator=_count(LARGEST_HIDDEN))
+    """Channels of the latent that keys and values come from."""
+    rotary_dim: int = attrs.field(validator=_count(LARGEST_HIDDEN))
+    """Channels of a query or key that carry its position, of `head_dim`."""
+    value_dim: int = attrs.field(validator=_count(LARGEST_HIDDEN))
+    query_rank: int | None = attrs.field(default=None, validator=optional(_count(LARGEST_HIDDEN)))
+    """Rank of the queries' projection; None where it is full."""
+    interleaved: bool = attrs.field(default=True, validator=_flag)
+    """Whether positions turn neighbouring channels, instead of both halves."""
+
+    @property
+    def rotary_width(self) -> int:
+        """Channels of a head that rotary positions turn."""
+        return self.rotary_dim
+
+    @property
+    def plain_dim(self) -> int:
+        """Channels of a query or key without a position."""
+        return self.head_dim - self.rotary_dim
 
 
 @attrs.frozen

@@ -17,6 +17,8 @@ from simulator.blocks.feed_forward import SILU as SILU
 from simulator.blocks.feed_forward import activation as activation
 from simulator.blocks.feed_forward import check_feed_forward as check_feed_forward
 from simulator.blocks.feed_forward import gated_mlp as gated_mlp
+from simulator.blocks.latent_attention import complex_rotary_table as complex_rotary_table
+from simulator.blocks.latent_attention import latent_attention as latent_attention
 from simulator.blocks.linear import layer_inputs as layer_inputs
 from simulator.blocks.linear import module_input as module_input
 from simulator.blocks.linear import projection as projection

@@ -76,8 +76,12 @@ def flash_attention_2(t: Trace, query: Tensor, key: Tensor, value: Tensor) -> Te
         )
     with t.call("", query, key, value) as local:
         views = [local(f"view{i}", ops.transpose(t, x, 1, 2)) for i, x in enumerate((query, key, value))]
+        if views[2].shape[-1] != views[0].shape[-1]:  # the kernel knows one head dimension (latent attention has two)
+            views[2] = local("view2", ops.pad_last(t, views[2], views[0].shape[-1]))
         low = [local(f"low{i}", ops.to(t, x, t.regime.autocast or x.dtype)) for i, x in enumerate(views)]
-        return ops.flash_attention_2(t, *low)
+        out = local("out", ops.flash_attention_2(t, *low))
+        narrower = (*out.shape[:-1], value.shape[-1])
+        return out if out.shape == narrower else ops.narrow(t, out, narrower)
 
 
 def attention(
@@ -106,7 +110,7 @@ def head_dims(t: Trace, spec: AttentionSpec) -> tuple[tuple[Dim, ...], tuple[Dim
 
 
 def rotary_attention(
-    t: Trace, x: Tensor, tables: tuple[Tensor, Tensor], mask: Tensor | None, spec: AttentionSpec
+    t: Trace, x: Tensor, tables: tuple[Tensor, ...], mask: Tensor | None, spec: AttentionSpec
 ) -> tuple[Tensor, Tensor | None]:
     """`LlamaAttention`: q, k, v projections, rotary positions, attention, output projection; and the weights."""
     heads, key_heads, d = head_dims(t, spec)

@@ -24,12 +24,15 @@ ENTRY_POINTS = "vramsim.families"
 
 # model_type -> (module that registers it, its configuration class in transformers 5.23.0)
 BUILT_IN = {
+    "deepseek_v2": ("simulator.families.experts.deepseek_v2", "DeepseekV2Config"),
+    "deepseek_v3": ("simulator.families.experts.deepseek_v3", "DeepseekV3Config"),
     "deepseek_v32": ("simulator.families.counted.sparse_attention", "DeepseekV32Config"),
     "deepseek_v4": ("simulator.families.counted.deepseek_v4", "DeepseekV4Config"),
     "gemma2": ("simulator.families.dense.gemma2", "Gemma2Config"),
     "gemma4": ("simulator.families.counted.gemma4", "Gemma4Config"),
     "glm_moe_dsa": ("simulator.families.counted.sparse_attention", "GlmMoeDsaConfig"),
     "gpt2": ("simulator.families.early.gpt2", "GPT2Config"),
+    "kimi_k2": ("simulator.families.experts.deepseek_v3", "KimiK2Config"),
     "llama": ("simulator.families.dense.llama", "LlamaConfig"),
 }
 _HEADS = re.compile(r"(Config|Model|LMHeadModel|DoubleHeadsModel|For[A-Z]\w*)$")

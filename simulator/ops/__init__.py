@@ -6,6 +6,7 @@ op by op against real PyTorch code on fake CUDA tensors.
 """
 
 from simulator.ops.attention import flash_attention_2 as flash_attention_2
+from simulator.ops.attention import pad_last as pad_last
 from simulator.ops.attention import scaled_dot_product_attention as scaled_dot_product_attention
 from simulator.ops.collective import all_gather as all_gather
 from simulator.ops.collective import all_reduce as all_reduce
@@ -41,10 +42,13 @@ from simulator.ops.normalisation import layer_norm as layer_norm
 from simulator.ops.normalisation import mean as mean
 from simulator.ops.normalisation import mean_all as mean_all
 from simulator.ops.normalisation import rms_norm as rms_norm
+from simulator.ops.shape import as_complex as as_complex
+from simulator.ops.shape import as_real as as_real
 from simulator.ops.shape import cat as cat
 from simulator.ops.shape import clone as clone
 from simulator.ops.shape import contiguous as contiguous
 from simulator.ops.shape import expand as expand
+from simulator.ops.shape import filled as filled
 from simulator.ops.shape import narrow as narrow
 from simulator.ops.shape import reshape as reshape
 from simulator.ops.shape import slices as slices

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from hardware.dtypes import FP32, DType
 from simulator.autograd import Autograd
-from simulator.graph import BackwardRule, Op, Shape, Tensor
+from simulator.graph import BackwardRule, Op, Shape, Tensor, flat
 from simulator.roles import Role
 from simulator.trace import Trace
 
@@ -116,10 +116,13 @@ def constant(t: Trace, name: str, x: Tensor, *, dtype: DType | None = None, shap
 
 
 def to(t: Trace, x: Tensor, dtype: DType) -> Tensor:
-    """``x.to(dtype)``: nothing at all when `x` has that dtype already."""
+    """``x.to(dtype)``: nothing at all when `x` has that dtype already; a copy keeps the layout of a dense tensor only.
+
+    Source: torch aten/src/ATen/native/TensorConversions.cpp `_to_copy`.
+    """
     if x.dtype == dtype:
         return x
-    out = t.fresh("_to_copy.default", x.shape, dtype, x.memory)
+    out = t.fresh("_to_copy.default", x.shape, dtype, x.memory if x.dense else flat(x.shape))
     if x.is_parameter:
         out.storage.role = Role.WEIGHT_CAST
     t.emit("_to_copy.default", [x], [out], backward=_to_backward)

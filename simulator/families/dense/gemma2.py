@@ -55,7 +55,7 @@ def _embed(t: Trace, vocabulary: Tensor, ids: Tensor) -> Tensor:
         return ops.mul(t, embeds, t.buffer("embed_scale", dtype=t.regime.weights))
 
 
-def _layer(t: Trace, x: Tensor, tables: tuple[Tensor, Tensor], mask: Tensor | None, layer: LayerSpec) -> Tensor:
+def _layer(t: Trace, x: Tensor, tables: tuple[Tensor, ...], mask: Tensor | None, layer: LayerSpec) -> Tensor:
     """`Gemma2DecoderLayer`: norms before and after both halves."""
     with t.call("layer", x) as local:
         hidden = local("hidden", blocks.gemma_rms_norm(t, "input_layernorm", x))

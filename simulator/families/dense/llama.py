@@ -31,7 +31,7 @@ def _embed(t: Trace, vocabulary: Tensor, ids: Tensor) -> Tensor:
     return blocks.look_up(t, vocabulary, ids, "embed_tokens")
 
 
-def _layer(t: Trace, x: Tensor, tables: tuple[Tensor, Tensor], mask: Tensor | None, layer: LayerSpec) -> Tensor:
+def _layer(t: Trace, x: Tensor, tables: tuple[Tensor, ...], mask: Tensor | None, layer: LayerSpec) -> Tensor:
     """`LlamaDecoderLayer`."""
     with t.call("layer", x) as local:
         hidden = local("hidden", blocks.llama_rms_norm(t, "input_layernorm", x))
