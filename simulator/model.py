@@ -63,6 +63,8 @@ class AttentionSpec(TokenMixerSpec):
     dropout: float = attrs.field(default=0.0, validator=_rate)
     window: int | None = attrs.field(default=None, validator=optional(_count(LARGEST_POSITIONS)))
     """Sliding-window length in tokens; None attends to the whole sequence."""
+    rotary_dim: int | None = attrs.field(default=None, validator=optional(_count(LARGEST_HIDDEN)))
+    """Channels of a head that carry its position; None for all of them."""
     softcap: float | None = attrs.field(default=None, validator=_softcap)
     """Soft cap on attention scores (Gemma 2); None leaves them as they are."""
 
@@ -75,7 +77,7 @@ class AttentionSpec(TokenMixerSpec):
     @property
     def rotary_width(self) -> int:
         """Channels of a head that rotary positions turn."""
-        return self.head_dim
+        return self.rotary_dim or self.head_dim
 
     @property
     def groups(self) -> int:
@@ -89,8 +91,6 @@ class LatentAttentionSpec(AttentionSpec):
 
     latent: int = attrs.field(validator=_count(LARGEST_HIDDEN))
     """Channels of the latent that keys and values come from."""
-    rotary_dim: int = attrs.field(validator=_count(LARGEST_HIDDEN))
-    """Channels of a query or key that carry its position, of `head_dim`."""
     value_dim: int = attrs.field(validator=_count(LARGEST_HIDDEN))
     query_rank: int | None = attrs.field(default=None, validator=optional(_count(LARGEST_HIDDEN)))
     """Rank of the queries' projection; None where it is full."""
@@ -98,14 +98,9 @@ class LatentAttentionSpec(AttentionSpec):
     """Whether positions turn neighbouring channels, instead of both halves."""
 
     @property
-    def rotary_width(self) -> int:
-        """Channels of a head that rotary positions turn."""
-        return self.rotary_dim
-
-    @property
     def plain_dim(self) -> int:
         """Channels of a query or key without a position."""
-        return self.head_dim - self.rotary_dim
+        return self.head_dim - self.rotary_width
 
 
 @attrs.frozen
@@ -161,6 +156,14 @@ class ModelSpec:
     residual_dropout: float = attrs.field(default=0.0, validator=_rate)
     final_softcap: float | None = attrs.field(default=None, validator=_softcap)
     """Soft cap on the logits (Gemma 2)."""
+    embedding_width: int | None = attrs.field(default=None, validator=optional(_count(LARGEST_HIDDEN)))
+    """Channels of the vocabulary's table where they are not `hidden` (OPT-350m projects them)."""
+    norm_first: bool = attrs.field(default=True, validator=_flag)
+    """Whether norms stand before each half of a layer; after it otherwise."""
+    final_norm: bool = attrs.field(default=True, validator=_flag)
+    """Whether a norm follows the last layer."""
+    parallel_blocks: bool = attrs.field(default=False, validator=_flag)
+    """Whether attention and MLP of a layer read the same hidden states."""
     parts: tuple[Part, ...] = ()
     """What the checkpoint holds beside the simulated decoder."""
     assumptions: tuple[str, ...] = ()

@@ -17,6 +17,7 @@ from simulator.blocks.feed_forward import SILU as SILU
 from simulator.blocks.feed_forward import activation as activation
 from simulator.blocks.feed_forward import check_feed_forward as check_feed_forward
 from simulator.blocks.feed_forward import gated_mlp as gated_mlp
+from simulator.blocks.feed_forward import plain_mlp as plain_mlp
 from simulator.blocks.latent_attention import complex_rotary_table as complex_rotary_table
 from simulator.blocks.latent_attention import latent_attention as latent_attention
 from simulator.blocks.linear import layer_inputs as layer_inputs
@@ -26,6 +27,7 @@ from simulator.blocks.norms import gemma_rms_norm as gemma_rms_norm
 from simulator.blocks.norms import layer_norm as layer_norm
 from simulator.blocks.norms import llama_rms_norm as llama_rms_norm
 from simulator.blocks.rotary import apply_rotary as apply_rotary
+from simulator.blocks.rotary import partial_rotary as partial_rotary
 from simulator.blocks.rotary import rotary_tables as rotary_tables
 from simulator.blocks.vocabulary import look_up as look_up
 from simulator.blocks.vocabulary import vocabulary_head as vocabulary_head

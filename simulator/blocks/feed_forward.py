@@ -30,6 +30,22 @@ def gated_mlp(
         return projection(t, names[3], ops.mul(t, active, up), ("h",), spec.bias)
 
 
+def plain_mlp(t: Trace, x: Tensor, spec: FeedForwardSpec, names: Sequence[str]) -> Tensor:
+    """``down(act(up(x)))``, as GPT-2 has it.
+
+    Args:
+        t: the trace.
+        x: hidden states ``[b, s, h]``.
+        spec: sizes and activation.
+        names: of the module, its first projection, its activation and its second projection.
+    """
+    with t.call(names[0], x) as local:
+        hidden = local("hidden", projection(t, names[1], x, t.shard((t.dim("f", spec.width),)), spec.bias))
+        with t.call(names[2], hidden):
+            hidden = local("hidden", activation(t, spec.activation, hidden))
+        return projection(t, names[3], hidden, ("h",), spec.bias)
+
+
 def activation(t: Trace, name: str, x: Tensor) -> Tensor:
     """`ACT2FN[name]` (activations.py)."""
     if name == "gelu_new":

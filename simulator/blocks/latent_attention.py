@@ -40,7 +40,7 @@ def _dims(t: Trace, spec: LatentAttentionSpec) -> _Dims:
         heads=(t.dim("a", spec.heads),),
         whole=t.dim("d", spec.head_dim),
         plain=t.dim("d_plain", spec.plain_dim),
-        rotary=t.dim("d_rotary", spec.rotary_dim),
+        rotary=t.dim("d_rotary", spec.rotary_width),
         value=t.dim("d_value", spec.value_dim),
         expanded=t.dim("d_expanded", spec.plain_dim + spec.value_dim),
     )
@@ -65,7 +65,7 @@ def latent_attention(
         local("q_pass", plain)
         local("q_rot", turned)
         latent = t.dim("latent", spec.latent)
-        joint = t.dim("latent+rotary", spec.latent + spec.rotary_dim)
+        joint = t.dim("latent+rotary", spec.latent + spec.rotary_width)
         compressed = local("compressed_kv", projection(t, "kv_a_proj_with_mqa", x, (joint,), spec.bias))
         states, key = (local(n, v) for n, v in zip(("kv", "k"), _parts(t, compressed, (latent, d.rotary)), strict=True))
         states = local("kv", llama_rms_norm(t, "kv_a_layernorm", states))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from hardware.dtypes import FP32
 from simulator import ops
-from simulator.graph import Tensor
+from simulator.graph import Tensor, flat
+from simulator.model import AttentionSpec
 from simulator.trace import Trace
 
 
@@ -30,6 +31,24 @@ def apply_rotary(t: Trace, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     direct = ops.mul(t, x, cos)
     rotated = ops.mul(t, _rotate_half(t, x), sin)
     return ops.add(t, direct, rotated)
+
+
+def partial_rotary(
+    t: Trace, query: Tensor, key: Tensor, tables: tuple[Tensor, ...], spec: AttentionSpec
+) -> tuple[Tensor, Tensor]:
+    """`apply_rotary_pos_emb` of GPT-NeoX: the first channels of each head turn, the others pass."""
+    rotary = (t.dim("d_rotary", spec.rotary_width),)
+    passing = (t.dim("d_pass", spec.head_dim - spec.rotary_width),)
+    with t.call("", query, key) as local:
+        parts = []
+        for name, x in (("q", query), ("k", key)):
+            turning = local(f"{name}_rot", ops.narrow(t, x, (*x.shape[:-1], rotary)))
+            parts.append((x, turning, local(f"{name}_pass", ops.narrow(t, x, (*x.shape[:-1], passing)))))
+        turned = [local(f"embed{i}", apply_rotary(t, part[1], *tables)) for i, part in enumerate(parts)]
+        found = []
+        for i, (embed, (x, _, plain)) in enumerate(zip(turned, parts, strict=True)):
+            found.append(local(f"embed{i}", ops.cat(t, [embed, plain], x.shape, flat(x.shape))))
+        return found[0], found[1]
 
 
 def _rotate_half(t: Trace, x: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ def vocabulary_head(t: Trace, name: str, x: Tensor, tied: Tensor | None) -> Tens
     with t.loss_head(), t.call(name, x) as local:
         x = local("input", column_input(t, x)) if parallel else x
         rows = t.shard(("V",)) if parallel else ("V",)
-        logits = ops.linear(t, x, t.matrix("weight", rows, ("h",)) if tied is None else tied)
+        logits = ops.linear(t, x, t.matrix("weight", rows, x.shape[-1]) if tied is None else tied)
         if parallel is None or parallel.loss:
             return logits
         return ops.gather_output(t, local("output", logits), 2, ("V",))

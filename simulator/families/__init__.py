@@ -32,8 +32,10 @@ BUILT_IN = {
     "gemma4": ("simulator.families.counted.gemma4", "Gemma4Config"),
     "glm_moe_dsa": ("simulator.families.counted.sparse_attention", "GlmMoeDsaConfig"),
     "gpt2": ("simulator.families.early.gpt2", "GPT2Config"),
+    "gpt_neox": ("simulator.families.early.gpt_neox", "GPTNeoXConfig"),
     "kimi_k2": ("simulator.families.experts.deepseek_v3", "KimiK2Config"),
     "llama": ("simulator.families.dense.llama", "LlamaConfig"),
+    "opt": ("simulator.families.early.opt", "OPTConfig"),
 }
 _HEADS = re.compile(r"(Config|Model|LMHeadModel|DoubleHeadsModel|For[A-Z]\w*)$")
 

@@ -41,6 +41,8 @@ def read_attention(
     head_dim: int | None = None,
     bias: bool = False,
     even: bool = True,
+    own_head_dim: bool = True,
+    rotary: bool = True,
 ) -> AttentionSpec:
     """Grouped-query attention with rotary positions.
 
@@ -52,10 +54,17 @@ def read_attention(
         head_dim: default channels of a head; None for ``hidden // heads``.
         bias: whether all four projections have one.
         even: whether hidden must divide into heads.
+        own_head_dim: whether the config may give key/value heads and channels of a head.
+        rotary: whether positions are rotary, which needs an even number of channels.
     """
     count = config.required_size("num_attention_heads", heads, LARGEST_HEADS)
     if even:
         config.multiple("hidden_size", "num_attention_heads", hidden, count)
+    if not own_head_dim:
+        head_dim = max(1, hidden // count)
+        if rotary:
+            config.rotary(head_dim)
+        return AttentionSpec(count, count, head_dim, bias=bias, dropout=config.rate("attention_dropout", 0.0))
     kv = (
         config.derived_size("num_key_value_heads", count, "num_attention_heads", LARGEST_HEADS)
         if kv_heads is None

@@ -177,6 +177,14 @@ class ConfigReader:
         """Note an odd `head_dim`: rotary embeddings turn pairs of channels."""
         self.check(head_dim % 2 == 0, f"head_dim must be even for rotary positions, not {head_dim}", "head_dim")
 
+    def rotary_share(self, key: str, default: float) -> float:
+        """The share of a head's channels that carry positions: `key`, or the rope's ``partial_rotary_factor``."""
+        for name in ("rope_parameters", "rope_scaling"):
+            inner = self._raw(name)
+            if isinstance(inner, Mapping) and "partial_rotary_factor" in inner:
+                return self.section(name, self.config_class).rate("partial_rotary_factor", default)
+        return self.rate(key, default)
+
     def raise_problems(self) -> None:
         """Raise all problems as one error of one line; `UnsupportedError` where nothing else is wrong."""
         for reader in (self, *self._sections):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hardware.dtypes import BF16, BOOL, FP16, FP32, INT64, UINT64
 from simulator.autograd import Autograd
-from simulator.graph import Op, Tensor
+from simulator.graph import Op, Tensor, flat
 from simulator.ops.dropout import dropout
 from simulator.ops.elementwise import add, autocast, constant, mul_scalar, to
 from simulator.ops.matmul import matmul
@@ -135,7 +135,7 @@ def flash_attention_2(t: Trace, query: Tensor, key: Tensor, value: Tensor) -> Te
     Saves what torch's own flash kernel saves, with 16 B of random state
     (flash_attn/flash_attn_interface.py `FlashAttnFunc`).
     """
-    out = t.fresh("flash_attn_func", query.shape, query.dtype)
+    out = t.fresh("flash_attn_func", query.shape, query.dtype, query.memory if query.dense else flat(query.shape))
     batch, sequence, heads, _ = query.shape
     logsumexp = t.fresh("flash_attn_func.logsumexp", (batch, heads, sequence), FP32)
     outputs = [out, logsumexp, t.fresh("flash_attn_func.rng_state", ((2,),), UINT64)]
@@ -194,9 +194,9 @@ def _efficient(t: Trace, query: Tensor, key: Tensor, value: Tensor, mask: Tensor
 
 
 def _by_token(query: Tensor) -> tuple[str | int, ...]:
-    """Memory order of a fused kernel's output: all heads of a token together."""
+    """Memory order of the flash kernel's output: the query's own (``empty_like``), token by token where it has gaps."""
     batch, heads, sequence, dim = query.shape
-    return (*batch, *sequence, *heads, *dim)
+    return query.memory if query.dense else (*batch, *sequence, *heads, *dim)
 
 
 def _attention_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients:
