@@ -16,6 +16,7 @@ from simulator.blocks.feed_forward import GELU as GELU
 from simulator.blocks.feed_forward import SILU as SILU
 from simulator.blocks.feed_forward import activation as activation
 from simulator.blocks.feed_forward import check_feed_forward as check_feed_forward
+from simulator.blocks.feed_forward import dropout_add as dropout_add
 from simulator.blocks.feed_forward import gated_mlp as gated_mlp
 from simulator.blocks.feed_forward import plain_mlp as plain_mlp
 from simulator.blocks.latent_attention import complex_rotary_table as complex_rotary_table

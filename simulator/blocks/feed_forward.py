@@ -30,7 +30,13 @@ def gated_mlp(
         return projection(t, names[3], ops.mul(t, active, up), ("h",), spec.bias)
 
 
-def plain_mlp(t: Trace, x: Tensor, spec: FeedForwardSpec, names: Sequence[str]) -> Tensor:
+def dropout_add(t: Trace, x: Tensor, residual: Tensor, rate: float) -> Tensor:
+    """`dropout_add` (models/bloom/modeling_bloom.py)."""
+    with t.call("", x) as local:
+        return ops.add(t, residual, local("out", ops.dropout(t, x, rate)))
+
+
+def plain_mlp(t: Trace, x: Tensor, spec: FeedForwardSpec, names: Sequence[str], dropout: float = 0.0) -> Tensor:
     """``down(act(up(x)))``, as GPT-2 has it.
 
     Args:
@@ -38,12 +44,14 @@ def plain_mlp(t: Trace, x: Tensor, spec: FeedForwardSpec, names: Sequence[str]) 
         x: hidden states ``[b, s, h]``.
         spec: sizes and activation.
         names: of the module, its first projection, its activation and its second projection.
+        dropout: rate on the result.
     """
     with t.call(names[0], x) as local:
         hidden = local("hidden", projection(t, names[1], x, t.shard((t.dim("f", spec.width),)), spec.bias))
         with t.call(names[2], hidden):
             hidden = local("hidden", activation(t, spec.activation, hidden))
-        return projection(t, names[3], hidden, ("h",), spec.bias)
+        hidden = local("hidden", projection(t, names[3], hidden, ("h",), spec.bias))
+        return ops.dropout(t, hidden, dropout)
 
 
 def activation(t: Trace, name: str, x: Tensor) -> Tensor:

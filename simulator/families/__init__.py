@@ -24,6 +24,7 @@ ENTRY_POINTS = "vramsim.families"
 
 # model_type -> (module that registers it, its configuration class in transformers 5.23.0)
 BUILT_IN = {
+    "bloom": ("simulator.families.early.bloom", "BloomConfig"),
     "deepseek_v2": ("simulator.families.experts.deepseek_v2", "DeepseekV2Config"),
     "deepseek_v3": ("simulator.families.experts.deepseek_v3", "DeepseekV3Config"),
     "deepseek_v32": ("simulator.families.counted.sparse_attention", "DeepseekV32Config"),
@@ -32,6 +33,7 @@ BUILT_IN = {
     "gemma4": ("simulator.families.counted.gemma4", "Gemma4Config"),
     "glm_moe_dsa": ("simulator.families.counted.sparse_attention", "GlmMoeDsaConfig"),
     "gpt2": ("simulator.families.early.gpt2", "GPT2Config"),
+    "gpt_bigcode": ("simulator.families.early.gpt_bigcode", "GPTBigCodeConfig"),
     "gpt_neox": ("simulator.families.early.gpt_neox", "GPTNeoXConfig"),
     "kimi_k2": ("simulator.families.experts.deepseek_v3", "KimiK2Config"),
     "llama": ("simulator.families.dense.llama", "LlamaConfig"),

@@ -114,9 +114,10 @@ def read_decoder(
     layers: Sequence[LayerSpec],
     *,
     vocab: int = 32000,
-    positions: int = 2048,
+    positions: int | None = 2048,
     tied: bool = False,
     final_softcap: float | None = None,
+    residual_dropout: float = 0.0,
 ) -> ModelSpec:
     """The model of `layers`, with the keys that every decoder has."""
     return ModelSpec(
@@ -124,8 +125,16 @@ def read_decoder(
         family=config.family,
         hidden=hidden,
         vocab=config.required_size("vocab_size", vocab, LARGEST_VOCAB),
-        max_positions=config.size("max_position_embeddings", positions, LARGEST_POSITIONS),
+        max_positions=_read_positions(config, positions),
         layers=tuple(layers),
         tied_embeddings=config.flag("tie_word_embeddings", tied),
         final_softcap=final_softcap,
+        residual_dropout=residual_dropout,
     )
+
+
+def _read_positions(config: ConfigReader, positions: int | None) -> int:
+    """The longest sequence; None for families whose positions have no bound."""
+    if positions is None:
+        return LARGEST_POSITIONS
+    return config.size("max_position_embeddings", positions, LARGEST_POSITIONS)

@@ -23,6 +23,7 @@ from simulator.ops.elementwise import mul as mul
 from simulator.ops.elementwise import mul_scalar as mul_scalar
 from simulator.ops.elementwise import neg as neg
 from simulator.ops.elementwise import power as power
+from simulator.ops.elementwise import recomputed_gelu as recomputed_gelu
 from simulator.ops.elementwise import relu as relu
 from simulator.ops.elementwise import rsqrt as rsqrt
 from simulator.ops.elementwise import silu as silu
@@ -35,6 +36,7 @@ from simulator.ops.loss import log_softmax as log_softmax
 from simulator.ops.loss import nll_loss as nll_loss
 from simulator.ops.loss import parallel_cross_entropy as parallel_cross_entropy
 from simulator.ops.matmul import addmm as addmm
+from simulator.ops.matmul import baddbmm as baddbmm
 from simulator.ops.matmul import bmm as bmm
 from simulator.ops.matmul import linear as linear
 from simulator.ops.matmul import matmul as matmul
@@ -51,6 +53,7 @@ from simulator.ops.shape import expand as expand
 from simulator.ops.shape import filled as filled
 from simulator.ops.shape import narrow as narrow
 from simulator.ops.shape import reshape as reshape
+from simulator.ops.shape import select as select
 from simulator.ops.shape import slices as slices
 from simulator.ops.shape import split as split
 from simulator.ops.shape import split_with_sizes as split_with_sizes

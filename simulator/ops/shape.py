@@ -141,6 +141,19 @@ def _slice_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients
     return [engine.fresh("slice_backward.default", source.shape, source.dtype)]
 
 
+def select(t: Trace, x: Tensor, shape: Shape) -> Tensor:
+    """One row of an axis of 3 before the last, ``x[..., i, :]``: its gradient is padded back to the whole of `x`."""
+    out = t.view(x, shape, tuple(d for d in x.memory if d != 3))
+    out.dense = False
+    t.emit("select.int", [x], [out], backward=_select_backward)
+    return out
+
+
+def _select_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients:
+    source = op.inputs[0]
+    return [engine.fresh("select_backward.default", source.shape, source.dtype)]
+
+
 def cat(t: Trace, tensors: list[Tensor], shape: Shape, memory: tuple[Dim, ...]) -> Tensor:
     """``torch.cat``: backward hands out slices of the gradient."""
     out = t.fresh("cat.default", shape, tensors[0].dtype, memory)
