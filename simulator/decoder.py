@@ -129,7 +129,7 @@ def causal_mask(t: Trace, like: Tensor, window: int | None = None) -> Tensor | N
         for name in ("query", "key"):
             local(name, positions(t, like))
         allowed = local("allowed", _allowed(t, like, window))
-        if padded:
+        if t.regime.attention_mask != "none":  # a mask of ones counts, too
             allowed = local("allowed", _and(t, local("causal", _and(t, allowed)), full))
         if not eager:
             return ops.expand(t, allowed, full) if allowed.shape != t.squeezed(full) else allowed
