@@ -15,7 +15,7 @@ from simulator.blocks.linear import projection
 from simulator.blocks.norms import llama_rms_norm
 from simulator.blocks.rotary import apply_rotary
 from simulator.graph import Shape, Tensor, flat
-from simulator.model import LatentAttentionSpec
+from simulator.model import AttentionSpec, LatentAttentionSpec
 from simulator.sizes import Dim
 from simulator.trace import Trace
 
@@ -40,7 +40,7 @@ def _dims(t: Trace, spec: LatentAttentionSpec) -> _Dims:
         heads=(t.dim("a", spec.heads),),
         whole=t.dim("d", spec.head_dim),
         plain=t.dim("d_plain", spec.plain_dim),
-        rotary=t.dim("d_rotary", spec.rotary_width),
+        rotary=t.dim("d_rotary", spec.rotated),
         value=t.dim("d_value", spec.value_dim),
         expanded=t.dim("d_expanded", spec.plain_dim + spec.value_dim),
     )
@@ -65,7 +65,7 @@ def latent_attention(
         local("q_pass", plain)
         local("q_rot", turned)
         latent = t.dim("latent", spec.latent)
-        joint = t.dim("latent+rotary", spec.latent + spec.rotary_width)
+        joint = t.dim("latent+rotary", spec.latent + spec.rotated)
         compressed = local("compressed_kv", projection(t, "kv_a_proj_with_mqa", x, (joint,), spec.bias))
         states, key = (local(n, v) for n, v in zip(("kv", "k"), _parts(t, compressed, (latent, d.rotary)), strict=True))
         states = local("kv", llama_rms_norm(t, "kv_a_layernorm", states))
@@ -157,10 +157,10 @@ def _turn_complex(t: Trace, query: Tensor, key: Tensor, table: Tensor) -> tuple[
         return turned[0], turned[1]
 
 
-def complex_rotary_table(t: Trace, rotary_dim: int, _: Tensor) -> tuple[Tensor]:
+def complex_rotary_table(t: Trace, spec: AttentionSpec, _: Tensor, **__: str) -> tuple[Tensor]:
     """`DeepseekV2RotaryEmbedding.forward`: ``exp(i m theta)`` of shape ``[s, d / 2]``, complex."""
     with t.call("rotary_emb") as local:
-        half = t.dim("d_rotary/2", rotary_dim // 2)
+        half = t.dim("d_rotary/2", spec.rotated // 2)
         frequencies = t.buffer("inv_freq", half, dtype=FP32)
         t.buffer("original_inv_freq", half, dtype=FP32)
         freqs = local("freqs", ops.constant(t, "mul.Tensor", frequencies, shape=(("s",), (half,))))

@@ -50,7 +50,7 @@ def forward(t: Trace, spec: ModelSpec, layers: decoder.BuiltLayers) -> None:
         assert mask is not None
         local("mask", mask)
         hidden = local("hidden", embeds)
-        tables = blocks.rotary_tables(t, spec.layers[0].attention.head_dim, embeds)
+        tables = blocks.rotary_tables(t, spec.layers[0].attention, embeds)
         for index, table in enumerate(tables):
             local(f"table.{index}", table)
         for slot, layer in layers:
@@ -65,7 +65,7 @@ def forward(t: Trace, spec: ModelSpec, layers: decoder.BuiltLayers) -> None:
 
 
 def _layer(
-    t: Trace, x: Tensor, tables: tuple[Tensor, ...], mask: Tensor, spec: ModelSpec, layer: LayerSpec
+    t: Trace, x: Tensor, tables: tuple[Tensor, Tensor], mask: Tensor, spec: ModelSpec, layer: LayerSpec
 ) -> tuple[Tensor, Tensor | None]:
     """`FalconDecoderLayer`: returns the weights of eager attention, too."""
     with t.call("layer", x) as local:
@@ -102,7 +102,7 @@ def _mlp(t: Trace, x: Tensor, spec: FeedForwardSpec) -> Tensor:
 
 
 def _attention(
-    t: Trace, x: Tensor, tables: tuple[Tensor, ...], mask: Tensor, spec: AttentionSpec
+    t: Trace, x: Tensor, tables: tuple[Tensor, Tensor], mask: Tensor, spec: AttentionSpec
 ) -> tuple[Tensor, Tensor | None]:
     """`FalconAttention`: keys and values of one head are broadcast by the matrix products."""
     heads = (t.dim("a", spec.heads),)
@@ -112,9 +112,7 @@ def _attention(
         query, key, value = (
             local(name, ops.transpose(t, part, 1, 2)) for name, part in zip("qkv", states, strict=True)
         )
-        with t.call("", query, key) as inner:
-            query = inner("q_embed", blocks.apply_rotary(t, query, *tables))
-            key = blocks.apply_rotary(t, key, *tables)
+        query, key = blocks.rotate(t, query, key, *tables)
         local("q", query)
         local("k", key)
         weights = None

@@ -41,7 +41,7 @@ def forward(t: Trace, spec: ModelSpec, layers: decoder.BuiltLayers) -> None:
             local("mask", mask)
         with t.call("emb_dropout"):
             hidden = local("hidden", ops.dropout(t, embeds, spec.embedding_dropout))
-        tables = blocks.rotary_tables(t, spec.layers[0].attention.rotary_width, embeds)
+        tables = blocks.rotary_tables(t, spec.layers[0].attention, embeds)
         for index, table in enumerate(tables):
             local(f"table.{index}", table)
         for slot, layer in layers:
@@ -53,7 +53,7 @@ def forward(t: Trace, spec: ModelSpec, layers: decoder.BuiltLayers) -> None:
 
 
 def _layer(
-    t: Trace, x: Tensor, tables: tuple[Tensor, ...], mask: Tensor | None, spec: ModelSpec, layer: LayerSpec
+    t: Trace, x: Tensor, tables: tuple[Tensor, Tensor], mask: Tensor | None, spec: ModelSpec, layer: LayerSpec
 ) -> Tensor:
     """`GPTNeoXLayer`."""
     with t.call("layer", x) as local:
@@ -79,7 +79,7 @@ def _mlp(t: Trace, x: Tensor, spec: FeedForwardSpec) -> Tensor:
 
 
 def _attention(
-    t: Trace, x: Tensor, tables: tuple[Tensor, ...], mask: Tensor | None, spec: AttentionSpec
+    t: Trace, x: Tensor, tables: tuple[Tensor, Tensor], mask: Tensor | None, spec: AttentionSpec
 ) -> tuple[Tensor, Tensor | None]:
     """`GPTNeoXAttention`: queries, keys and values of a head lie side by side."""
     heads, _, d = blocks.head_dims(t, spec)
@@ -88,7 +88,7 @@ def _attention(
         fused = local("qkv", ops.transpose(t, ops.reshape(t, fused, (*x.shape[:-1], heads, (3, d))), 1, 2))
         parts = ops.split(t, fused, (*fused.shape[:-1], (d,)), 3)
         query, key, value = (local(name, part) for name, part in zip("qkv", parts, strict=True))
-        query, key = blocks.partial_rotary(t, query, key, tables, spec)
+        query, key = blocks.rotate_part(t, query, key, *tables, join_late=True)
         local("q", query)
         local("k", key)
         out, weights = blocks.attention(t, query, key, value, mask, spec, fp32_softmax=True)

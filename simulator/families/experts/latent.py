@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from simulator import blocks, ops
-from simulator.decoder import BuiltLayers, Tables, rotary_decoder
+from simulator.decoder import BuiltLayers, rotary_decoder
 from simulator.families.decoder import read_gated
 from simulator.families.reader import ConfigReader
 from simulator.graph import Tensor
@@ -46,14 +48,10 @@ def read_latent_layers(
     return [mlp] * first
 
 
-def latent_decoder(t: Trace, spec: ModelSpec, layers: BuiltLayers, tables: Tables) -> None:
+def latent_decoder(t: Trace, spec: ModelSpec, layers: BuiltLayers, tables: Callable[..., tuple[Tensor, ...]]) -> None:
     """The decoder of `layers` with positions as `tables` makes them."""
-    rotary_decoder(t, spec, layers, embed=_embed, layer=_layer, norm=blocks.llama_rms_norm, tables=tables)
+    rotary_decoder(t, spec, layers, layer=_layer, norm=blocks.llama_rms_norm, make_tables=tables)
     t.order_layer_parameters("self_attn", "mlp", "input_layernorm", "post_attention_layernorm")
-
-
-def _embed(t: Trace, vocabulary: Tensor, ids: Tensor) -> Tensor:
-    return blocks.look_up(t, vocabulary, ids, "embed_tokens")
 
 
 def _layer(t: Trace, x: Tensor, tables: tuple[Tensor, ...], mask: Tensor | None, layer: LayerSpec) -> Tensor:
