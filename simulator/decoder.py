@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 
 from hardware.dtypes import BOOL, FP32, INT64
 from simulator import ops
-from simulator.blocks import rotary_tables, vocabulary_head, vocabulary_table
-from simulator.graph import Tensor
+from simulator.blocks import Norm, rotary_tables, token_embeddings, vocabulary_head, vocabulary_table
+from simulator.graph import Shape, Tensor
 from simulator.model import LayerSpec, ModelSpec
 from simulator.trace import Trace
 
@@ -20,40 +20,78 @@ BuiltLayers = Sequence[tuple[int, LayerSpec]]
 Embed = Callable[[Trace, Tensor, Tensor], Tensor]
 #: Hidden states, rotary tables and mask through one layer.
 Layer = Callable[[Trace, Tensor, tuple[Tensor, Tensor], Tensor | None, LayerSpec], Tensor]
-#: A named norm.
-Norm = Callable[[Trace, str, Tensor], Tensor]
 
 
 def rotary_decoder(
-    t: Trace, spec: ModelSpec, layers: BuiltLayers, *, embed: Embed, layer: Layer, norm: Norm, windows: bool = False
+    t: Trace,
+    spec: ModelSpec,
+    layers: BuiltLayers,
+    *,
+    layer: Layer,
+    norm: Norm,
+    embed: Embed = token_embeddings,
+    windows: Sequence[int | None] | None = None,
+    make_tables: Callable[..., tuple[Tensor, Tensor]] = rotary_tables,
+    tables_by_kind: bool = False,
+    scale_logits: Callable[[Trace, Tensor], Tensor] | None = None,
 ) -> None:
     """`...ForCausalLM` with rotary positions, from token ids to the loss (models/llama/modeling_llama.py).
 
     Args:
         layers: the layers to build.
-        embed, layer, norm: what differs between families.
-        windows: whether a second mask is made for layers with a sliding window.
+        layer, norm, embed: what differs between families.
+        windows: of the masks that are made, None without one; by default those that the layers have.
+        make_tables: `rotary_tables` with the options of the family.
+        tables_by_kind: whether layers with and without a window have rotary tables of their own.
+        scale_logits: what happens to the logits before they are soft-capped.
     """
     ids, labels = batch(t)
     vocabulary = vocabulary_table(t, "model.embed_tokens")
     with t.call("model") as local:
         embeds = local("inputs_embeds", embed(t, vocabulary, ids))
         position_ids = local("position_ids", positions(t, ids))
-        masks: dict[bool, Tensor] = {}
-        for sliding in (False, True) if windows else (False,):
-            mask = causal_mask(t, embeds)
+        masks: dict[int | None, Tensor] = {}
+        for index, window in enumerate(own_windows(spec) if windows is None else windows):
+            mask = causal_mask(t, embeds, window)
             if mask is not None:
-                masks[sliding] = local(f"mask.{sliding}", mask)
-        tables = rotary_tables(t, spec.layers[0].attention.head_dim, embeds)
-        for name, table in zip(("cos", "sin"), tables, strict=True):
-            local(name, table)
+                masks[window] = local(f"mask.{index}", mask)
+        tables = {}
+        for kind in _kinds(spec) if tables_by_kind else ("",):
+            tables[kind] = make_tables(t, spec.layers[0].attention, embeds, kind=kind)
+            for name, table in zip(("cos", "sin"), tables[kind], strict=True):
+                local(f"{kind}{name}", table)
         hidden = local("hidden", embeds)
         for slot, one in layers:
-            mask = masks.get(windows and one.attention.window is not None)
-            with t.layer(slot, hidden, mask, *tables, position_ids):
-                hidden = local("hidden", layer(t, hidden, tables, mask, one))
+            own = tables[_kind(one) if tables_by_kind else ""]
+            mask = masks.get(one.attention.window)
+            with t.layer(slot, hidden, mask, *own, position_ids):
+                hidden = local("hidden", layer(t, hidden, own, mask, one))
         hidden = local("hidden", norm(t, "norm", hidden))
-    language_head(t, hidden, labels, spec, vocabulary)
+    language_head(t, hidden, labels, spec, vocabulary, scale_logits)
+
+
+def own_windows(spec: ModelSpec) -> list[int | None]:
+    """The sliding windows that the layers of a model have, each once; None is that of layers without one."""
+    return list(dict.fromkeys(layer.attention.window for layer in spec.layers))
+
+
+def full_and_own_windows(spec: ModelSpec) -> list[int | None]:
+    """As `own_windows`, with a mask without a window first, whether or not a layer wants it (Qwen)."""
+    return list(dict.fromkeys([None, *own_windows(spec)]))
+
+
+def full_and_sliding_windows(spec: ModelSpec) -> list[int | None]:
+    """As `full_and_own_windows`, with a second mask even where no layer slides (Gemma)."""
+    windows = full_and_own_windows(spec)
+    return windows if len(windows) > 1 else [None, None]
+
+
+def _kind(layer: LayerSpec) -> str:
+    return "full_attention_" if layer.attention.window is None else "sliding_attention_"
+
+
+def _kinds(spec: ModelSpec) -> list[str]:
+    return list(dict.fromkeys(map(_kind, spec.layers)))
 
 
 def batch(t: Trace) -> tuple[Tensor, Tensor]:
@@ -71,35 +109,65 @@ def positions(t: Trace, like: Tensor) -> Tensor:
         return ops.constant(t, "add.Tensor", ops.constant(t, "arange.default", like, dtype=INT64, shape=row))
 
 
-def causal_mask(t: Trace, like: Tensor) -> Tensor | None:
-    """The 4-D mask ``[b, 1, s, s]``: additive for eager attention, boolean for SDPA with real padding.
+def causal_mask(t: Trace, like: Tensor, window: int | None = None) -> Tensor | None:
+    """The 4-D mask ``[b, 1, s, s]``: additive for eager attention, boolean for SDPA with real padding or a window.
 
-    Without padding SDPA and flash attention are told ``is_causal`` instead (masking_utils.py
-    `_ignore_causal_mask_sdpa`, `flash_attention_mask`).
+    Without either SDPA and flash attention are told ``is_causal`` instead (masking_utils.py
+    `_ignore_causal_mask_sdpa`, `flash_attention_mask`). A window counts from sequences as long as it.
+
+    Args:
+        window: length of the sliding window in tokens; None for a plain causal mask.
     """
     eager, padded = t.regime.attention == "eager", t.regime.attention_mask == "padded"
-    if not eager and not (padded and t.regime.attention == "sdpa"):
+    windowed = window is not None and bool(t.dimensions.bindings["s"] >= window)
+    if not eager and not (t.regime.attention == "sdpa" and (padded or windowed)):
         return None
-    square = (("s",), ("s",))
-    full = (("b",), *square)
+    full = (("b",), ("s",), ("s",))
     with t.call("") as local:
         for name, shape in (("batch", (("b",),)), ("head", ())):
             local(name, ops.constant(t, "arange.default", like, dtype=INT64, shape=shape))
         for name in ("query", "key"):
             local(name, positions(t, like))
-        allowed = local("allowed", ops.constant(t, "le.Tensor", like, dtype=BOOL, shape=square))
-        if padded:
-            causal = local("causal", ops.constant(t, "bitwise_and.Tensor", allowed))
-            allowed = local("allowed", ops.constant(t, "bitwise_and.Tensor", causal, shape=full))
+        allowed = local("allowed", _allowed(t, like, window))
+        if t.regime.attention_mask != "none":  # a mask of ones counts, too
+            allowed = local("allowed", _and(t, local("causal", _and(t, allowed)), full))
         if not eager:
-            return allowed
+            return ops.expand(t, allowed, full) if allowed.shape != t.squeezed(full) else allowed
         return ops.constant(t, "where.self", allowed, dtype=like.dtype, shape=full)
 
 
-def language_head(t: Trace, hidden: Tensor, labels: Tensor, spec: ModelSpec, vocabulary: Tensor) -> None:
-    """``lm_head``, soft cap and loss of `...ForCausalLM.forward`; leaves the loss and the logits in the graph."""
+def _allowed(t: Trace, like: Tensor, window: int | None) -> Tensor:
+    """`causal_mask_function`, or `sliding_window_causal_mask_function` that joins it with the window."""
+    square = (("s",), ("s",))
+    if window is None:
+        return ops.constant(t, "le.Tensor", like, dtype=BOOL, shape=square)
+    with t.call("") as local:
+        with t.call("") as overlay:
+            overlay("start", ops.constant(t, "sub.Tensor", like, dtype=INT64, shape=(("s",),)))
+            inside = ops.constant(t, "gt.Tensor", like, dtype=BOOL, shape=square)
+        allowed = local("result", _and(t, inside))
+        with t.call("", ops.constant(t, "le.Tensor", like, dtype=BOOL, shape=square)):
+            return _and(t, allowed)
+
+
+def _and(t: Trace, x: Tensor, shape: Shape | None = None) -> Tensor:
+    """One turn of `and_masks` (masking_utils.py)."""
+    return ops.constant(t, "bitwise_and.Tensor", x, shape=shape)
+
+
+def language_head(
+    t: Trace,
+    hidden: Tensor,
+    labels: Tensor,
+    spec: ModelSpec,
+    vocabulary: Tensor,
+    scale: Callable[[Trace, Tensor], Tensor] | None = None,
+) -> None:
+    """``lm_head``, scale, soft cap and loss of `...ForCausalLM.forward`; leaves loss and logits in the graph."""
     with t.call("", hidden) as local, t.loss_head():
         logits = local("logits", vocabulary_head(t, "lm_head", hidden, vocabulary if spec.tied_embeddings else None))
+        if scale is not None:
+            logits = local("logits", scale(t, logits))
         if spec.final_softcap is not None:
             logits = local("logits", ops.div_scalar(t, logits))
             logits = local("logits", ops.tanh(t, logits))

@@ -65,12 +65,30 @@ class AttentionSpec(TokenMixerSpec):
     """Sliding-window length in tokens; None attends to the whole sequence."""
     softcap: float | None = attrs.field(default=None, validator=_softcap)
     """Soft cap on attention scores (Gemma 2); None leaves them as they are."""
+    output_bias: bool | None = attrs.field(default=None, validator=optional(_flag))
+    """Whether the output projection has a bias; None where it has one if the others have."""
+    rotary: bool = attrs.field(default=True, validator=_flag)
+    """Whether queries and keys are rotated (SmolLM3 and others leave it out in some layers)."""
+    rotary_dim: int | None = attrs.field(default=None, validator=optional(_count(LARGEST_HIDDEN)))
+    """Leading channels of a head that are rotated; None rotates all."""
 
     def __attrs_post_init__(self) -> None:
         if self.heads % self.kv_heads:
             raise UsageError(f"heads must be a multiple of kv_heads, not {self.heads} and {self.kv_heads}")
         if self.heads * self.head_dim > LARGEST_WIDTH:
             raise UsageError(f"heads x head_dim must be at most {LARGEST_WIDTH}, not {self.heads} x {self.head_dim}")
+        if self.rotated > self.head_dim:
+            raise UsageError(f"rotary_dim must be at most head_dim, not {self.rotary_dim} and {self.head_dim}")
+
+    @property
+    def rotated(self) -> int:
+        """Channels of a head that rotary tables are made for."""
+        return self.rotary_dim or self.head_dim
+
+    @property
+    def out_bias(self) -> bool:
+        """Whether the output projection has a bias."""
+        return self.bias if self.output_bias is None else self.output_bias
 
     @property
     def groups(self) -> int:

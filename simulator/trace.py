@@ -178,12 +178,15 @@ class Trace:
             self.graph.placements[tensor.storage] = "all_reduce.default" if style is Style.SEQUENCE else None
 
     def order_layer_parameters(self, *modules: str) -> None:
-        """Put each layer's parameters in the order of ``model.parameters()``: that of its modules' registration."""
+        """Put each layer's parameters in the order of ``model.parameters()``: that of its modules' registration.
+
+        A module inside another may be named, too; those that are not stay in the order in which they were made.
+        """
         rank = {module: i for i, module in enumerate(modules)}
 
-        def key(tensor: Tensor) -> tuple[int, int]:
+        def key(tensor: Tensor) -> tuple[int, ...]:
             parts = tensor.storage.label.split(".")
-            return (tensor.storage.slot or 0, next(rank[p] for p in parts if p in rank))
+            return (tensor.storage.slot or 0, *(rank[p] for p in parts if p in rank))
 
         parameters = self.graph.parameters
         places = [i for i, t in enumerate(parameters) if t.storage.slot is not None]

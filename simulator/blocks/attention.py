@@ -5,8 +5,9 @@ from __future__ import annotations
 from hardware.dtypes import FP32
 from hardware.errors import UnsupportedError
 from simulator import ops
+from simulator.blocks.heads import States, head_dims, separate_states
 from simulator.blocks.linear import projection
-from simulator.blocks.rotary import apply_rotary
+from simulator.blocks.rotary import Rotate, rotate
 from simulator.graph import Tensor
 from simulator.model import AttentionSpec
 from simulator.sizes import Dim
@@ -91,42 +92,34 @@ def attention(
     return sdpa_attention(t, query, key, value, mask, spec), None
 
 
-def head_dims(t: Trace, spec: AttentionSpec) -> tuple[tuple[Dim, ...], tuple[Dim, ...], str]:
-    """Names of one rank's query heads' dimensions, of its key heads' and of the head dimension.
-
-    With grouped queries the query heads are key heads times groups, so that a key head is
-    the same dimension everywhere.
-    """
-    dim = t.dim("d", spec.head_dim)
-    if spec.groups == 1:
-        heads = t.shard((t.dim("a", spec.heads),))
-        return heads, heads, dim
-    key_heads = t.shard((t.dim("k", spec.kv_heads),))
-    return (*key_heads, t.dim("g", spec.groups)), key_heads, dim
-
-
 def rotary_attention(
-    t: Trace, x: Tensor, tables: tuple[Tensor, Tensor], mask: Tensor | None, spec: AttentionSpec
+    t: Trace,
+    x: Tensor,
+    tables: tuple[Tensor, Tensor],
+    mask: Tensor | None,
+    spec: AttentionSpec,
+    *,
+    states: States = separate_states,
+    rotate: Rotate = rotate,
 ) -> tuple[Tensor, Tensor | None]:
-    """`LlamaAttention`: q, k, v projections, rotary positions, attention, output projection; and the weights."""
-    heads, key_heads, d = head_dims(t, spec)
+    """`LlamaAttention`: q, k, v projections, rotary positions, attention, output projection; and the weights.
+
+    Args:
+        states: how queries, keys and values are projected.
+        rotate: how rotary positions are applied, where the layer has them.
+    """
+    heads, _, d = head_dims(t, spec)
     with t.call("self_attn", x) as local:
-        made = []
-        for name, own in (("q", heads), ("k", key_heads), ("v", key_heads)):
-            states = projection(t, f"{name}_proj", x, (*own, d), spec.bias)
-            split = ops.reshape(t, states, (*x.shape[:-1], own, (d,)))
-            made.append(local(name, ops.transpose(t, split, 1, 2)))
-        query, key, value = made
-        with t.call("", query, key) as inner:
-            query = inner("q_embed", apply_rotary(t, query, *tables))
-            key = apply_rotary(t, key, *tables)
-        local("q", query)
-        local("k", key)
+        query, key, value = states(t, x, spec, local)
+        if spec.rotary:
+            query, key = rotate(t, query, key, *tables)
+            local("q", query)
+            local("k", key)
         out, weights = attention(t, query, key, value, mask, spec, fp32_softmax=True)
         if weights is not None:
             local("weights", weights)
         out = local("out", ops.reshape(t, out, (*x.shape[:-1], (*heads, d))))
-        return projection(t, "o_proj", out, ("h",), spec.bias), weights
+        return projection(t, "o_proj", out, ("h",), spec.out_bias), weights
 
 
 def causal_flash(t: Trace, query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec) -> Tensor:

@@ -30,12 +30,36 @@ def gated_mlp(
         return projection(t, names[3], ops.mul(t, active, up), ("h",), spec.bias)
 
 
+def fused_gated_mlp(t: Trace, x: Tensor, spec: FeedForwardSpec) -> Tensor:
+    """`Phi3MLP` (models/phi3/modeling_phi3.py): gate and up are halves of one projection."""
+    width = t.dim("f", spec.width)
+    both = (t.dim("2f", 2 * spec.width),)
+    with t.call("mlp", x) as local:
+        states = local("up_states", projection(t, "gate_up_proj", x, both, spec.bias))
+        gate, up = ops.split(t, states, (*x.shape[:-1], (width,)), 2)
+        local("gate", gate)
+        local("up_states", up)
+        with t.call("activation_fn", gate):
+            active = activation(t, spec.activation, gate)
+        states = local("up_states", ops.mul(t, up, active))
+        return projection(t, "down_proj", states, ("h",), spec.bias)
+
+
+def plain_mlp(t: Trace, x: Tensor, spec: FeedForwardSpec) -> Tensor:
+    """`NemotronMLP` (models/nemotron/modeling_nemotron.py): ``down(act(up(x)))``."""
+    with t.call("mlp", x):
+        up = projection(t, "up_proj", x, (t.dim("f", spec.width),), spec.bias)
+        with t.call("act_fn", up):
+            active = activation(t, spec.activation, up)
+        return projection(t, "down_proj", active, ("h",), spec.bias)
+
+
 def activation(t: Trace, name: str, x: Tensor) -> Tensor:
     """`ACT2FN[name]` (activations.py)."""
-    if name == "gelu_new":
-        return _gelu_new(t, x)
+    if name in _COMPOSED:
+        return _COMPOSED[name](t, x)
     if name not in _FUSED:
-        known = ", ".join(sorted(["gelu_new", *_FUSED]))
+        known = ", ".join(sorted([*_COMPOSED, *_FUSED]))
         raise UnsupportedError(f"'activation' must be one of {known}: {name!r} is not modelled")
     return _FUSED[name](t, x)
 
@@ -56,6 +80,15 @@ def _gelu_new(t: Trace, x: Tensor) -> Tensor:
         cubed = ops.mul_scalar(t, ops.power(t, x))
         inner = ops.mul_scalar(t, ops.add(t, x, cubed))
         return ops.mul(t, half, ops.add_scalar(t, ops.tanh(t, inner)))
+
+
+def _relu_squared(t: Trace, x: Tensor) -> Tensor:
+    """`ReLUSquaredActivation`."""
+    with t.call("", x) as local:
+        return ops.power(t, local("relu_applied", ops.relu(t, x)))
+
+
+_COMPOSED = {"gelu_new": _gelu_new, "relu2": _relu_squared}
 
 
 def check_feed_forward(t: Trace, spec: FeedForwardSpec, activations: Sequence[str], *, bias: bool) -> None:

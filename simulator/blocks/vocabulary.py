@@ -26,6 +26,18 @@ def look_up(t: Trace, table: Tensor, ids: Tensor, name: str) -> Tensor:
         return reduced(t, ops.vocabulary_embedding(t, table, ids, ("V",)))
 
 
+def token_embeddings(t: Trace, table: Tensor, ids: Tensor) -> Tensor:
+    """``embed_tokens``."""
+    return look_up(t, table, ids, "embed_tokens")
+
+
+def scaled_embeddings(t: Trace, table: Tensor, ids: Tensor) -> Tensor:
+    """`Gemma2TextScaledWordEmbedding` (models/gemma2/modeling_gemma2.py): times the root of the hidden size."""
+    embeds = token_embeddings(t, table, ids)
+    with t.call("embed_tokens"):
+        return ops.mul(t, embeds, t.buffer("embed_scale", dtype=t.regime.weights))
+
+
 def vocabulary_head(t: Trace, name: str, x: Tensor, tied: Tensor | None) -> Tensor:
     """The `nn.Linear` from hidden states to logits, with the embedding's weight where it is `tied`."""
     parallel = t.regime.tensor_parallel if t.style(name) is Style.HEAD else None

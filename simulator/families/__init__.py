@@ -24,13 +24,25 @@ ENTRY_POINTS = "vramsim.families"
 
 # model_type -> (module that registers it, its configuration class in transformers 5.23.0)
 BUILT_IN = {
+    "cohere2": ("simulator.families.dense.cohere2", "Cohere2Config"),
     "deepseek_v32": ("simulator.families.counted.sparse_attention", "DeepseekV32Config"),
     "deepseek_v4": ("simulator.families.counted.deepseek_v4", "DeepseekV4Config"),
+    "exaone4": ("simulator.families.dense.exaone4", "Exaone4Config"),
+    "gemma": ("simulator.families.dense.gemma", "GemmaConfig"),
     "gemma2": ("simulator.families.dense.gemma2", "Gemma2Config"),
+    "gemma3_text": ("simulator.families.dense.gemma3_text", "Gemma3TextConfig"),
     "gemma4": ("simulator.families.counted.gemma4", "Gemma4Config"),
     "glm_moe_dsa": ("simulator.families.counted.sparse_attention", "GlmMoeDsaConfig"),
     "gpt2": ("simulator.families.early.gpt2", "GPT2Config"),
+    "granite": ("simulator.families.dense.granite", "GraniteConfig"),
     "llama": ("simulator.families.dense.llama", "LlamaConfig"),
+    "mistral": ("simulator.families.dense.mistral", "MistralConfig"),
+    "nemotron": ("simulator.families.dense.nemotron", "NemotronConfig"),
+    "olmo2": ("simulator.families.dense.olmo2", "Olmo2Config"),
+    "phi3": ("simulator.families.dense.phi3", "Phi3Config"),
+    "qwen2": ("simulator.families.dense.qwen2", "Qwen2Config"),
+    "qwen3": ("simulator.families.dense.qwen3", "Qwen3Config"),
+    "smollm3": ("simulator.families.dense.smollm3", "SmolLM3Config"),
 }
 _HEADS = re.compile(r"(Config|Model|LMHeadModel|DoubleHeadsModel|For[A-Z]\w*)$")
 

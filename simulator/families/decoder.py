@@ -41,6 +41,7 @@ def read_attention(
     head_dim: int | None = None,
     bias: bool = False,
     even: bool = True,
+    null_kv_heads: bool = False,
 ) -> AttentionSpec:
     """Grouped-query attention with rotary positions.
 
@@ -52,15 +53,18 @@ def read_attention(
         head_dim: default channels of a head; None for ``hidden // heads``.
         bias: whether all four projections have one.
         even: whether hidden must divide into heads.
+        null_kv_heads: whether null as the number of key/value heads means as many as there are query heads.
     """
     count = config.required_size("num_attention_heads", heads, LARGEST_HEADS)
     if even:
         config.multiple("hidden_size", "num_attention_heads", hidden, count)
-    kv = (
-        config.derived_size("num_key_value_heads", count, "num_attention_heads", LARGEST_HEADS)
-        if kv_heads is None
-        else config.size("num_key_value_heads", kv_heads, LARGEST_HEADS)
-    )
+    key, rule = "num_key_value_heads", "num_attention_heads"
+    if kv_heads is None:
+        kv = config.derived_size(key, count, rule, LARGEST_HEADS)
+    elif null_kv_heads:
+        kv = config.optional_size(key, kv_heads, LARGEST_HEADS) or count
+    else:
+        kv = config.size(key, kv_heads, LARGEST_HEADS)
     config.multiple("num_attention_heads", "num_key_value_heads", count, kv)
     derived = max(1, hidden // count)
     dim = (
@@ -99,6 +103,37 @@ def read_windows(
     return [length if kind == SLIDING else None for kind in named]
 
 
+def read_late_windows(config: ConfigReader, depth: int) -> list[int | None]:
+    """Windows of the layers from ``max_window_layers`` on, where ``use_sliding_window`` is set (Qwen2, Qwen3)."""
+    used = config.flag("use_sliding_window", False)
+    if not used:
+        kinds, length = [FULL] * depth, None
+    else:
+        first = config.index("max_window_layers", 28, LARGEST_LAYERS)
+        length = config.optional_size("sliding_window", 4096, LARGEST_POSITIONS)
+        kinds = [SLIDING if length is not None and index >= first else FULL for index in range(depth)]
+    return read_windows(config, depth, window=length, kinds=kinds, rule="the layers from max_window_layers on")
+
+
+def read_pattern(config: ConfigReader, depth: int, every: int) -> list[str]:
+    """Kinds of layers of which each ``sliding_window_pattern``-th, by default `every`-th, sees the whole sequence."""
+    period = config.size("sliding_window_pattern", every, LARGEST_LAYERS)
+    return [FULL if (index + 1) % period == 0 else SLIDING for index in range(depth)]
+
+
+def read_rotary_dim(config: ConfigReader, head_dim: int, default: float) -> int | None:
+    """Channels of a head that are rotated, from ``partial_rotary_factor``; None where all are.
+
+    The factor stands in ``rope_parameters``, ``rope_scaling`` or, in older files, beside them
+    (transformers modeling_rope_utils.py `convert_rope_params_to_dict`).
+    """
+    factor = config.nested_rate(("rope_parameters", "rope_scaling"), "partial_rotary_factor", default)
+    rotated = int(head_dim * factor)
+    rule = f"partial_rotary_factor must give an even number of channels, not {rotated} of {head_dim}"
+    config.check(rotated > 0 and rotated % 2 == 0, rule, "partial_rotary_factor", "head_dim")
+    return None if rotated == head_dim else max(rotated, 1)
+
+
 def read_decoder(
     config: ConfigReader,
     hidden: int,
@@ -108,6 +143,7 @@ def read_decoder(
     positions: int = 2048,
     tied: bool = False,
     final_softcap: float | None = None,
+    residual_dropout: float = 0.0,
 ) -> ModelSpec:
     """The model of `layers`, with the keys that every decoder has."""
     return ModelSpec(
@@ -118,5 +154,6 @@ def read_decoder(
         max_positions=config.size("max_position_embeddings", positions, LARGEST_POSITIONS),
         layers=tuple(layers),
         tied_embeddings=config.flag("tie_word_embeddings", tied),
+        residual_dropout=residual_dropout,
         final_softcap=final_softcap,
     )

@@ -119,17 +119,58 @@ class ConfigReader:
             return default
         return self.size(key, default, largest)
 
-    def optional_size(self, key: str, default: int, largest: int) -> int | None:
-        """A size for which null means that there is none."""
-        return None if self._raw(key) is None else self.size(key, default, largest)
+    def optional_size(self, key: str, default: int | None, largest: int) -> int | None:
+        """A size for which null, and nothing where the default is None, means that there is none."""
+        if default is None and not self.given(key):
+            return None
+        return None if self._raw(key) is None else self.size(key, default or 1, largest)
+
+    def index(self, key: str, default: int, largest: int) -> int:
+        """An integer from 0 to `largest`."""
+        value = self._given(key, default)
+        if value is not False and value == 0 and isinstance(value, int):
+            return 0
+        if not is_count(value, largest):
+            return self._problem(key, f"{key} must be an integer from 0 to {largest}, not {shown(value)}", default)
+        return int(value)
+
+    def nested_rate(self, groups: Sequence[str], key: str, default: float) -> float:
+        """A proportion that stands in one of the objects `groups`, or else beside them."""
+        for group in groups:
+            inner = self.values.get(group)
+            if isinstance(inner, Mapping) and key in inner:
+                self.read.add(group)
+                value = inner[key]
+                if is_number(value, 0.0, 1.0):
+                    return float(value)
+                return self._problem(key, f"{group}.{key} must be a number from 0 to 1, not {shown(value)}", default)
+        return self.rate(key, default)
+
+    def flags(self, key: str, default: Sequence[bool], rule: str) -> list[bool]:
+        """One flag per layer, as true and false or 1 and 0; null or nothing leaves the list to `rule`."""
+        value = self._raw(key)
+        if value is _ABSENT or value is None:
+            self._default(key, rule, None)
+            return list(default)
+        right = isinstance(value, list | tuple) and len(value) >= len(default) and all(each in (0, 1) for each in value)
+        if not right:
+            rule = f"{key} must be a list of {len(default)} flags, 1 or 0, not {shown(value)}"
+            return self._problem(key, rule, list(default))
+        return [bool(each) for each in value[: len(default)]]
 
     def rate(self, key: str, default: float) -> float:
         """A probability."""
         return self._number(key, default, 0.0, 1.0)
 
-    def softcap(self, key: str, default: float) -> float | None:
-        """A positive cap; null means that there is none."""
-        return None if self._raw(key) is None else self._number(key, default, 1e-9, LARGEST_SOFTCAP)
+    def softcap(self, key: str, default: float | None) -> float | None:
+        """A positive cap; null, and nothing where the default is None, means that there is none."""
+        if default is None and not self.given(key):
+            return None
+        return None if self._raw(key) is None else self._number(key, default or 1.0, 1e-9, LARGEST_SOFTCAP)
+
+    def given(self, key: str) -> bool:
+        """Whether `key` is there and not null."""
+        return self._raw(key) not in (None, _ABSENT)
 
     def flag(self, key: str, default: bool) -> bool:
         """True or false."""

@@ -11,9 +11,13 @@ from simulator.trace import Trace
 Gradients = list[Tensor | None]
 
 
-def layer_norm(t: Trace, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """``torch.nn.functional.layer_norm`` over the last axis: saves its input and two fp32 statistics per row."""
-    if t.regime.autocast:
+def layer_norm(t: Trace, x: Tensor, weight: Tensor, bias: Tensor, *, autocast: bool = True) -> Tensor:
+    """``torch.nn.functional.layer_norm`` over the last axis: saves its input and two fp32 statistics per row.
+
+    Args:
+        autocast: whether autocast, where it is on, runs it in fp32.
+    """
+    if t.regime.autocast and autocast:
         x = to(t, x, FP32)
     rows = x.shape[:-1]
     out = t.fresh("native_layer_norm.default", x.shape, x.dtype)

@@ -22,10 +22,10 @@ QUANTITIES = ("first_iteration", "steady", "prefill", "decode", "generate")
 #: Quantities of a case on several devices -> the keys of its line.
 DISTRIBUTED = {"first_iteration": "first_step_peak_bytes", "steady": "peak_bytes"}
 _IMPLEMENTATIONS = {"forloop": "for-loop"}
+#: Classes with other dropout rates than that of the attention weights.
 _DROPOUT_RATES = {
     "GPT2Config": ("resid_pdrop", "embd_pdrop", "attn_pdrop"),
-    "LlamaConfig": ("attention_dropout",),
-    "Gemma2Config": ("attention_dropout",),
+    "Phi3Config": ("resid_pdrop", "embd_pdrop", "attention_dropout"),
 }
 #: Options of a case that change memory and that we simulate with one value only -> that value.
 _FIXED = {"mode": "train", "lora": None, "device": "cuda", "fake": True, "emulate": True}
@@ -116,7 +116,7 @@ def _config(line: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration's keys; ``dropout_off`` sets every dropout rate of the class to zero."""
     config = dict(line["config"])
     if line["case"].get("dropout_off"):
-        config |= dict.fromkeys(_DROPOUT_RATES.get(line["config_class"], ()), 0.0)
+        config |= dict.fromkeys(_DROPOUT_RATES.get(line["config_class"], ("attention_dropout",)), 0.0)
     return config
 
 

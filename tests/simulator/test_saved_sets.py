@@ -15,11 +15,11 @@ from studies.validation import oracle_case
 
 ORACLE = Path(__file__).parents[3] / "shared" / "oracle" / "single"
 OWN = Path(__file__).parents[1] / "data" / "oracle" / "layers"
-CLASSES = {"GPT2Config", "LlamaConfig", "Gemma2Config"}
+CLASSES = {"GPT2Config", "LlamaConfig", "Gemma2Config", "Gemma3TextConfig", "Phi3Config", "Qwen2Config", "Qwen3Config"}
 
 
 def layer_files():
-    """Every layer file of the three families: ours, and the shared ones where they are present."""
+    """Every layer file of the simulated families: ours, and the shared ones where they are present."""
     found = sorted(OWN.glob("*.json"))
     models = _models()
     for path in sorted((ORACLE / "layers").glob("*.json")):
@@ -30,7 +30,7 @@ def layer_files():
 
 
 def _models():
-    """Model name of the oracle -> its config line, for the three families."""
+    """Model name of the oracle -> its config line, for the simulated families."""
     models = {}
     cases = ORACLE / "cases.jsonl"
     for line in cases.read_text().splitlines() if cases.exists() else []:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import attrs
 
-from simulator import blocks, ops
-from simulator.decoder import BuiltLayers, rotary_decoder
+from simulator import blocks
+from simulator.decoder import BuiltLayers, full_and_sliding_windows, rotary_decoder
 from simulator.families import Family, families
 from simulator.families.decoder import (
     FULL,
@@ -18,7 +20,6 @@ from simulator.families.decoder import (
     read_windows,
 )
 from simulator.families.reader import ConfigReader
-from simulator.graph import Tensor
 from simulator.model import LayerSpec, ModelSpec
 from simulator.trace import Trace
 
@@ -41,34 +42,12 @@ def read(config: ConfigReader) -> ModelSpec:
 
 def forward(t: Trace, spec: ModelSpec, layers: BuiltLayers) -> None:
     """`Gemma2ForCausalLM` (transformers models/gemma2/modeling_gemma2.py): scaled embeddings, a mask per layer kind."""
-    rotary_decoder(t, spec, layers, embed=_embed, layer=_layer, norm=blocks.gemma_rms_norm, windows=True)
-    before, after = "input_layernorm", "post_attention_layernorm"
-    t.order_layer_parameters(
-        "self_attn", "mlp", before, after, "pre_feedforward_layernorm", "post_feedforward_layernorm"
-    )
-
-
-def _embed(t: Trace, vocabulary: Tensor, ids: Tensor) -> Tensor:
-    """`Gemma2TextScaledWordEmbedding`."""
-    embeds = blocks.look_up(t, vocabulary, ids, "embed_tokens")
-    with t.call("embed_tokens"):
-        return ops.mul(t, embeds, t.buffer("embed_scale", dtype=t.regime.weights))
-
-
-def _layer(t: Trace, x: Tensor, tables: tuple[Tensor, Tensor], mask: Tensor | None, layer: LayerSpec) -> Tensor:
-    """`Gemma2DecoderLayer`: norms before and after both halves."""
-    with t.call("layer", x) as local:
-        hidden = local("hidden", blocks.gemma_rms_norm(t, "input_layernorm", x))
-        hidden, weights = blocks.rotary_attention(t, hidden, tables, mask, layer.attention)
-        local("hidden", hidden)
-        if weights is not None:
-            local("_", weights)
-        hidden = local("hidden", blocks.gemma_rms_norm(t, "post_attention_layernorm", hidden))
-        residual = local("residual", local("hidden", ops.add(t, x, hidden)))
-        hidden = local("hidden", blocks.gemma_rms_norm(t, "pre_feedforward_layernorm", residual))
-        hidden = local("hidden", blocks.gated_mlp(t, hidden, layer.feed_forward))
-        hidden = local("hidden", blocks.gemma_rms_norm(t, "post_feedforward_layernorm", hidden))
-        return ops.add(t, residual, hidden)
+    norm = blocks.gemma_rms_norm
+    layer = partial(blocks.decoder_layer, norm=norm, before=blocks.AROUND, after=blocks.AFTER)
+    windows = full_and_sliding_windows(spec)
+    rotary_decoder(t, spec, layers, embed=blocks.scaled_embeddings, layer=layer, norm=norm, windows=windows)
+    before, after = blocks.AROUND, blocks.AFTER
+    t.order_layer_parameters("self_attn", "mlp", before[0], after[0], before[1], after[1])
 
 
 families.add("gemma2", Family("gemma2", read, forward=forward, config_class="Gemma2Config"))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from simulator import blocks, ops
+from functools import partial
+
+from simulator import blocks
 from simulator.decoder import BuiltLayers, rotary_decoder
 from simulator.families import Family, families
 from simulator.families.decoder import read_attention, read_decoder, read_depth, read_gated, read_hidden
 from simulator.families.reader import ConfigReader
-from simulator.graph import Tensor
 from simulator.model import LayerSpec, ModelSpec
 from simulator.trace import Trace
 
@@ -23,26 +24,9 @@ def read(config: ConfigReader) -> ModelSpec:
 
 def forward(t: Trace, spec: ModelSpec, layers: BuiltLayers) -> None:
     """`LlamaForCausalLM` (transformers models/llama/modeling_llama.py)."""
-    rotary_decoder(t, spec, layers, embed=_embed, layer=_layer, norm=blocks.llama_rms_norm)
-    t.order_layer_parameters("self_attn", "mlp", "input_layernorm", "post_attention_layernorm")
-
-
-def _embed(t: Trace, vocabulary: Tensor, ids: Tensor) -> Tensor:
-    return blocks.look_up(t, vocabulary, ids, "embed_tokens")
-
-
-def _layer(t: Trace, x: Tensor, tables: tuple[Tensor, Tensor], mask: Tensor | None, layer: LayerSpec) -> Tensor:
-    """`LlamaDecoderLayer`."""
-    with t.call("layer", x) as local:
-        hidden = local("hidden", blocks.llama_rms_norm(t, "input_layernorm", x))
-        hidden, weights = blocks.rotary_attention(t, hidden, tables, mask, layer.attention)
-        local("hidden", hidden)
-        if weights is not None:
-            local("_", weights)
-        residual = local("residual", local("hidden", ops.add(t, x, hidden)))
-        hidden = local("hidden", blocks.llama_rms_norm(t, "post_attention_layernorm", residual))
-        hidden = local("hidden", blocks.gated_mlp(t, hidden, layer.feed_forward))
-        return ops.add(t, residual, hidden)
+    norm = blocks.llama_rms_norm
+    rotary_decoder(t, spec, layers, layer=partial(blocks.decoder_layer, norm=norm), norm=norm)
+    t.order_layer_parameters("self_attn", "mlp", *blocks.BEFORE)
 
 
 _OTHERS = {
