@@ -13,8 +13,18 @@ from simulator.units import WRAPS
 from simulator.workload import IMPLEMENTATIONS, Optimizer, Training
 from strategies.fsdp2 import Fsdp2
 
-FAMILIES = ("gpt2", "llama", "gemma2")
-ACTIVATIONS = {"gpt2": ("gelu_new", "relu"), "llama": ("silu",), "gemma2": ("gelu_pytorch_tanh",)}
+DENSE = ("cohere2", "exaone4", "gemma", "gemma3_text", "granite", "mistral", "nemotron", "olmo2", "phi3")
+DENSE += ("qwen2", "qwen3", "smollm3")
+FAMILIES = ("gpt2", "llama", "gemma2", *DENSE)
+ACTIVATIONS = {"gpt2": ("gelu_new", "relu"), "nemotron": ("relu2", "gelu")}
+ACTIVATIONS |= dict.fromkeys(("gemma", "gemma2", "gemma3_text"), ("gelu_pytorch_tanh",))
+#: Families by what their layers can have.
+PLAIN_MLP = ("gpt2", "nemotron")
+MLP_BIAS = ("granite", "llama", "nemotron", "smollm3")
+NO_ATTENTION_BIAS = ("exaone4", "mistral", "phi3")
+WINDOWS = ("cohere2", "exaone4", "gemma2", "gemma3_text", "mistral", "phi3", "qwen2", "qwen3", "smollm3")
+ROTATED_IN_WINDOWS = ("cohere2", "exaone4")
+PARTLY_ROTATED = ("nemotron", "phi3")
 RATES = st.sampled_from((0.0, 0.1, 0.5))
 
 
@@ -36,8 +46,8 @@ def model_specs(
         layers=tuple(draw(st.lists(st.sampled_from(kinds), min_size=1, max_size=max_layers))),
         tied_embeddings=draw(st.booleans()),
         embedding_dropout=draw(RATES) if plain else 0.0,
-        residual_dropout=draw(RATES) if plain else 0.0,
-        final_softcap=draw(st.sampled_from((None, 30.0))) if family == "gemma2" else None,
+        residual_dropout=draw(RATES) if plain or family == "phi3" else 0.0,
+        final_softcap=draw(st.sampled_from((None, 30.0))) if family in ("gemma2", "gemma3_text") else None,
     )
 
 
@@ -49,9 +59,9 @@ def layer_specs(draw: st.DrawFn, family: str, hidden: int) -> LayerSpec:
         token_mixer=attention,
         channel_mixer=FeedForwardSpec(
             width=draw(st.integers(1, 200)),
-            activation=draw(st.sampled_from(ACTIVATIONS[family])),
-            gated=family != "gpt2",
-            bias=family == "gpt2" or (family == "llama" and draw(st.booleans())),
+            activation=draw(st.sampled_from(ACTIVATIONS.get(family, ("silu",)))),
+            gated=family not in PLAIN_MLP,
+            bias=family == "gpt2" or (family in MLP_BIAS and draw(st.booleans())),
         ),
     )
 
@@ -63,14 +73,20 @@ def attention_specs(draw: st.DrawFn, family: str, hidden: int) -> AttentionSpec:
         heads = draw(st.sampled_from([each for each in (1, 2, 4) if hidden % each == 0]))
         return AttentionSpec(heads, heads, hidden // heads, bias=True, dropout=draw(RATES))
     kv_heads = draw(st.integers(1, 4))
+    window = draw(st.none() | st.integers(1, 256)) if family in WINDOWS else None
+    # one set of rotary tables serves all layers, so the heads of a model that cuts them are equally wide
+    head_dim = hidden // 2 if family in PARTLY_ROTATED else 2 * draw(st.integers(1, 16))
     return AttentionSpec(
         heads=kv_heads * draw(st.integers(1, 4)),
         kv_heads=kv_heads,
-        head_dim=2 * draw(st.integers(1, 16)),
-        bias=draw(st.booleans()),
+        head_dim=head_dim,
+        bias=family == "qwen2" or (family not in NO_ATTENTION_BIAS and draw(st.booleans())),
         dropout=draw(RATES),
-        window=draw(st.none() | st.integers(1, 256)) if family == "gemma2" else None,
+        window=window,
         softcap=draw(st.sampled_from((None, 50.0))) if family == "gemma2" else None,
+        output_bias=False if family == "qwen2" else None,
+        rotary=window is not None if family in ROTATED_IN_WINDOWS else family != "smollm3" or draw(st.booleans()),
+        rotary_dim=hidden // 4 if family in PARTLY_ROTATED and hidden % 8 == 0 else None,
     )
 
 
@@ -143,9 +159,11 @@ def configs(draw: st.DrawFn, families: tuple[str, ...] = FAMILIES) -> dict[str, 
     required, optional = (_gpt2_keys if family == "gpt2" else _rotary_keys)(draw)
     if family == "gemma2":
         optional |= _gemma2_keys(draw, required["num_hidden_layers"])
+    if family in DENSE:
+        optional |= _dense_keys(draw, required["num_hidden_layers"])
     chosen = draw(st.sets(st.sampled_from(sorted(optional))))
-    # Gemma 2's class defaults of these two need not divide the drawn number of heads.
-    needed = {"num_key_value_heads", "head_dim"} if family == "gemma2" else set()
+    # Class defaults of these two need not divide the drawn number of heads.
+    needed = {"num_key_value_heads", "head_dim"} if family not in ("gpt2", "llama") else set()
     return {"model_type": family, **required, **{key: optional[key] for key in sorted(chosen | needed)}}
 
 
@@ -176,7 +194,7 @@ def _rotary_keys(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, Any]]:
     return required, {
         **flags,
         "num_key_value_heads": kv_heads,
-        "head_dim": 2 * draw(st.integers(1, 128)),
+        "head_dim": 4 * draw(st.integers(1, 64)),
         "attention_dropout": draw(st.floats(0, 1)),
         "max_position_embeddings": draw(st.integers(1, 10**6)),
         "rope_theta": 10000.0,
@@ -189,5 +207,18 @@ def _gemma2_keys(draw: st.DrawFn, layers: int) -> dict[str, Any]:
         "layer_types": draw(st.lists(kinds, min_size=layers, max_size=layers)),
         "sliding_window": draw(st.integers(1, 10**6)),
         "attn_logit_softcapping": draw(st.none() | st.floats(1, 100)),
+        "final_logit_softcapping": draw(st.none() | st.floats(1, 100)),
+    }
+
+
+def _dense_keys(draw: st.DrawFn, layers: int) -> dict[str, Any]:
+    """Keys that some of the dense families read and the others ignore."""
+    return {
+        "layer_types": ["full_attention"] * layers,
+        "sliding_window": draw(st.integers(1, 10**6)),
+        "use_sliding_window": draw(st.booleans()),
+        "max_window_layers": draw(st.integers(0, 20)),
+        "no_rope_layers": draw(st.lists(st.integers(0, 1), min_size=layers, max_size=layers)),
+        "resid_pdrop": draw(st.floats(0, 1)),
         "final_logit_softcapping": draw(st.none() | st.floats(1, 100)),
     }

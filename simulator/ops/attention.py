@@ -113,9 +113,12 @@ def _pad_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients:
 
 
 def _flash(t: Trace, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Saves q, k, v, the output, fp32 log-sum-exp per query and 24 B of random state (arXiv 2205.14135)."""
+    """Saves q, k, v, the output, fp32 log-sum-exp per query and 24 B of random state (arXiv 2205.14135).
+
+    The output has the layout of the queries (flash_api.cpp `mha_fwd`, ``empty_like``).
+    """
     name = "_scaled_dot_product_flash_attention"
-    out = t.fresh(f"{name}.default", query.shape, query.dtype, _by_token(query))
+    out = t.fresh(f"{name}.default", query.shape, query.dtype, query.memory)
     logsumexp = t.fresh(f"{name}.logsumexp", query.shape[:3], FP32)
     random = [t.fresh(f"{name}.rng_state", ((2,),), UINT64), t.fresh(f"{name}.unused", (), UINT64)]
     outputs = [out, logsumexp, *random]
@@ -189,7 +192,7 @@ def _efficient(t: Trace, query: Tensor, key: Tensor, value: Tensor, mask: Tensor
 
 
 def _by_token(query: Tensor) -> tuple[str | int, ...]:
-    """Memory order of a fused kernel's output: all heads of a token together."""
+    """Memory order of the memory-efficient kernel's output: all heads of a token together."""
     batch, heads, sequence, dim = query.shape
     return (*batch, *sequence, *heads, *dim)
 

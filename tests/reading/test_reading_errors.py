@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hardware.errors import UnsupportedError, UsageError
+from simulator.families import families
 from simulator.model import AttentionSpec, FeedForwardSpec, ModelSpec
 from simulator.reading import read_model, spec_from_class, spec_from_config
 from tests.strategies import configs, model_specs
@@ -23,6 +24,7 @@ LLAMA = {
     "intermediate_size": 100,
     "vocab_size": 1000,
 }
+KNOWN = ", ".join(families.names())
 GPT2 = {"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 1000}
 GEMMA2 = {**LLAMA, "model_type": "gemma2", "num_key_value_heads": 2}
 WAY_OUT = " (correct the config of this {} model)"
@@ -141,15 +143,15 @@ def test_a_misspelled_required_key_is_recognised():
 
 def test_an_unknown_family_is_told_what_is_known():
     text = message(spec_from_config, {"model_type": "lama"}, "m")
-    assert text.startswith("model_type 'lama' is not modelled; did you mean 'llama'? known: gemma2, gpt2, llama")
+    assert text.startswith(f"model_type 'lama' is not modelled; did you mean 'llama'? known: {KNOWN}")
     assert text.endswith("register another family with an entry point of the group 'vramsim.families'")
 
 
 @pytest.mark.parametrize(
     ("config", "text"),
     [
-        ({}, "model_type is missing: add it; known: gemma2, gpt2, llama"),
-        ({"architectures": []}, "model_type is missing: add it; known: gemma2, gpt2, llama"),
+        ({}, f"model_type is missing: add it; known: {KNOWN}"),
+        ({"architectures": []}, f"model_type is missing: add it; known: {KNOWN}"),
         ({"model_type": 3}, "model_type must be a name such as 'llama', not 3"),
         ([1], "m: a config must be a JSON object, not a list"),
         ("llama", "m: a config must be a JSON object, not 'llama'"),
@@ -211,7 +213,7 @@ def one_line_or_spec(action, *arguments):
         assert str(error).isprintable()
 
 
-@given(st.dictionaries(KEYS | st.text(), JSON), st.sampled_from(["llama", "gpt2", "gemma2"]) | JSON)
+@given(st.dictionaries(KEYS | st.text(), JSON), st.sampled_from(families.names()) | JSON)
 def test_any_object_gives_a_model_or_one_line(config, model_type):
     one_line_or_spec(spec_from_config, {**config, "model_type": model_type}, "m")
 
