@@ -29,7 +29,8 @@ def linear(t: Trace, x: Tensor, weight: Tensor, bias: Tensor | None = None, out:
     if bias is None:
         transposed = transpose(t, weight, 0, 1)
         product = _mm(t, _flatten(t, x), transposed, last)
-        return view(t, product, (*x.shape[:-1], last), "_unsafe_view.default")
+        rows = len(x.shape) == 2
+        return product if rows else view(t, product, (*x.shape[:-1], last), "_unsafe_view.default")
     flat_x = _flatten(t, x)  # with a bias the input is flattened first, which decides the order of backward
     product = _addmm(t, bias, flat_x, transpose(t, weight, 0, 1), last)
     return view(t, product, (*x.shape[:-1], last))
