@@ -10,6 +10,7 @@ from attrs.validators import deep_iterable, instance_of, optional
 
 from hardware.errors import UsageError
 from simulator.limits import (
+    LARGEST_EXPERTS,
     LARGEST_HEADS,
     LARGEST_HIDDEN,
     LARGEST_LAYERS,
@@ -67,6 +68,8 @@ class AttentionSpec(TokenMixerSpec):
     """Soft cap on attention scores (Gemma 2); None leaves them as they are."""
     output_bias: bool | None = attrs.field(default=None, validator=optional(_flag))
     """Whether the output projection has a bias; None where it has one if the others have."""
+    query_norm: bool = attrs.field(default=False, validator=_flag)
+    """Whether queries and keys are normed, where a family leaves that to its config (GLM-4.5)."""
     rotary: bool = attrs.field(default=True, validator=_flag)
     """Whether queries and keys are rotated (SmolLM3 and others leave it out in some layers)."""
     rotary_dim: int | None = attrs.field(default=None, validator=optional(_count(LARGEST_HIDDEN)))
@@ -122,6 +125,36 @@ class FeedForwardSpec:
     activation: str = attrs.field(default="silu", validator=instance_of(str))
     gated: bool = attrs.field(default=True, validator=_flag)
     bias: bool = attrs.field(default=False, validator=_flag)
+
+
+@attrs.frozen
+class ExpertsSpec(FeedForwardSpec):
+    """A mixture of experts, each an MLP of `width` channels, of which every token visits `per_token`."""
+
+    experts: int = attrs.field(kw_only=True, validator=_count(LARGEST_EXPERTS))
+    per_token: int = attrs.field(kw_only=True, validator=_count(LARGEST_EXPERTS))
+    normalised: bool = attrs.field(default=True, kw_only=True, validator=_flag)
+    """Whether the weights of a token's experts are divided by their sum."""
+    groups: int = attrs.field(default=1, kw_only=True, validator=_count(LARGEST_EXPERTS))
+    """Groups of experts, some of which are chosen before experts are chosen in them (DeepSeek-V3)."""
+    chosen_groups: int = attrs.field(default=1, kw_only=True, validator=_count(LARGEST_EXPERTS))
+    shared_width: int | None = attrs.field(default=None, kw_only=True, validator=optional(_count(LARGEST_WIDTH)))
+    """Channels of the MLP that every token visits; None where there is none."""
+
+    def __attrs_post_init__(self) -> None:
+        if self.per_token > self.experts:
+            raise UsageError(f"per_token must be at most experts, not {self.per_token} and {self.experts}")
+        if self.experts % self.groups or self.chosen_groups > self.groups:
+            raise UsageError(
+                f"experts must be a multiple of groups, and chosen_groups at most groups, not {self.experts}, "
+                f"{self.groups} and {self.chosen_groups}"
+            )
+
+    @property
+    def shared(self) -> FeedForwardSpec:
+        """The MLP that every token visits, where there is one."""
+        assert self.shared_width is not None
+        return FeedForwardSpec(self.shared_width, self.activation, self.gated, self.bias)
 
 
 @attrs.frozen

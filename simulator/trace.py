@@ -22,12 +22,14 @@ class Regime:
     autocast: DType | None = None
     attention: str = "sdpa"
     sdpa_backend: str = "auto"
+    experts: str = "grouped_mm"
     torch: tuple[int, int] = (2, 13)
     training: bool = True
     implementation: str = "transformers"
     attention_mask: str = "none"
     fused_activation_backward: bool = True
     fused_norm: bool = True
+    tensor_subclasses: bool = False
     loss_division: bool = False
     """Whether the caller divides the loss by the number of micro-batches."""
     keep_inputs: bool = False
@@ -197,6 +199,12 @@ class Trace:
         """A one-axis weight whose axis may be several dimensions."""
         tensor = self.parameter(name, *dims)
         tensor.shape = self.squeezed((dims,))
+        return tensor
+
+    def weights(self, name: str, *axes: tuple[Dim, ...]) -> Tensor:
+        """A weight whose axes may each be several dimensions."""
+        tensor = self.parameter(name, *flat(axes))
+        tensor.shape = self.squeezed(axes)
         return tensor
 
     def matrix(self, name: str, rows: tuple[Dim, ...], columns: tuple[Dim, ...]) -> Tensor:

@@ -80,6 +80,8 @@ class Optimizer:
 
 
 ATTENTIONS = ("eager", "sdpa", "flash_attention_2")
+#: What transformers' integrations/moe.py offers without further packages; the first is its default on a GPU.
+EXPERTS = ("grouped_mm", "eager", "batched_mm")
 SDPA_BACKENDS = ("auto", "flash", "efficient", "math")
 ATTENTION_MASKS = ("none", "full", "padded")
 ZERO_GRADS = ("none", "zero")
@@ -121,6 +123,8 @@ class Training:
     """Largest global norm of the gradients (``clip_grad_norm_``); None does not clip."""
     zero_grad: str = "none"
     """``none`` (``set_to_none=True``) or ``zero``."""
+    experts: str = "grouped_mm"
+    """transformers' ``experts_implementation`` of models with mixtures of experts."""
     implementation: str = "transformers"
     """Whose code of the model is run; each family has some of `MODEL_IMPLEMENTATIONS`."""
     torch: tuple[int, int] = (2, 13)
@@ -131,6 +135,8 @@ class Training:
     """True for fake-tensor runs, where the kernel that `sdpa_backend` names takes any input."""
     fused_norm: bool = True
     """False for torch builds without CUDA's fused `rms_norm` (as above)."""
+    tensor_subclasses: bool = False
+    """True for fake-tensor runs: some of torch's backward formulas spare tensor subclasses their in-place ops."""
     kernel_workspace: bool = True
     """Count what kernels allocate for themselves (flash attention's backward accumulators)."""
 
@@ -139,6 +145,7 @@ class Training:
         _check_count("seq_len", self.seq_len, LARGEST_SEQ_LEN)
         _check_count("gradient_accumulation", self.gradient_accumulation, LARGEST_ACCUMULATION)
         _check_name("attention", self.attention, ATTENTIONS)
+        _check_name("experts", self.experts, EXPERTS)
         _check_name("sdpa_backend", self.sdpa_backend, SDPA_BACKENDS)
         _check_name("attention_mask", self.attention_mask, ATTENTION_MASKS)
         _check_name("zero_grad", self.zero_grad, ZERO_GRADS)

@@ -11,6 +11,15 @@ from simulator.blocks.attention import flash_attention_2 as flash_attention_2
 from simulator.blocks.attention import repeat_kv as repeat_kv
 from simulator.blocks.attention import rotary_attention as rotary_attention
 from simulator.blocks.attention import sdpa_attention as sdpa_attention
+from simulator.blocks.experts import Router as Router
+from simulator.blocks.experts import experts_and_shared_mlp as experts_and_shared_mlp
+from simulator.blocks.experts import experts_mlp as experts_mlp
+from simulator.blocks.experts import experts_or_gated_mlp as experts_or_gated_mlp
+from simulator.blocks.experts import gated_shared_mlp as gated_shared_mlp
+from simulator.blocks.experts import grouped_experts as grouped_experts
+from simulator.blocks.experts import grouped_sigmoid_router as grouped_sigmoid_router
+from simulator.blocks.experts import sigmoid_router as sigmoid_router
+from simulator.blocks.experts import softmax_router as softmax_router
 from simulator.blocks.feed_forward import GELU as GELU
 from simulator.blocks.feed_forward import SILU as SILU
 from simulator.blocks.feed_forward import activation as activation

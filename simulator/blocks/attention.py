@@ -99,7 +99,7 @@ def attention(
 def rotary_attention(
     t: Trace,
     x: Tensor,
-    tables: tuple[Tensor, Tensor],
+    tables: tuple[Tensor, ...],
     mask: Tensor | None,
     spec: AttentionSpec,
     *,

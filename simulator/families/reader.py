@@ -112,6 +112,15 @@ class ConfigReader:
         fits = isinstance(value, list) and len(value) >= length and all(each in known for each in value)
         return list(value[:length]) if fits else self._problem(key, rule, list(default))
 
+    def indices(self, key: str, length: int) -> frozenset[int]:
+        """Some of the numbers from 0 to `length` - 1, a list; null or nothing is none of them."""
+        value = self._raw(key)
+        if value is _ABSENT or value is None:
+            return frozenset()
+        fits = isinstance(value, list) and all(each == 0 or is_count(each, length - 1) for each in value)
+        rule = f"{key} must be a list of numbers from 0 to {length - 1}, not {shown(value)}"
+        return frozenset(value) if fits else self._problem(key, rule, frozenset())
+
     def derived_size(self, key: str, default: int, rule: str, largest: int) -> int:
         """A size that null or nothing leaves to be derived by `rule`, text for the assumption."""
         if self._raw(key) in (_ABSENT, None):

@@ -60,6 +60,11 @@ def tanh(t: Trace, x: Tensor) -> Tensor:
     return unary(t, "tanh.default", x, ("tanh_backward.default",), saves="output")
 
 
+def sigmoid(t: Trace, x: Tensor) -> Tensor:
+    """``torch.sigmoid``."""
+    return unary(t, "sigmoid.default", x, ("sigmoid_backward.default",), saves="output")
+
+
 def gelu(t: Trace, x: Tensor) -> Tensor:
     """``torch.nn.functional.gelu``, exact or tanh approximation: one fused kernel either way."""
     return unary(t, "gelu.default", x, ("gelu_backward.default",), saves="input")

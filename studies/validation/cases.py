@@ -30,10 +30,10 @@ _DROPOUT_RATES = {
 #: Options of a case that change memory and that we simulate with one value only -> that value.
 _FIXED = {"mode": "train", "lora": None, "device": "cuda", "fake": True, "emulate": True}
 _SWITCHES = ("checkpointing", "attention_mask", "keep_outputs", "dropout_off")
-_SIMULATED = {"dtype", "autocast", "attn", "sdpa_backend", "batch", "seq", "grad_accum", "optimizer", "clip"}
+_SIMULATED = {"dtype", "autocast", "attn", "sdpa_backend", "experts", "batch", "seq", "grad_accum", "optimizer", "clip"}
 _SIMULATED |= {"zero_grad", *_SWITCHES}
-#: Options that leave dense training as it is: where to record, inference, experts, the model's name (its line has it).
-_HARMLESS = {"timeline", "layers", "logits_to_keep_prefill", "new_tokens", "experts"}
+#: Options that leave dense training as it is: where to record, inference, the model's name (its line has it).
+_HARMLESS = {"timeline", "layers", "logits_to_keep_prefill", "new_tokens"}
 _HARMLESS |= {"model", "config_override", "config_class", "config", "tags", "id"}
 
 
@@ -131,6 +131,7 @@ def _training(case: Mapping[str, Any]) -> Training:
         optimizer=_optimizer(case.get("optimizer") or {}),
         attention=case.get("attn", "sdpa"),
         sdpa_backend=case.get("sdpa_backend", "auto"),
+        experts=case.get("experts") or "grouped_mm",
         attention_mask="full" if case.get("attention_mask") else "none",
         keep_outputs=bool(case.get("keep_outputs")),
         clip=case.get("clip") or None,
@@ -138,6 +139,7 @@ def _training(case: Mapping[str, Any]) -> Training:
         # the oracle runs a CPU build of torch: it has no fused silu_backward, and cannot see inside kernels
         fused_activation_backward=False,
         kernel_workspace=False,
+        tensor_subclasses=True,
     )
 
 

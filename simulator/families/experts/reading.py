@@ -1,0 +1,72 @@
+"""What the configurations of mixtures of experts share."""
+
+from __future__ import annotations
+
+import attrs
+
+from simulator.families.reader import ConfigReader
+from simulator.limits import LARGEST_EXPERTS, LARGEST_LAYERS, LARGEST_WIDTH
+from simulator.model import AttentionSpec, ExpertsSpec, FeedForwardSpec, LayerSpec
+
+
+def refuse_router_options(config: ConfigReader) -> None:
+    """Refuse what adds a loss to the logits' or noise to the router's input."""
+    config.refuse("output_router_logits", (False, None), "set it to false: the load-balancing loss is left out")
+    config.refuse("router_jitter_noise", (None, 0, 0.0), "set it to 0")
+
+
+def read_experts(
+    config: ConfigReader,
+    *,
+    width: tuple[str, int],
+    experts: tuple[str, int],
+    per_token: int,
+    normalised: bool | None = None,
+    shared_width: int | None = None,
+) -> ExpertsSpec:
+    """The mixture of experts of a layer.
+
+    Args:
+        config: the configuration.
+        width: key and default of the channels of one expert.
+        experts: key and default of their number.
+        per_token: default number of experts that a token visits.
+        normalised: default of ``norm_topk_prob``; None where weights are normalised always.
+        shared_width: channels of the MLP that every token visits.
+    """
+    refuse_router_options(config)
+    count = config.required_size(*experts, LARGEST_EXPERTS)
+    chosen = config.required_size("num_experts_per_tok", per_token, LARGEST_EXPERTS)
+    too_many = f"num_experts_per_tok must be at most {experts[0]}, not {chosen} and {count}"
+    config.check(chosen <= count, too_many, "num_experts_per_tok", experts[0])
+    return ExpertsSpec(
+        width=config.required_size(*width, LARGEST_WIDTH),
+        activation=config.activation("hidden_act", "silu"),
+        experts=count,
+        per_token=min(chosen, count),
+        normalised=normalised is None or config.flag("norm_topk_prob", normalised),
+        shared_width=shared_width,
+    )
+
+
+def read_groups(config: ConfigReader, experts: ExpertsSpec) -> ExpertsSpec:
+    """`experts` in ``n_group`` groups of two or more, of which a token may visit ``topk_group``."""
+    groups = config.size("n_group", 1, LARGEST_EXPERTS)
+    chosen = config.size("topk_group", 1, LARGEST_EXPERTS)
+    apart = experts.experts % groups == 0 and experts.experts >= 2 * groups
+    rule = f"n_group must divide the experts into groups of at least two, not {experts.experts} into {groups}"
+    config.check(apart, rule, "n_group")
+    config.check(chosen <= groups, f"topk_group must be at most n_group, not {chosen} and {groups}", "topk_group")
+    return attrs.evolve(
+        experts, groups=groups if apart else 1, chosen_groups=chosen if apart and chosen <= groups else 1
+    )
+
+
+def read_sparse_layers(
+    config: ConfigReader, depth: int, attention: AttentionSpec, dense: FeedForwardSpec, experts: ExpertsSpec
+) -> list[LayerSpec]:
+    """Layers with experts, but for those of ``mlp_only_layers`` and between steps of ``decoder_sparse_step``."""
+    step = config.size("decoder_sparse_step", 1, LARGEST_LAYERS)
+    plain = config.indices("mlp_only_layers", depth)
+    sparse = [index not in plain and (index + 1) % step == 0 for index in range(depth)]
+    return [LayerSpec(attention, experts if each else dense) for each in sparse]
