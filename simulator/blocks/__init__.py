@@ -18,6 +18,7 @@ from simulator.blocks.experts import experts_or_gated_mlp as experts_or_gated_ml
 from simulator.blocks.experts import gated_shared_mlp as gated_shared_mlp
 from simulator.blocks.experts import grouped_experts as grouped_experts
 from simulator.blocks.experts import grouped_sigmoid_router as grouped_sigmoid_router
+from simulator.blocks.experts import scaled_softmax_router as scaled_softmax_router
 from simulator.blocks.experts import sigmoid_router as sigmoid_router
 from simulator.blocks.experts import softmax_router as softmax_router
 from simulator.blocks.feed_forward import GELU as GELU

@@ -85,6 +85,19 @@ def grouped_sigmoid_router(
     return logits, weights, indices
 
 
+def scaled_softmax_router(t: Trace, x: Tensor, spec: ExpertsSpec) -> tuple[Tensor, Tensor, Tensor]:
+    """`DeepseekV2TopkRouter` (models/deepseek_v2/modeling_deepseek_v2.py), greedy: fp32 scores, weights scaled."""
+    with t.call("gate", x) as local:
+        x = local("hidden_states", ops.reshape(t, x, (flat(x.shape[:-1]), x.shape[-1])))
+        logits = local("router_logits", _fp32_logits(t, x, spec))
+        scores = local("scores", ops.softmax(t, logits, FP32))
+        weights, indices = ops.top_k(t, scores, _chosen(t, spec))
+        local("topk_weights", weights)
+        local("topk_indices", indices)
+        weights = local("topk_weights", ops.mul_scalar(t, weights))
+    return logits, weights, indices
+
+
 def _fp32_logits(t: Trace, x: Tensor, spec: ExpertsSpec) -> Tensor:
     """``F.linear(x.type(torch.float32), weight.type(torch.float32))``."""
     weight = _router_weight(t, x, spec)

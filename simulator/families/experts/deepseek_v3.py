@@ -6,7 +6,8 @@ from simulator import blocks
 from simulator.decoder import BuiltLayers
 from simulator.families import Family, families
 from simulator.families.decoder import read_decoder, read_depth, read_hidden
-from simulator.families.experts.latent import latent_decoder, read_latent_attention, read_latent_layers
+from simulator.families.experts.latent import latent_decoder, read_latent_attention, read_latent_layers, read_routed
+from simulator.families.experts.reading import read_groups
 from simulator.families.reader import ConfigReader
 from simulator.model import ModelSpec
 from simulator.trace import Trace
@@ -17,13 +18,15 @@ def read(config: ConfigReader) -> ModelSpec:
     hidden = read_hidden(config, 7168)
     interleaved = config.flag("rope_interleave", True)
     attention = read_latent_attention(config, heads=128, query_rank=1536, interleaved=interleaved)
-    layers = read_latent_layers(config, attention, read_depth(config, 61), dense=3, width=18432)
+    experts = read_routed(config, width=2048, experts=256, per_token=8, shared=1, normalised=True)
+    experts = read_groups(config, experts, groups=8, chosen=4)
+    layers = read_latent_layers(config, attention, experts, read_depth(config, 61), dense=3, width=18432)
     return read_decoder(config, hidden, layers, vocab=129280, positions=4096)
 
 
 def forward(t: Trace, spec: ModelSpec, layers: BuiltLayers) -> None:
     """`DeepseekV3ForCausalLM` (transformers models/deepseek_v3/modeling_deepseek_v3.py)."""
-    latent_decoder(t, spec, layers, blocks.rotary_tables)
+    latent_decoder(t, spec, layers, blocks.rotary_tables, blocks.grouped_sigmoid_router)
 
 
 for _name, _class in (("deepseek_v3", "DeepseekV3Config"), ("kimi_k2", "KimiK2Config")):

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
-from simulator import blocks, ops
+from simulator import blocks
 from simulator.decoder import BuiltLayers, rotary_decoder
 from simulator.families.decoder import read_gated
+from simulator.families.experts.reading import read_experts
 from simulator.families.reader import ConfigReader
 from simulator.graph import Tensor
-from simulator.limits import LARGEST_HEADS, LARGEST_HIDDEN, LARGEST_LAYERS
-from simulator.model import LatentAttentionSpec, LayerSpec, ModelSpec
+from simulator.limits import LARGEST_EXPERTS, LARGEST_HEADS, LARGEST_HIDDEN, LARGEST_LAYERS, LARGEST_WIDTH
+from simulator.model import AttentionSpec, ExpertsSpec, LatentAttentionSpec, LayerSpec, ModelSpec
 from simulator.trace import Trace
 
 
@@ -39,31 +41,46 @@ def read_latent_attention(
 
 
 def read_latent_layers(
-    config: ConfigReader, attention: LatentAttentionSpec, depth: int, *, dense: int, width: int
+    config: ConfigReader, attention: LatentAttentionSpec, experts: ExpertsSpec, depth: int, *, dense: int, width: int
 ) -> list[LayerSpec]:
-    """`dense` layers with an MLP by default, then layers with experts."""
+    """`dense` layers with an MLP by default, then layers with `experts`."""
     first = min(depth, config.count("first_k_dense_replace", dense, LARGEST_LAYERS))
-    mlp = LayerSpec(attention, read_gated(config, width=width, bias=config.flag("mlp_bias", False)))
-    config.check(first == depth, "experts after the dense layers are not modelled yet", "first_k_dense_replace")
-    return [mlp] * first
+    mlp = read_gated(config, width=width, bias=config.flag("mlp_bias", False))
+    return [LayerSpec(attention, mlp)] * first + [LayerSpec(attention, experts)] * (depth - first)
 
 
-def latent_decoder(t: Trace, spec: ModelSpec, layers: BuiltLayers, tables: Callable[..., tuple[Tensor, ...]]) -> None:
-    """The decoder of `layers` with positions as `tables` makes them."""
-    rotary_decoder(t, spec, layers, layer=_layer, norm=blocks.llama_rms_norm, make_tables=tables)
-    t.order_layer_parameters("self_attn", "mlp", "input_layernorm", "post_attention_layernorm")
+def read_routed(
+    config: ConfigReader, *, width: int, experts: int, per_token: int, shared: int, normalised: bool | None
+) -> ExpertsSpec:
+    """Routed experts beside shared ones, which are one MLP as wide as all of them."""
+    key = ("moe_intermediate_size", width)
+    count = config.size("n_shared_experts", shared, LARGEST_EXPERTS)
+    together = count * config.required_size(*key, LARGEST_WIDTH)
+    return read_experts(
+        config,
+        width=key,
+        experts=("n_routed_experts", experts),
+        per_token=per_token,
+        normalised=normalised,
+        shared_width=together,
+    )
 
 
-def _layer(t: Trace, x: Tensor, tables: tuple[Tensor, ...], mask: Tensor | None, layer: LayerSpec) -> Tensor:
-    """`DeepseekV3DecoderLayer`."""
-    assert isinstance(layer.attention, LatentAttentionSpec)
-    with t.call("layer", x) as local:
-        hidden = local("hidden", blocks.llama_rms_norm(t, "input_layernorm", x))
-        hidden, weights = blocks.latent_attention(t, hidden, tables, mask, layer.attention)
-        local("hidden", hidden)
-        if weights is not None:
-            local("_", weights)
-        residual = local("residual", local("hidden", ops.add(t, x, hidden)))
-        hidden = local("hidden", blocks.llama_rms_norm(t, "post_attention_layernorm", residual))
-        hidden = local("hidden", blocks.gated_mlp(t, hidden, layer.feed_forward))
-        return ops.add(t, residual, hidden)
+def latent_decoder(
+    t: Trace, spec: ModelSpec, layers: BuiltLayers, tables: Callable[..., tuple[Tensor, ...]], router: blocks.Router
+) -> None:
+    """The decoder of `layers` with positions as `tables` makes them and experts as `router` chooses them."""
+    norm = blocks.llama_rms_norm
+    block = partial(blocks.experts_and_shared_mlp, router=router)
+    layer = partial(
+        blocks.decoder_layer, norm=norm, attend=_attend, feed=partial(blocks.experts_or_gated_mlp, block=block)
+    )
+    rotary_decoder(t, spec, layers, layer=layer, norm=norm, make_tables=tables)
+    t.order_layer_parameters("self_attn", "mlp", *blocks.BEFORE)
+
+
+def _attend(
+    t: Trace, x: Tensor, tables: tuple[Tensor, ...], mask: Tensor | None, spec: AttentionSpec
+) -> tuple[Tensor, Tensor | None]:
+    assert isinstance(spec, LatentAttentionSpec)
+    return blocks.latent_attention(t, x, tables, mask, spec)

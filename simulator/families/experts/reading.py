@@ -49,10 +49,10 @@ def read_experts(
     )
 
 
-def read_groups(config: ConfigReader, experts: ExpertsSpec) -> ExpertsSpec:
+def read_groups(config: ConfigReader, experts: ExpertsSpec, *, groups: int = 1, chosen: int = 1) -> ExpertsSpec:
     """`experts` in ``n_group`` groups of two or more, of which a token may visit ``topk_group``."""
-    groups = config.size("n_group", 1, LARGEST_EXPERTS)
-    chosen = config.size("topk_group", 1, LARGEST_EXPERTS)
+    groups = config.size("n_group", groups, LARGEST_EXPERTS)
+    chosen = config.size("topk_group", chosen, LARGEST_EXPERTS)
     apart = experts.experts % groups == 0 and experts.experts >= 2 * groups
     rule = f"n_group must divide the experts into groups of at least two, not {experts.experts} into {groups}"
     config.check(apart, rule, "n_group")
