@@ -1,0 +1,92 @@
+"""The frameworks of measured runs: which settings of a row their simulation stands for, and what it takes otherwise."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import attrs
+
+from hardware.errors import UnsupportedError
+
+#: A value of a setting that is simulated -> what of it is simulated otherwise; None where nothing is.
+Known = Mapping[Any, str | None]
+
+
+def _exactly(*values: Any) -> Known:
+    return dict.fromkeys(values)
+
+
+@attrs.frozen
+class Framework:
+    """What a framework brings along that a row does not say, and the settings it is simulated with."""
+
+    implementation: str
+    """Whose code the model is (`simulator.workload.MODEL_IMPLEMENTATIONS`)."""
+    settings: Mapping[str, Known]
+    attentions: Mapping[str, Mapping[str, str]]
+    """A row's ``attention`` -> fields of `Training`."""
+    trainer: Mapping[str, Any]
+    """Fields of `Training` that its training loop decides."""
+    main_dtype: str | None = None
+    """Element type of gradients, states and main weights, where it is not that of the weights."""
+    always: tuple[str, ...] = ()
+    """Notes on every run."""
+
+    def training(self, attention: str) -> dict[str, Any]:
+        """Fields of `Training`."""
+        return {**self.trainer, **self.attentions[attention]}
+
+    def check(self, given: Iterable[tuple[str, Any]]) -> list[str]:
+        """Notes on what is simulated otherwise.
+
+        Raises:
+            UnsupportedError: a setting that is not known, or a value of it that is not simulated.
+        """
+        notes = list(self.always)
+        for name, value in given:
+            known = dict.fromkeys(self.attentions) if name == "attention" else self.settings.get(name)
+            if known is None and value in (None, False):
+                continue
+            if known is None:
+                raise UnsupportedError(f"{name} {json.dumps(value)} is not simulated yet")
+            if not any(value == each and type(value) is type(each) for each in known):
+                only = ", ".join(json.dumps(each) for each in known)
+                raise UnsupportedError(f"{name} {json.dumps(value)} is not simulated yet, only {only}")
+            notes += [f"{name}: {known[value]}"] if known[value] else []
+        return notes
+
+
+#: transformers/trainer.py: `_inner_training_loop` holds the batch it iterates over through the optimizer's step;
+#: `compute_loss` returns the loss alone, so the outputs go before backward. training_args.py: max_grad_norm 1.0.
+HUGGING_FACE = Framework(
+    implementation="transformers",
+    trainer={"keep_inputs": True, "clip": 1.0},
+    attentions={
+        "eager": {"attention": "eager"},
+        "sdpa": {"attention": "sdpa"},
+        "flash_attention_2": {"attention": "flash_attention_2"},
+    },
+    settings={
+        "strategy": _exactly("none"),
+        "pp_schedule": _exactly(None),
+        "loss": _exactly("hf_fp32"),
+        "kernels.norm": _exactly("hf_rmsnorm fp32 upcast"),
+        "kernels.rope": _exactly("hf eager"),
+        "kernels.swiglu": _exactly("eager"),
+        "kernels.linear": _exactly("torch"),
+        "kernels.cross_entropy": {
+            "torch fp32 on shifted contiguous logits": "labels are shifted, as since transformers 4.50, not logits"
+        },
+        "checkpointing.mode": _exactly("none", "full"),
+        "checkpointing.detail": {
+            None: None,
+            "HF gradient_checkpointing=True; gradient_checkpointing_kwargs not set "
+            "(reentrant default of transformers 4.48)": "simulated as the non-reentrant kind, which stops early",
+        },
+    },
+    always=("gradients are clipped to norm 1.0, the Trainer's default",),
+)
+_NO_RECOMPUTATION = "--recompute-granularity full --recompute-method block --recompute-num-layers 0"
+FRAMEWORKS: dict[str, Framework] = {"hf": HUGGING_FACE}
