@@ -79,12 +79,12 @@ class Optimizer:
             raise UsageError(f"'amsgrad' belongs to adam and adamw, not to {self.name}; leave it out")
 
 
-ATTENTIONS = ("eager", "sdpa", "flash_attention_2")
+ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flex_attention")
 SDPA_BACKENDS = ("auto", "flash", "efficient", "math")
 ATTENTION_MASKS = ("none", "full", "padded")
 ZERO_GRADS = ("none", "zero")
-#: transformers' own, torchtitan's Llama, a GPT in plain PyTorch, and the models of Megatron-LM.
-MODEL_IMPLEMENTATIONS = ("transformers", "torchtitan", "plain", "megatron")
+#: transformers' own, the Llamas of torchtitan and torchtune, a GPT in plain PyTorch, and the models of Megatron-LM.
+MODEL_IMPLEMENTATIONS = ("transformers", "torchtitan", "torchtune", "plain", "megatron")
 
 #: Bounds that make a slip of the keyboard visible; byte counts may still exceed 64 bits.
 LARGEST_MICRO_BATCH = 2**20

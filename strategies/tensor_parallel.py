@@ -23,6 +23,7 @@ OPTIMIZERS = ("adamw", "adam", "sgd")
 FAMILIES = {
     "transformers": ("llama", "gemma2"),
     "torchtitan": ("llama",),
+    "torchtune": (),
     "plain": ("gpt2",),
     "megatron": ("llama", "gpt2"),
 }

@@ -81,6 +81,7 @@ def _layer(t: Trace, x: Tensor, tables: tuple[Tensor, Tensor], mask: Tensor | No
 
 _OTHERS = {
     "torchtitan": "simulator.implementations.torchtitan",
+    "torchtune": "simulator.implementations.torchtune",
     "megatron": "simulator.implementations.megatron",
 }
 families.add("llama", Family("llama", read, forward=forward, config_class="LlamaConfig", implementations=_OTHERS))

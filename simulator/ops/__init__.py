@@ -6,6 +6,7 @@ op by op against real PyTorch code on fake CUDA tensors.
 """
 
 from simulator.ops.attention import flash_attention_2 as flash_attention_2
+from simulator.ops.attention import flex_attention as flex_attention
 from simulator.ops.attention import scaled_dot_product_attention as scaled_dot_product_attention
 from simulator.ops.collective import all_gather as all_gather
 from simulator.ops.collective import all_reduce as all_reduce

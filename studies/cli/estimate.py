@@ -37,7 +37,7 @@ def command(
     global_batch: Annotated[Number, typer.Option(help="Sequences per optimizer step.")] = None,
     gradient_accumulation: Annotated[Number, typer.Option(help="Micro-batches per optimizer step.")] = None,
     seq_len: Annotated[Number, typer.Option(help="Tokens per sequence.")] = None,
-    attention: Annotated[Text, typer.Option(help="eager, sdpa or flash_attention_2.")] = None,
+    attention: Annotated[Text, typer.Option(help="eager, sdpa, flash_attention_2 or flex_attention.")] = None,
     sdpa_backend: Annotated[Text, typer.Option(help="auto, flash, efficient or math.")] = None,
     padding: Annotated[Text, typer.Option(help="Attention mask: none, full (nothing padded) or padded.")] = None,
     checkpointing: Annotated[Text, typer.Option(help="Activation checkpointing: none or full.")] = None,
@@ -48,7 +48,10 @@ def command(
     ] = False,
     torch: Annotated[Text, typer.Option(help="PyTorch version whose behaviour is simulated.")] = None,
     implementation: Annotated[
-        Text, typer.Option(help="Whose code the model is: transformers, torchtitan, plain (nn.Module) or megatron.")
+        Text,
+        typer.Option(
+            help="Whose code the model is: transformers, torchtitan, torchtune, plain (nn.Module) or megatron."
+        ),
     ] = None,
     strategy: Annotated[
         list[str] | None, typer.Option(help="NAME[,option=value...] (see vramsim strategies); may be repeated.")

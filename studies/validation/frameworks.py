@@ -88,5 +88,22 @@ HUGGING_FACE = Framework(
     },
     always=("gradients are clipped to norm 1.0, the Trainer's default",),
 )
-_NO_RECOMPUTATION = "--recompute-granularity full --recompute-method block --recompute-num-layers 0"
-FRAMEWORKS: dict[str, Framework] = {"hf": HUGGING_FACE}
+#: recipes/full_finetune_single_device.py: `_loss_step` drops the logits; the loop holds the batch it iterates over;
+#: gradients are clipped if so configured.
+TORCHTUNE = Framework(
+    implementation="torchtune",
+    trainer={"keep_inputs": True},
+    attentions={"flex_attention (compiled, BlockMask)": {"attention": "flex_attention"}},
+    settings={
+        "strategy": _exactly("none"),
+        "loss": _exactly("hf_fp32"),
+        "kernels.norm": _exactly("torchtune RMSNorm fp32 upcast"),
+        "kernels.rope": _exactly("eager"),
+        "kernels.swiglu": _exactly("eager"),
+        "kernels.linear": _exactly("bf16"),
+        "kernels.cross_entropy": _exactly("F.cross_entropy on .float() logits"),
+        "checkpointing.mode": _exactly("none", "full"),
+        "checkpointing.detail": _exactly(None, "per TransformerSelfAttentionLayer"),
+    },
+)
+FRAMEWORKS: dict[str, Framework] = {"hf": HUGGING_FACE, "torchtune": TORCHTUNE}
