@@ -50,9 +50,10 @@ def command(
     implementation: Annotated[
         Text,
         typer.Option(
-            help="Whose code the model is: transformers, torchtitan, torchtune, plain (nn.Module) or megatron."
+            help="Whose code: transformers, torchtitan, torchtune, plain (nn.Module), megatron or megatron_te."
         ),
     ] = None,
+    loss: Annotated[Text, typer.Option(help="default, or te_fused (Transformer Engine's, with megatron).")] = None,
     strategy: Annotated[
         list[str] | None, typer.Option(help="NAME[,option=value...] (see vramsim strategies); may be repeated.")
     ] = None,

@@ -18,6 +18,11 @@ def _exactly(*values: Any) -> Known:
     return dict.fromkeys(values)
 
 
+#: Any value: the mesh says the same, or the strategy makes nothing of it.
+_ANY: Known = {}
+_FLASH = {"attention": "sdpa", "sdpa_backend": "flash"}
+
+
 @attrs.frozen
 class Framework:
     """What a framework brings along that a row does not say, and the settings it is simulated with."""
@@ -31,12 +36,14 @@ class Framework:
     """Fields of `Training` that its training loop decides."""
     main_dtype: str | None = None
     """Element type of gradients, states and main weights, where it is not that of the weights."""
+    losses: Mapping[str, str] = {}
+    """A row's ``loss`` -> that of `Training`, where it is not the default."""
     always: tuple[str, ...] = ()
     """Notes on every run."""
 
-    def training(self, attention: str) -> dict[str, Any]:
+    def training(self, attention: str, loss: str) -> dict[str, Any]:
         """Fields of `Training`."""
-        return {**self.trainer, **self.attentions[attention]}
+        return {**self.trainer, **self.attentions[attention], "loss": self.losses.get(loss, "default")}
 
     def check(self, given: Iterable[tuple[str, Any]]) -> list[str]:
         """Notes on what is simulated otherwise.
@@ -47,7 +54,7 @@ class Framework:
         notes = list(self.always)
         for name, value in given:
             known = dict.fromkeys(self.attentions) if name == "attention" else self.settings.get(name)
-            if known is None and value in (None, False):
+            if known is _ANY or (known is None and value in (None, False)):
                 continue
             if known is None:
                 raise UnsupportedError(f"{name} {json.dumps(value)} is not simulated yet")
@@ -106,4 +113,47 @@ TORCHTUNE = Framework(
         "checkpointing.detail": _exactly(None, "per TransformerSelfAttentionLayer"),
     },
 )
-FRAMEWORKS: dict[str, Framework] = {"hf": HUGGING_FACE, "torchtune": TORCHTUNE}
+#: Megatron-LM's pretrain_gpt.py: the loop drops each micro-batch; gradients are clipped in place by the multi-tensor
+#: kernels of Apex or Transformer Engine (megatron/core/optimizer/clip_grads.py), which allocate nothing of their size.
+MEGATRON = Framework(
+    implementation="megatron_te",
+    trainer={},
+    attentions={
+        "te_fused": _FLASH,
+        "te auto under deterministic mode (NVTE_ALLOW_NONDETERMINISTIC_ALGO=0): flash or cuDNN fused": _FLASH,
+    },
+    main_dtype="fp32",
+    losses={"fused_ce": "te_fused", "vocab_parallel": "default"},
+    settings={
+        "strategy": _exactly("megatron_distopt"),
+        "loss": _exactly("fused_ce", "vocab_parallel"),
+        "strategy_options.zero_stage": _exactly(1),
+        "strategy_options.dp_group_for_sharding": _ANY,
+        "strategy_options.layers_per_stage": _ANY,
+        "strategy_options.overlap_grad_reduce": _exactly(False, True),
+        # gathers are in place in the buffer of weights
+        "strategy_options.overlap_param_gather": _exactly(False, True),
+        "strategy_options.gradient_accumulation_fusion": _exactly(False, True),
+        "strategy_options.deterministic_mode": {
+            True: "simulated without what deterministic kernels allocate for themselves"
+        },
+        # norms of vectors and counts: no tensor as big as a weight
+        "strategy_options.log_params_norm": _exactly(True),
+        "strategy_options.log_num_zeros_in_grad": _exactly(True),
+        "kernels.norm": _exactly(
+            "te_layernorm_linear (fused RMSNorm+linear where Megatron uses it)", "te LayerNorm(+linear)"
+        ),
+        "kernels.rope": _exactly("te_fused", None),
+        "kernels.swiglu": _exactly("megatron_bias_swiglu_fusion", None),
+        "kernels.gelu": _exactly("megatron bias_gelu_fusion"),
+        "kernels.linear": _exactly("te_linear bf16", "te"),
+        "kernels.bias_dropout_add": {"fused": None, "unfused": "simulated as fused"},
+        "kernels.cross_entropy": _exactly("te_fused", "megatron vocab_parallel_cross_entropy fp32, unfused"),
+        "checkpointing.mode": _exactly("none"),
+        "checkpointing.detail": _exactly(
+            None, "--recompute-granularity full --recompute-method block --recompute-num-layers 0"
+        ),
+    },
+    always=("workspaces that cuBLAS and Transformer Engine keep are not counted",),
+)
+FRAMEWORKS: dict[str, Framework] = {"hf": HUGGING_FACE, "torchtune": TORCHTUNE, "megatron": MEGATRON}

@@ -174,7 +174,7 @@ def _training(row: Mapping[str, Any], framework: Framework, version: tuple[int, 
         optimizer=_optimizer(row),
         torch=version,
         implementation=framework.implementation,
-        **framework.training(row["attention"]),
+        **framework.training(row["attention"], row["loss"]),
     )
 
 

@@ -53,6 +53,52 @@ def test_a_run_is_simulated_as_it_was_configured():
     assert measured_run({**ROW, "phase": "steady step"}).steady_only
 
 
+MEGATRON = {
+    **ROW, "name": "tp", "framework": "megatron", "task": "pretrain", "num_gpus": 4, "mesh": {"dp_shard": 2, "tp": 2},
+    "strategy": "megatron_distopt", "strategy_options": {"zero_stage": 1, "gradient_accumulation_fusion": True},
+    "sequence_parallel": True, "grad_dtype": "fp32", "reduce_dtype": "fp32", "optimizer_state_dtype": "fp32",
+    "master_weights": "fp32", "optimizer": "Adam", "optimizer_impl": "fused", "attention": "te_fused",
+    "kernels": {"rope": "te_fused", "cross_entropy": "te_fused", "bias_dropout_add": "unfused"}, "loss": "fused_ce",
+    "checkpointing": {"mode": "none"}, "rank": "max over ranks (rank 3)",
+}  # fmt: skip
+GPT = {
+    "model_type": "megatron_gpt", "num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 128, "gated_mlp": False, "hidden_act": "gelu",
+    "attention_bias": True, "mlp_bias": True, "norm_type": "LayerNorm", "position_embedding": "learned_absolute",
+    "max_position_embeddings": 64, "vocab_size": 500, "padded_vocab_size": 512, "tie_word_embeddings": False,
+    "hidden_dropout": 0.1, "attention_dropout": 0.1,
+}  # fmt: skip
+TORCHTUNE = {
+    **ROW, "framework": "torchtune", "attention": "flex_attention (compiled, BlockMask)",
+    "kernels": {"cross_entropy": "F.cross_entropy on .float() logits", "compile": False},
+}  # fmt: skip
+
+
+def test_megatron_runs_on_its_mesh_with_its_precisions(tmp_path):
+    asked = measured_run(MEGATRON)
+    assert (asked.mesh.tp, asked.mesh.dp_shard, asked.rank) == (2, 2, 1)
+    assert [strategy.name for strategy in asked.strategies] == ["tensor_parallel", "megatron_distributed_optimizer"]
+    assert (asked.training.implementation, asked.training.loss) == ("megatron_te", "te_fused")
+    assert "unfused" not in " ".join(asked.notes)
+    rows = validate_measured(written(tmp_path, MEGATRON, {**MEGATRON, "config": GPT})).rows
+    assert [row.reason for row in rows] == [None, None]
+
+
+@pytest.mark.parametrize("change", [{"norm_type": "RMSNorm"}, {"gated_mlp": True}, {"qk_layernorm": True}])
+def test_another_gpt_of_megatron_is_refused(change):
+    with pytest.raises(UnsupportedError, match=f"config.{next(iter(change))}"):
+        measured_run({**MEGATRON, "config": {**GPT, **change}})
+
+
+def test_a_gpt_of_megatron_needs_its_sizes():
+    with pytest.raises(UsageError, match=r"config\.head_dim"):
+        measured_run({**MEGATRON, "config": {key: value for key, value in GPT.items() if key != "head_dim"}})
+
+
+def test_torchtune_packs_its_data():
+    assert measured_run(TORCHTUNE).training.attention == "flex_attention"
+
+
 def test_metric_tolerance_and_bar_are_carried_through(tmp_path):
     peak = simulate(*_arguments(measured_run(ROW))).peak.nbytes
     path = written(tmp_path, {**ROW, "expected_bytes": 2 * peak}, {**ROW, "metric": "reserved", "bar": "soft"})
