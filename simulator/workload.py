@@ -89,6 +89,7 @@ MEGATRON = ("megatron", "megatron_te")
 MODEL_IMPLEMENTATIONS = ("transformers", "torchtitan", "torchtune", "plain", *MEGATRON)
 #: The model's own loss, and others -> the implementations that have them.
 LOSSES: dict[str, tuple[str, ...]] = {"default": MODEL_IMPLEMENTATIONS, "te_fused": MEGATRON}
+LOSSES |= dict.fromkeys(("chunked", "chunked_compiled"), ("torchtune",))
 
 #: Bounds that make a slip of the keyboard visible; byte counts may still exceed 64 bits.
 LARGEST_MICRO_BATCH = 2**20
@@ -128,7 +129,8 @@ class Training:
     implementation: str = "transformers"
     """Whose code of the model is run; each family has some of `MODEL_IMPLEMENTATIONS`."""
     loss: str = "default"
-    """The model's own, or ``te_fused`` (Transformer Engine's kernel, in Megatron-LM)."""
+    """The model's own, ``te_fused`` (Transformer Engine's kernel, in Megatron-LM), or ``chunked`` and
+    ``chunked_compiled`` (torchtune's `CEWithChunkedOutputLoss`)."""
     torch: tuple[int, int] = (2, 13)
     """Version whose behaviour is simulated."""
     fused_activation_backward: bool = True

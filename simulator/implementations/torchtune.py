@@ -12,13 +12,16 @@ from hardware.dtypes import FP32, INT64
 from hardware.errors import UnsupportedError
 from simulator import blocks, ops
 from simulator.decoder import BuiltLayers, batch, set_loss
-from simulator.graph import Tensor
+from simulator.graph import Tensor, flat
 from simulator.model import AttentionSpec, LayerSpec, ModelSpec
 from simulator.sizes import Dim
 from simulator.trace import Trace
 
 PACKED = "flex_attention"
 _FEED_FORWARD = ("mlp", "w1", "w3", "w2")
+_MODULES = ("attn", "mlp", "sa_norm", "mlp_norm")
+#: `num_output_chunks` of torchtune/modules/loss/ce_chunked_output_loss.py.
+CHUNKS = 8
 
 
 def forward(t: Trace, spec: ModelSpec, layers: BuiltLayers) -> None:
@@ -33,11 +36,20 @@ def forward(t: Trace, spec: ModelSpec, layers: BuiltLayers) -> None:
             with t.layer(slot, hidden, positions):
                 hidden = local("h", _layer(t, hidden, cache, positions, layer))
         hidden = local("h", _norm(t, "norm", hidden))
-        logits = blocks.vocabulary_head(t, "output", hidden, vocabulary if spec.tied_embeddings else None)
+        tied = vocabulary if spec.tied_embeddings else None
+        if t.regime.loss != "default":
+            with t.loss_head():
+                chunks = _chunked_logits(t, hidden, tied)
+                for number, chunk in enumerate(chunks):
+                    local(f"output{number}", chunk)
+                _chunked_loss(t, chunks, labels)
+            t.order_layer_parameters(*_MODULES)
+            return
+        logits = blocks.vocabulary_head(t, "output", hidden, tied)
         with t.loss_head():
             logits = local("output", ops.to(t, logits, FP32))
     _loss(t, logits, labels)
-    t.order_layer_parameters("attn", "mlp", "sa_norm", "mlp_norm")
+    t.order_layer_parameters(*_MODULES)
 
 
 def _loss(t: Trace, logits: Tensor, labels: Tensor) -> None:
@@ -48,6 +60,54 @@ def _loss(t: Trace, logits: Tensor, labels: Tensor) -> None:
         flat = ops.reshape(t, logits, (("b", "s"), logits.shape[-1]))
         set_loss(t, ops.nll_loss(t, ops.log_softmax(t, flat), shifted))
     t.graph.outputs = ()
+
+
+def _chunked_logits(t: Trace, hidden: Tensor, tied: Tensor | None) -> list[Tensor]:
+    """`chunked_output`: the head on one part of the sequence after the other, in the model's element type."""
+    rows, last = hidden.shape[0], hidden.shape[-1]
+    parts = ops.split_with_sizes(t, hidden, [t.squeezed((rows, (dim,), last)) for dim in _parts(t)])
+    weight = t.matrix("output.weight", ("V",), ("h",)) if tied is None else tied
+    logits = []
+    with t.call("output"):
+        for part in parts:
+            part.dense = rows == ()  # parts of several rows lie apart: `linear` flattens a copy
+            logits.append(ops.linear(t, part if part.dense else ops.clone(t, part), weight))
+    return logits
+
+
+def _parts(t: Trace) -> list[Dim]:
+    """Names of the lengths that ``chunk`` cuts the sequence into: all alike but for the last."""
+    length = t.dimensions.bindings["s"]
+    step = -(-length // CHUNKS)
+    count = -(-length // step)
+    rest = length - step * (count - 1)
+    return [*[t.dim("s_chunk", step)] * (count - 1), t.dim("s_chunk" if rest == step else "s_last", rest)]
+
+
+def _chunked_loss(t: Trace, logits: list[Tensor], labels: Tensor) -> None:
+    """`CEWithChunkedOutputLoss`: the sum of the chunks' losses over the number of labels."""
+    t.leave_model()
+    with t.call("loss") as local:
+        shifted = local("labels", ops.constant(t, "cat.default", labels))
+        local("total_elements", ops.constant(t, "sum.default", shifted, shape=()))
+        targets = [
+            local(f"labels{i}", ops.constant(t, "clone.default", shifted, shape=(flat(chunk.shape[:-1]),)))
+            for i, chunk in enumerate(logits)
+        ]
+        total = None
+        for chunk, target in zip(logits, targets, strict=True):
+            loss = _cross_entropy(t, ops.reshape(t, chunk, (flat(chunk.shape[:-1]), chunk.shape[-1])), target)
+            total = local("total_loss", loss if total is None else ops.add(t, total, loss))
+        assert total is not None
+        set_loss(t, ops.div_scalar(t, total))
+    t.graph.outputs = ()
+
+
+def _cross_entropy(t: Trace, logits: Tensor, targets: Tensor) -> Tensor:
+    if t.regime.loss == "chunked_compiled":
+        return ops.compiled_cross_entropy(t, logits, targets)
+    with t.call("", logits):
+        return ops.nll_loss(t, ops.log_softmax(t, ops.to(t, logits, FP32)), targets)
 
 
 def _rotary_cache(t: Trace, spec: ModelSpec) -> Tensor:

@@ -31,6 +31,7 @@ from simulator.ops.elementwise import tanh as tanh
 from simulator.ops.elementwise import to as to
 from simulator.ops.embedding import embedding as embedding
 from simulator.ops.embedding import vocabulary_embedding as vocabulary_embedding
+from simulator.ops.loss import compiled_cross_entropy as compiled_cross_entropy
 from simulator.ops.loss import log_softmax as log_softmax
 from simulator.ops.loss import nll_loss as nll_loss
 from simulator.ops.loss import parallel_cross_entropy as parallel_cross_entropy

@@ -53,7 +53,9 @@ def command(
             help="Whose code: transformers, torchtitan, torchtune, plain (nn.Module), megatron or megatron_te."
         ),
     ] = None,
-    loss: Annotated[Text, typer.Option(help="default, or te_fused (Transformer Engine's, with megatron).")] = None,
+    loss: Annotated[
+        Text, typer.Option(help="default, te_fused (megatron), chunked or chunked_compiled (torchtune).")
+    ] = None,
     strategy: Annotated[
         list[str] | None, typer.Option(help="NAME[,option=value...] (see vramsim strategies); may be repeated.")
     ] = None,

@@ -38,6 +38,8 @@ class Framework:
     """Element type of gradients, states and main weights, where it is not that of the weights."""
     losses: Mapping[str, str] = {}
     """A row's ``loss`` -> that of `Training`, where it is not the default."""
+    needs: Mapping[tuple[str, Any], tuple[str, Any]] = {}
+    """Settings with a value that are simulated only beside another one."""
     always: tuple[str, ...] = ()
     """Notes on every run."""
 
@@ -51,8 +53,12 @@ class Framework:
         Raises:
             UnsupportedError: a setting that is not known, or a value of it that is not simulated.
         """
-        notes = list(self.always)
-        for name, value in given:
+        notes, settings = list(self.always), dict(given)
+        for (name, value), (other, needed) in self.needs.items():
+            if settings.get(name) == value and settings.get(other) != needed:
+                beside = f"{other} {json.dumps(needed)}"
+                raise UnsupportedError(f"{name} {json.dumps(value)} is not simulated yet without {beside}")
+        for name, value in settings.items():
             known = dict.fromkeys(self.attentions) if name == "attention" else self.settings.get(name)
             if known is _ANY or (known is None and value in (None, False)):
                 continue
@@ -100,15 +106,22 @@ HUGGING_FACE = Framework(
 TORCHTUNE = Framework(
     implementation="torchtune",
     trainer={"keep_inputs": True},
+    losses={"chunked": "chunked_compiled"},
+    # what a compiled layer saves is the compiler's choice, which matters less where layers are recomputed
+    needs={("kernels.compile", True): ("checkpointing.mode", "full"), ("loss", "chunked"): ("kernels.compile", True)},
     attentions={"flex_attention (compiled, BlockMask)": {"attention": "flex_attention"}},
     settings={
         "strategy": _exactly("none"),
-        "loss": _exactly("hf_fp32"),
+        "loss": _exactly("hf_fp32", "chunked"),
         "kernels.norm": _exactly("torchtune RMSNorm fp32 upcast"),
-        "kernels.rope": _exactly("eager"),
-        "kernels.swiglu": _exactly("eager"),
+        "kernels.rope": _exactly("eager", "compiled"),
+        "kernels.swiglu": _exactly("eager", "compiled"),
+        "kernels.compile": {False: None, True: "layers are recomputed as they run without compilation"},
         "kernels.linear": _exactly("bf16"),
-        "kernels.cross_entropy": _exactly("F.cross_entropy on .float() logits"),
+        "kernels.cross_entropy": _exactly(
+            "F.cross_entropy on .float() logits",
+            "CEWithChunkedOutputLoss 8 chunks, upcast+CE compiled per chunk",
+        ),
         "checkpointing.mode": _exactly("none", "full"),
         "checkpointing.detail": _exactly(None, "per TransformerSelfAttentionLayer"),
     },

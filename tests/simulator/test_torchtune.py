@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hardware.dtypes import BF16, FP32
-from hardware.errors import UnsupportedError
+from hardware.errors import UnsupportedError, UsageError
 from simulator import Mesh, Training, simulate
 from simulator.reading import spec_from_class
+from simulator.roles import Role
 from strategies.checkpointing import FullCheckpointing
 from strategies.tensor_parallel import TensorParallel
 
@@ -30,13 +31,15 @@ def training(**options):
 @given(
     st.sampled_from([("flex_attention", BF16), ("sdpa", BF16), ("sdpa", FP32)]),
     st.sampled_from([1, 2, 3]),
+    st.sampled_from([5, 17, 40]),
+    st.sampled_from(["default", "chunked", "chunked_compiled"]),
     st.booleans(),
     st.booleans(),
 )
-def test_the_fold_meets_the_timeline_and_nothing_is_left(how, batch, tied, checkpointed):
+def test_the_fold_meets_the_timeline_and_nothing_is_left(how, batch, length, loss, tied, checkpointed):
     """Every step ends as it began, and the peak is the highest point of the unrolled program."""
     attention, dtype = how
-    asked = training(attention=attention, weights=dtype, micro_batch=batch)
+    asked = training(attention=attention, weights=dtype, micro_batch=batch, seq_len=length, loss=loss)
     report = simulate(model(tie_word_embeddings=tied), asked, [FullCheckpointing()] * checkpointed)
     assert report.steady.start_bytes == report.steady.end_bytes
     assert report.peak.nbytes == report.timeline(None).total.max()
@@ -84,3 +87,23 @@ def test_tensor_parallelism_is_refused():
     """torchtune's own plan of it was not compared yet."""
     with pytest.raises(UnsupportedError, match="torchtune"):
         simulate(model(), training(), [TensorParallel()], mesh=Mesh(tp=2))
+
+
+def logits_of(report):
+    """Bytes of what the loss head holds at the peak that is as wide as the vocabulary."""
+    rows = 2 * 160 * 517
+    return sum(live.nbytes for live in report.live() if live.storage.role is Role.LOSS_HEAD) / rows
+
+
+def test_chunks_of_logits_are_upcast_one_by_one():
+    """Whole and compiled chunks: 4 bytes of log-probabilities, or 2 of logits, per logit while backward begins."""
+    whole, compiled = (simulate(model(), training(seq_len=160, loss=loss)) for loss in ("default", "chunked_compiled"))
+    assert logits_of(whole) == pytest.approx(4, rel=0.02)
+    assert logits_of(compiled) <= 2.1
+    assert compiled.peak.nbytes < whole.peak.nbytes
+
+
+@pytest.mark.parametrize("implementation", ["transformers", "torchtitan", "megatron"])
+def test_the_chunked_loss_is_torchtunes_alone(implementation):
+    with pytest.raises(UsageError, match="'loss' chunked"):
+        training(implementation=implementation, loss="chunked")

@@ -99,6 +99,15 @@ def test_torchtune_packs_its_data():
     assert measured_run(TORCHTUNE).training.attention == "flex_attention"
 
 
+def test_what_a_compiled_layer_saves_is_not_guessed():
+    kernels = {**TORCHTUNE["kernels"], "compile": True}
+    assert any("compil" in note for note in measured_run({**TORCHTUNE, "kernels": kernels}).notes)
+    with pytest.raises(
+        UnsupportedError, match=r"kernels\.compile true is not simulated yet without checkpointing\.mode"
+    ):
+        measured_run({**TORCHTUNE, "kernels": kernels, "checkpointing": {"mode": "none"}})
+
+
 def test_metric_tolerance_and_bar_are_carried_through(tmp_path):
     peak = simulate(*_arguments(measured_run(ROW))).peak.nbytes
     path = written(tmp_path, {**ROW, "expected_bytes": 2 * peak}, {**ROW, "metric": "reserved", "bar": "soft"})
