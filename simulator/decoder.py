@@ -19,13 +19,23 @@ BuiltLayers = Sequence[tuple[int, LayerSpec]]
 #: Token ids and the embedding table to hidden states.
 Embed = Callable[[Trace, Tensor, Tensor], Tensor]
 #: Hidden states, rotary tables and mask through one layer.
-Layer = Callable[[Trace, Tensor, tuple[Tensor, Tensor], Tensor | None, LayerSpec], Tensor]
+Layer = Callable[[Trace, Tensor, tuple[Tensor, ...], Tensor | None, LayerSpec], Tensor]
+#: Channels that turn and a tensor of the dtype wanted to the tables of positions.
+Tables = Callable[[Trace, int, Tensor], tuple[Tensor, ...]]
 #: A named norm.
 Norm = Callable[[Trace, str, Tensor], Tensor]
 
 
 def rotary_decoder(
-    t: Trace, spec: ModelSpec, layers: BuiltLayers, *, embed: Embed, layer: Layer, norm: Norm, windows: bool = False
+    t: Trace,
+    spec: ModelSpec,
+    layers: BuiltLayers,
+    *,
+    embed: Embed,
+    layer: Layer,
+    norm: Norm,
+    windows: bool = False,
+    tables: Tables = rotary_tables,
 ) -> None:
     """`...ForCausalLM` with rotary positions, from token ids to the loss (models/llama/modeling_llama.py).
 
@@ -33,6 +43,7 @@ def rotary_decoder(
         layers: the layers to build.
         embed, layer, norm: what differs between families.
         windows: whether a second mask is made for layers with a sliding window.
+        tables: makes what turns positions: cosines and sines, or whatever else `layer` takes.
     """
     ids, labels = batch(t)
     vocabulary = vocabulary_table(t, "model.embed_tokens")
@@ -44,14 +55,14 @@ def rotary_decoder(
             mask = causal_mask(t, embeds)
             if mask is not None:
                 masks[sliding] = local(f"mask.{sliding}", mask)
-        tables = rotary_tables(t, spec.layers[0].attention.head_dim, embeds)
-        for name, table in zip(("cos", "sin"), tables, strict=True):
-            local(name, table)
+        turning = tables(t, spec.layers[0].attention.rotary_width, embeds)
+        for index, table in enumerate(turning):
+            local(f"table.{index}", table)
         hidden = local("hidden", embeds)
         for slot, one in layers:
             mask = masks.get(windows and one.attention.window is not None)
-            with t.layer(slot, hidden, mask, *tables, position_ids):
-                hidden = local("hidden", layer(t, hidden, tables, mask, one))
+            with t.layer(slot, hidden, mask, *turning, position_ids):
+                hidden = local("hidden", layer(t, hidden, turning, mask, one))
         hidden = local("hidden", norm(t, "norm", hidden))
     language_head(t, hidden, labels, spec, vocabulary)
 

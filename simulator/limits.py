@@ -11,6 +11,7 @@ LARGEST_HIDDEN = 2**20
 LARGEST_WIDTH = 2**22
 """Of a feed-forward layer, and of all heads of a layer side by side."""
 LARGEST_HEADS = 2**16
+LARGEST_EXPERTS = 2**16
 LARGEST_LAYERS = 10_000
 LARGEST_VOCAB = 2**26
 LARGEST_POSITIONS = 2**30

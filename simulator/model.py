@@ -48,7 +48,12 @@ _flag = instance_of(bool)
 
 
 @attrs.frozen
-class AttentionSpec:
+class TokenMixerSpec:
+    """What lets the tokens of one layer see each other: attention, a state space model, a linear recurrence."""
+
+
+@attrs.frozen
+class AttentionSpec(TokenMixerSpec):
     """Multi-head, grouped-query or multi-query attention of one layer."""
 
     heads: int = attrs.field(validator=_count(LARGEST_HEADS))
@@ -58,6 +63,8 @@ class AttentionSpec:
     dropout: float = attrs.field(default=0.0, validator=_rate)
     window: int | None = attrs.field(default=None, validator=optional(_count(LARGEST_POSITIONS)))
     """Sliding-window length in tokens; None attends to the whole sequence."""
+    rotary_dim: int | None = attrs.field(default=None, validator=optional(_count(LARGEST_HIDDEN)))
+    """Channels of a head that carry its position; None for all of them."""
     softcap: float | None = attrs.field(default=None, validator=_softcap)
     """Soft cap on attention scores (Gemma 2); None leaves them as they are."""
 
@@ -68,9 +75,32 @@ class AttentionSpec:
             raise UsageError(f"heads x head_dim must be at most {LARGEST_WIDTH}, not {self.heads} x {self.head_dim}")
 
     @property
+    def rotary_width(self) -> int:
+        """Channels of a head that rotary positions turn."""
+        return self.rotary_dim or self.head_dim
+
+    @property
     def groups(self) -> int:
         """Query heads that share one key/value head."""
         return self.heads // self.kv_heads
+
+
+@attrs.frozen(kw_only=True)
+class LatentAttentionSpec(AttentionSpec):
+    """Multi-head latent attention: keys and values of every head are made from one low-rank latent per token."""
+
+    latent: int = attrs.field(validator=_count(LARGEST_HIDDEN))
+    """Channels of the latent that keys and values come from."""
+    value_dim: int = attrs.field(validator=_count(LARGEST_HIDDEN))
+    query_rank: int | None = attrs.field(default=None, validator=optional(_count(LARGEST_HIDDEN)))
+    """Rank of the queries' projection; None where it is full."""
+    interleaved: bool = attrs.field(default=True, validator=_flag)
+    """Whether positions turn neighbouring channels, instead of both halves."""
+
+    @property
+    def plain_dim(self) -> int:
+        """Channels of a query or key without a position."""
+        return self.head_dim - self.rotary_width
 
 
 @attrs.frozen
@@ -85,10 +115,30 @@ class FeedForwardSpec:
 
 @attrs.frozen
 class LayerSpec:
-    """One transformer layer."""
+    """One layer: a token mixer, a channel mixer, or both (hybrids have layers of one of them)."""
 
-    attention: AttentionSpec
-    feed_forward: FeedForwardSpec
+    token_mixer: TokenMixerSpec | None
+    channel_mixer: FeedForwardSpec | None
+
+    @property
+    def attention(self) -> AttentionSpec:
+        """The token mixer of a layer that is known to have attention."""
+        assert isinstance(self.token_mixer, AttentionSpec)
+        return self.token_mixer
+
+    @property
+    def feed_forward(self) -> FeedForwardSpec:
+        """The channel mixer of a layer that is known to have one."""
+        assert self.channel_mixer is not None
+        return self.channel_mixer
+
+
+@attrs.frozen
+class Part:
+    """A part of a checkpoint whose parameters are counted but not simulated (a vision tower)."""
+
+    name: str
+    parameters: int = attrs.field(validator=instance_of(int))
 
 
 @attrs.frozen
@@ -106,6 +156,16 @@ class ModelSpec:
     residual_dropout: float = attrs.field(default=0.0, validator=_rate)
     final_softcap: float | None = attrs.field(default=None, validator=_softcap)
     """Soft cap on the logits (Gemma 2)."""
+    embedding_width: int | None = attrs.field(default=None, validator=optional(_count(LARGEST_HIDDEN)))
+    """Channels of the vocabulary's table where they are not `hidden` (OPT-350m projects them)."""
+    norm_first: bool = attrs.field(default=True, validator=_flag)
+    """Whether norms stand before each half of a layer; after it otherwise."""
+    final_norm: bool = attrs.field(default=True, validator=_flag)
+    """Whether a norm follows the last layer."""
+    parallel_blocks: bool = attrs.field(default=False, validator=_flag)
+    """Whether attention and MLP of a layer read the same hidden states."""
+    parts: tuple[Part, ...] = ()
+    """What the checkpoint holds beside the simulated decoder."""
     assumptions: tuple[str, ...] = ()
     """One line for each value that the config did not give and a class default filled in."""
 

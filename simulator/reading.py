@@ -22,9 +22,10 @@ CONFIG_FILE = "config.json"
 _LARGEST_FILE = 2**24
 """Bytes. The largest published config.json is far below 1 MiB; a file above this is something else."""
 
+#: Formats that only pack the published file: a framework unpacks them to the dtype it is asked for.
+_PACKED = ("compressed-tensors", "fbgemm_fp8", "fp8", "modelopt", "mxfp4")
 # Keys that change memory in any family; values that leave it as it is; what to do about others.
 _NOT_MODELLED: tuple[tuple[str, tuple[object, ...], str], ...] = (
-    ("quantization_config", (None,), "remove it to simulate the model in a plain dtype"),
     ("per_layer_config", (None,), "remove it"),
     ("pruned_heads", (None, {}), "remove it and give the head counts that are left"),
     ("output_attentions", (False, None), "set it to false"),
@@ -71,6 +72,7 @@ def _spec(family: Family, config: Mapping[str, Any], name: str, *, complete: boo
     reader = ConfigReader(config, _printable(name), family.name, config_class, family.aliases, complete)
     for key, harmless, way_out in _NOT_MODELLED:
         reader.refuse(key, harmless, way_out)
+    packed = _packed(reader)
     try:
         spec = family.read(reader)
     except ValueError as error:
@@ -78,7 +80,24 @@ def _spec(family: Family, config: Mapping[str, Any], name: str, *, complete: boo
         reader.raise_problems()
         raise UsageError(f"{reader.name}: {error} (correct the config of this {family.name} model)") from error
     reader.raise_problems()
-    return attrs.evolve(spec, assumptions=tuple(reader.assumptions))
+    return attrs.evolve(spec, assumptions=(*packed, *reader.assumptions, *_beside(family, spec)))
+
+
+def _packed(config: ConfigReader) -> list[str]:
+    """What is assumed of a file in a packed format; formats that a model is run in are refused."""
+    given = config.values.get("quantization_config")
+    method = given.get("quant_method") if isinstance(given, Mapping) else None
+    if method in _PACKED:
+        return [f"quantization_config: the file is packed as {method}; weights are simulated in the dtype asked for"]
+    config.refuse("quantization_config", (None,), "remove it to simulate the model in a plain dtype")
+    return []
+
+
+def _beside(family: Family, spec: ModelSpec) -> list[str]:
+    """One line for each part of the checkpoint that the simulation leaves out."""
+    if family.counted:
+        return []
+    return [f"{part.name}: its {part.parameters:,} parameters are counted, not simulated" for part in spec.parts]
 
 
 def _family(config: Mapping[str, Any]) -> Family:

@@ -8,6 +8,8 @@ from typing import Any
 import attrs
 
 from hardware.gpus import all_gpus
+from simulator.families import families
+from simulator.model import ModelSpec
 from simulator.plan import make_plan
 from simulator.presets import preset_names, preset_source
 from simulator.reading import read_model
@@ -24,9 +26,11 @@ def model_rows() -> list[dict[str, Any]]:
 
 def _model_row(name: str) -> dict[str, Any]:
     model = read_model(name)
+    text, beside = parameters(model)
     return {
         "id": name,
-        "params": count_parameters(make_plan(model, Training(attention="eager", seq_len=2))),
+        "params": text + beside,
+        "params_text": text,
         "family": model.family,
         "layers": len(model.layers),
         "hidden": model.hidden,
@@ -34,6 +38,16 @@ def _model_row(name: str) -> dict[str, Any]:
         "max_positions": model.max_positions,
         "source": preset_source(name),
     }
+
+
+def parameters(model: ModelSpec) -> tuple[int, int]:
+    """Parameters of the language model, counted on its graph where it has one, and of what stands beside it."""
+    parts = {part.name: part.parameters for part in model.parts}
+    if families.get(model.family).counted:
+        text = parts.pop("text")
+    else:
+        text = count_parameters(make_plan(model, Training(attention="eager", seq_len=2)))
+    return text, sum(parts.values())
 
 
 def strategy_rows() -> list[dict[str, Any]]:

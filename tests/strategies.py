@@ -46,8 +46,8 @@ def layer_specs(draw: st.DrawFn, family: str, hidden: int) -> LayerSpec:
     """One legal layer of a `family`, for a residual stream of `hidden` channels."""
     attention = draw(attention_specs(family, hidden))
     return LayerSpec(
-        attention=attention,
-        feed_forward=FeedForwardSpec(
+        token_mixer=attention,
+        channel_mixer=FeedForwardSpec(
             width=draw(st.integers(1, 200)),
             activation=draw(st.sampled_from(ACTIVATIONS[family])),
             gated=family != "gpt2",

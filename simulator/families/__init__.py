@@ -24,9 +24,20 @@ ENTRY_POINTS = "vramsim.families"
 
 # model_type -> (module that registers it, its configuration class in transformers 5.23.0)
 BUILT_IN = {
-    "gemma2": ("simulator.families.gemma2", "Gemma2Config"),
-    "gpt2": ("simulator.families.gpt2", "GPT2Config"),
-    "llama": ("simulator.families.llama", "LlamaConfig"),
+    "bloom": ("simulator.families.early.bloom", "BloomConfig"),
+    "deepseek_v2": ("simulator.families.experts.deepseek_v2", "DeepseekV2Config"),
+    "deepseek_v3": ("simulator.families.experts.deepseek_v3", "DeepseekV3Config"),
+    "deepseek_v32": ("simulator.families.counted.sparse_attention", "DeepseekV32Config"),
+    "deepseek_v4": ("simulator.families.counted.deepseek_v4", "DeepseekV4Config"),
+    "gemma2": ("simulator.families.dense.gemma2", "Gemma2Config"),
+    "gemma4": ("simulator.families.counted.gemma4", "Gemma4Config"),
+    "glm_moe_dsa": ("simulator.families.counted.sparse_attention", "GlmMoeDsaConfig"),
+    "gpt2": ("simulator.families.early.gpt2", "GPT2Config"),
+    "gpt_bigcode": ("simulator.families.early.gpt_bigcode", "GPTBigCodeConfig"),
+    "gpt_neox": ("simulator.families.early.gpt_neox", "GPTNeoXConfig"),
+    "kimi_k2": ("simulator.families.experts.deepseek_v3", "KimiK2Config"),
+    "llama": ("simulator.families.dense.llama", "LlamaConfig"),
+    "opt": ("simulator.families.early.opt", "OPTConfig"),
 }
 _HEADS = re.compile(r"(Config|Model|LMHeadModel|DoubleHeadsModel|For[A-Z]\w*)$")
 
@@ -47,12 +58,19 @@ class Family:
     implementations: Mapping[str, str] = attrs.field(factory=dict)
     """Other implementations of the model -> the module whose `forward` is their recipe, imported when asked for."""
 
+    @property
+    def counted(self) -> bool:
+        """Whether its parameters are counted only: no recipe builds its graph."""
+        return self.forward is None and not self.implementations
+
     def recipe(self, implementation: str) -> Callable[..., Any]:
         """The recipe that follows `implementation`; `UnsupportedError` with those there are where there is none."""
         if implementation in self.implementations:
             return cast(Callable[..., Any], import_module(self.implementations[implementation]).forward)
         if implementation == "transformers" and self.forward is not None:
             return self.forward
+        if self.counted:
+            raise UnsupportedError(f"model_type {self.name} is counted, not simulated: its graph is not modelled yet")
         known = ["transformers"] * (self.forward is not None) + sorted(self.implementations)
         raise UnsupportedError(
             f"'implementation' of {self.name} must be {' or '.join(known)}: {implementation!r} is not modelled"

@@ -66,6 +66,22 @@ class ConfigReader:
     problems: list[UsageError] = attrs.field(factory=list, init=False)
     _wrong: set[str] = attrs.field(factory=set, init=False)
     _defaulted: set[str] = attrs.field(factory=set, init=False)
+    _sections: list[ConfigReader] = attrs.field(factory=list, init=False)
+
+    def has(self, key: str) -> bool:
+        """Whether the config gives `key` a value other than null."""
+        return self._raw(key) not in (_ABSENT, None)
+
+    def section(self, key: str, config_class: str, aliases: Mapping[str, str] | None = None) -> ConfigReader:
+        """The reader of the object under `key` (a ``text_config``): its problems and assumptions join this one's."""
+        value = self._raw(key)
+        if not isinstance(value, Mapping):
+            self._problem(key, f"{key} must be an object, not {shown(None if value is _ABSENT else value)}", None)
+            value = {}
+        inner = ConfigReader(value, self.name, self.family, config_class, aliases or {}, self.complete)
+        inner.assumptions, inner.problems = self.assumptions, self.problems
+        self._sections.append(inner)
+        return inner
 
     def required_size(self, key: str, default: int, largest: int) -> int:
         """A size that makes the model what it is: a config.json has to give it."""
@@ -80,6 +96,21 @@ class ConfigReader:
         if not is_count(value, largest):
             return self._problem(key, f"{key} {count_rule(largest)}, not {shown(value)}", default)
         return int(value)
+
+    def count(self, key: str, default: int, largest: int) -> int:
+        """A whole number from 0 to `largest`."""
+        value = self._given(key, default)
+        if value != 0 and not is_count(value, largest):
+            return self._problem(key, f"{key} must be a whole number from 0 to {largest}, not {shown(value)}", default)
+        return int(value)
+
+    def choices(self, key: str, default: Sequence[int], known: Collection[int], length: int) -> list[int]:
+        """One number per layer, each one of `known`; a longer list ends with what later parts use."""
+        value = self._given(key, list(default))
+        allowed = ", ".join(map(str, known))
+        rule = f"{key} must be a list of {length} numbers out of {allowed}, not {shown(value)}"
+        fits = isinstance(value, list) and len(value) >= length and all(each in known for each in value)
+        return list(value[:length]) if fits else self._problem(key, rule, list(default))
 
     def derived_size(self, key: str, default: int, rule: str, largest: int) -> int:
         """A size that null or nothing leaves to be derived by `rule`, text for the assumption."""
@@ -146,9 +177,18 @@ class ConfigReader:
         """Note an odd `head_dim`: rotary embeddings turn pairs of channels."""
         self.check(head_dim % 2 == 0, f"head_dim must be even for rotary positions, not {head_dim}", "head_dim")
 
+    def rotary_share(self, key: str, default: float) -> float:
+        """The share of a head's channels that carry positions: `key`, or the rope's ``partial_rotary_factor``."""
+        for name in ("rope_parameters", "rope_scaling"):
+            inner = self._raw(name)
+            if isinstance(inner, Mapping) and "partial_rotary_factor" in inner:
+                return self.section(name, self.config_class).rate("partial_rotary_factor", default)
+        return self.rate(key, default)
+
     def raise_problems(self) -> None:
         """Raise all problems as one error of one line; `UnsupportedError` where nothing else is wrong."""
-        self._check_misspelled()
+        for reader in (self, *self._sections):
+            reader._check_misspelled()
         if not self.problems:
             return
         unsupported = all(isinstance(each, UnsupportedError) for each in self.problems)

@@ -7,6 +7,7 @@ op by op against real PyTorch code on fake CUDA tensors.
 
 from simulator.ops.attention import flash_attention_2 as flash_attention_2
 from simulator.ops.attention import flex_attention as flex_attention
+from simulator.ops.attention import pad_last as pad_last
 from simulator.ops.attention import scaled_dot_product_attention as scaled_dot_product_attention
 from simulator.ops.collective import all_gather as all_gather
 from simulator.ops.collective import all_reduce as all_reduce
@@ -23,6 +24,7 @@ from simulator.ops.elementwise import mul as mul
 from simulator.ops.elementwise import mul_scalar as mul_scalar
 from simulator.ops.elementwise import neg as neg
 from simulator.ops.elementwise import power as power
+from simulator.ops.elementwise import recomputed_gelu as recomputed_gelu
 from simulator.ops.elementwise import relu as relu
 from simulator.ops.elementwise import rsqrt as rsqrt
 from simulator.ops.elementwise import silu as silu
@@ -36,6 +38,7 @@ from simulator.ops.loss import log_softmax as log_softmax
 from simulator.ops.loss import nll_loss as nll_loss
 from simulator.ops.loss import parallel_cross_entropy as parallel_cross_entropy
 from simulator.ops.matmul import addmm as addmm
+from simulator.ops.matmul import baddbmm as baddbmm
 from simulator.ops.matmul import bmm as bmm
 from simulator.ops.matmul import linear as linear
 from simulator.ops.matmul import matmul as matmul
@@ -43,12 +46,16 @@ from simulator.ops.normalisation import layer_norm as layer_norm
 from simulator.ops.normalisation import mean as mean
 from simulator.ops.normalisation import mean_all as mean_all
 from simulator.ops.normalisation import rms_norm as rms_norm
+from simulator.ops.shape import as_complex as as_complex
+from simulator.ops.shape import as_real as as_real
 from simulator.ops.shape import cat as cat
 from simulator.ops.shape import clone as clone
 from simulator.ops.shape import contiguous as contiguous
 from simulator.ops.shape import expand as expand
+from simulator.ops.shape import filled as filled
 from simulator.ops.shape import narrow as narrow
 from simulator.ops.shape import reshape as reshape
+from simulator.ops.shape import select as select
 from simulator.ops.shape import slices as slices
 from simulator.ops.shape import split as split
 from simulator.ops.shape import split_with_sizes as split_with_sizes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hardware.dtypes import BF16, BOOL, FP16, FP32, INT64, UINT64
 from simulator.autograd import Autograd
-from simulator.graph import Op, Tensor
+from simulator.graph import Op, Tensor, flat
 from simulator.ops.dropout import dropout
 from simulator.ops.elementwise import add, autocast, constant, mul_scalar, to
 from simulator.ops.matmul import matmul
@@ -32,13 +32,15 @@ MASK_ALIGNMENT = 8
 LOGSUMEXP_ALIGNMENT = 32
 
 
-def choose_kernel(regime: Regime, query: Tensor, head_dim: int, *, masked: bool, grouped: bool) -> str:
+def choose_kernel(
+    regime: Regime, query: Tensor, head_dim: int, *, masked: bool, grouped: bool, alike: bool = True
+) -> str:
     """The kernel that torch's ``auto`` takes: flash, else memory-efficient, else math.
 
     Source: torch aten/src/ATen/native/transformers/cuda/sdp_utils.cpp `select_sdp_backend` and its constraints.
     """
     can = {
-        "flash": query.dtype in (BF16, FP16) and not masked and head_dim <= FLASH_MAX_HEAD_DIM,
+        "flash": query.dtype in (BF16, FP16) and not masked and head_dim <= FLASH_MAX_HEAD_DIM and alike,
         "efficient": not grouped and head_dim % (4 if query.dtype == FP32 else 8) == 0,
         "math": True,
     }
@@ -63,7 +65,8 @@ def scaled_dot_product_attention(
     key = autocast(t, key)
     query = autocast(t, query)
     grouped = key.shape[1] != query.shape[1]
-    kernel = choose_kernel(t.regime, query, head_dim, masked=mask is not None, grouped=grouped)
+    alike = query.shape[-1] == value.shape[-1]
+    kernel = choose_kernel(t.regime, query, head_dim, masked=mask is not None, grouped=grouped, alike=alike)
     with t.call("", query, key, value) as local:
         if mask is not None and mask.dtype == BOOL:
             mask = local("additive", _additive_mask(t, mask, query))
@@ -97,12 +100,13 @@ def _flash_padded(t: Trace, query: Tensor, key: Tensor, value: Tensor, head_dim:
         return _flash(t, query, key, value)
     wide = (t.dim("d_pad8", round_up(head_dim, FLASH_DIM_STEP)),)
     with t.call("") as local:
-        copies = [local(f"padded{i}", _pad(t, x, wide)) for i, x in enumerate((query, key, value))]
+        copies = [local(f"padded{i}", pad_last(t, x, wide)) for i, x in enumerate((query, key, value))]
         out = local("out", _flash(t, *copies))
         return narrow(t, out, query.shape)
 
 
-def _pad(t: Trace, x: Tensor, last: Axis) -> Tensor:
+def pad_last(t: Trace, x: Tensor, last: Axis) -> Tensor:
+    """``torch.nn.functional.pad`` of the last axis to `last`."""
     out = t.fresh("constant_pad_nd.default", (*x.shape[:-1], last), x.dtype)
     t.emit("constant_pad_nd.default", [x], [out], backward=_pad_backward)
     return out
@@ -131,7 +135,7 @@ def flash_attention_2(t: Trace, query: Tensor, key: Tensor, value: Tensor) -> Te
     Saves what torch's own flash kernel saves, with 16 B of random state
     (flash_attn/flash_attn_interface.py `FlashAttnFunc`).
     """
-    out = t.fresh("flash_attn_func", query.shape, query.dtype)
+    out = t.fresh("flash_attn_func", query.shape, query.dtype, query.memory if query.dense else flat(query.shape))
     batch, sequence, heads, _ = query.shape
     logsumexp = t.fresh("flash_attn_func.logsumexp", (batch, heads, sequence), FP32)
     outputs = [out, logsumexp, t.fresh("flash_attn_func.rng_state", ((2,),), UINT64)]
@@ -196,7 +200,8 @@ def _flash_workspace(engine: Autograd, query: Tensor, heads: Axis, key_heads: Ax
 def _efficient(t: Trace, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
     """As flash, with padded log-sum-exp and the mask among the saved (arXiv 2112.05682)."""
     name = "_scaled_dot_product_efficient_attention"
-    out = t.fresh(f"{name}.default", query.shape, query.dtype, _by_token(query))
+    shape = (*query.shape[:3], value.shape[-1])
+    out = t.fresh(f"{name}.default", shape, query.dtype, (*shape[0], *shape[2], *shape[1], *shape[3]))
     padded = t.dim("s_pad32", round_up(t.dimensions.bindings["s"], LOGSUMEXP_ALIGNMENT))
     logsumexp = t.fresh(f"{name}.logsumexp", (*query.shape[:2], (padded,)), FP32)
     random = [t.fresh(f"{name}.philox_{part}", (), INT64) for part in ("seed", "offset")]
@@ -207,9 +212,9 @@ def _efficient(t: Trace, query: Tensor, key: Tensor, value: Tensor, mask: Tensor
 
 
 def _by_token(query: Tensor) -> tuple[str | int, ...]:
-    """Memory order of a fused kernel's output: all heads of a token together."""
+    """Memory order of the flash kernel's output: the query's own (``empty_like``), token by token where it has gaps."""
     batch, heads, sequence, dim = query.shape
-    return (*batch, *sequence, *heads, *dim)
+    return query.memory if query.dense else (*batch, *sequence, *heads, *dim)
 
 
 def _attention_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from hardware.dtypes import FP32, DType
 from simulator.autograd import Autograd
-from simulator.graph import BackwardRule, Op, Shape, Tensor
+from simulator.graph import BackwardRule, Op, Shape, Tensor, flat
 from simulator.roles import Role
 from simulator.trace import Trace
 
@@ -116,10 +116,13 @@ def constant(t: Trace, name: str, x: Tensor, *, dtype: DType | None = None, shap
 
 
 def to(t: Trace, x: Tensor, dtype: DType) -> Tensor:
-    """``x.to(dtype)``: nothing at all when `x` has that dtype already."""
+    """``x.to(dtype)``: nothing at all when `x` has that dtype already; a copy keeps the layout of a dense tensor only.
+
+    Source: torch aten/src/ATen/native/TensorConversions.cpp `_to_copy`.
+    """
     if x.dtype == dtype:
         return x
-    out = t.fresh("_to_copy.default", x.shape, dtype, x.memory)
+    out = t.fresh("_to_copy.default", x.shape, dtype, x.memory if x.dense else flat(x.shape))
     if x.is_parameter:
         out.storage.role = Role.WEIGHT_CAST
     t.emit("_to_copy.default", [x], [out], backward=_to_backward)
@@ -205,3 +208,45 @@ def _mul_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients:
     for_y = engine.like("mul.Tensor", gradient, promote(gradient, x)) if y.requires_grad else None
     for_x = engine.like("mul.Tensor", gradient, promote(gradient, y)) if x.requires_grad else None
     return [for_x, for_y]
+
+
+def recomputed_gelu(t: Trace, x: Tensor) -> Tensor:
+    """`GeLUFunction` (transformers models/bloom/modeling_bloom.py): spelled out in Python, saves its input only."""
+    with t.call("") as local:
+        half = local("half", constant(t, "mul.Tensor", x))
+        with t.call("") as inner:
+            inner("scaled", constant(t, "mul.Tensor", x))
+            for name in ("mul.Tensor", "mul.Tensor", "add.Tensor"):
+                inner("cube", constant(t, name, x))
+            local("one", constant(t, "mul.Tensor", x))
+        for name in ("tanh.default", "add.Tensor"):
+            local("one", constant(t, name, x))
+        out = t.fresh("mul.Tensor", x.shape, x.dtype, x.memory)
+        t.emit("mul.Tensor", [x, half], [out], saves=[x], backward=_recomputed_gelu_backward)
+        t.graph.ops[-1].saves_late = True
+        return out
+
+
+def _recomputed_gelu_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients:
+    x = op.inputs[0]
+
+    def combine(name: str, *used: Tensor) -> Tensor:
+        made = engine.like(name, x)
+        engine.free(*used)
+        return made
+
+    def cubic() -> Tensor:
+        return combine("add.Tensor", combine("mul.Tensor", combine("mul.Tensor")))
+
+    scaled = combine("mul.Tensor")
+    inner = combine("mul.Tensor", scaled, cubic())
+    tanh_out = combine("tanh.default", inner)
+    half = combine("mul.Tensor")
+    slope = combine("rsub.Scalar", combine("mul.Tensor"))
+    slope = combine("mul.Tensor", slope, cubic())
+    slope = combine("mul.Tensor", half, slope)
+    value = combine("mul.Tensor", combine("add.Tensor"))
+    total = combine("add.Tensor", slope, value)
+    result = engine.like("mul.Tensor", x)
+    engine.free(total, tanh_out)
+    return [result, None]

@@ -29,10 +29,10 @@ def linear(t: Trace, x: Tensor, weight: Tensor, bias: Tensor | None = None, out:
     if bias is None:
         transposed = transpose(t, weight, 0, 1)
         product = _mm(t, _flatten(t, x), transposed, last)
-        return view(t, product, (*x.shape[:-1], last), "_unsafe_view.default")
+        return product if len(x.shape) == 2 else view(t, product, (*x.shape[:-1], last), "_unsafe_view.default")
     flat_x = _flatten(t, x)  # with a bias the input is flattened first, which decides the order of backward
     product = _addmm(t, bias, flat_x, transpose(t, weight, 0, 1), last)
-    return view(t, product, (*x.shape[:-1], last))
+    return product if len(x.shape) == 2 else view(t, product, (*x.shape[:-1], last))
 
 
 def _linear_function(t: Trace, x: Tensor, weight: Tensor, bias: Tensor | None, out: Axis) -> Tensor:
@@ -134,3 +134,21 @@ def _bmm_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients:
     for_y = engine.fresh("bmm.default", y.shape, y.dtype) if y.requires_grad else None
     for_x = engine.fresh("bmm.default", x.shape, x.dtype) if x.requires_grad else None
     return [for_x, for_y]
+
+
+def baddbmm(t: Trace, bias: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """``bias.baddbmm(x, y, alpha=...)`` with a `bias` that needs no gradient (ALiBi); autocast lowers all three."""
+    bias, x, y = (autocast(t, each) for each in (bias, x, y))
+    result = t.fresh("baddbmm.default", (x.shape[0], x.shape[1], y.shape[2]), x.dtype)
+    t.emit("baddbmm.default", [bias, x, y], [result], saves=_factors(x, y), backward=_baddbmm_backward)
+    return result
+
+
+def _baddbmm_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients:
+    """Each product is scaled by alpha (derivatives.yaml `baddbmm`)."""
+    results: Gradients = [None]
+    for factor in op.inputs[1:]:
+        product = engine.fresh("bmm.default", factor.shape, factor.dtype)
+        results.append(engine.fresh("mul.Tensor", factor.shape, factor.dtype))
+        engine.free(product)
+    return results

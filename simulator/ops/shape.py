@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import attrs
+
+from hardware.dtypes import COMPLEX64, FP32
 from simulator.autograd import Autograd
 from simulator.graph import Op, Shape, Tensor, flat
 from simulator.sizes import Dim
@@ -94,18 +97,23 @@ def contiguous(t: Trace, x: Tensor) -> Tensor:
 
 def split_with_sizes(t: Trace, x: Tensor, shapes: list[Shape]) -> tuple[Tensor, ...]:
     """``torch.split`` into views of unlike `shapes`; backward concatenates their gradients."""
-    views = [t.view(x, shape, flat(shape)) for shape in shapes]
-    for view_of_part in views:
-        view_of_part.dense = False
+    views = [_part(t, x, shape) for shape in shapes]
     return t.emit("split_with_sizes.default", [x], views, backward=_split_backward)
 
 
 def split(t: Trace, x: Tensor, shape: Shape, parts: int) -> tuple[Tensor, ...]:
     """``x.split``: `parts` views of `shape`; backward concatenates their gradients."""
-    views = [t.view(x, shape, flat(shape)) for _ in range(parts)]
-    for view_of_part in views:
-        view_of_part.dense = False
+    views = [_part(t, x, shape) for _ in range(parts)]
     return t.emit("split.Tensor", [x], views, backward=_split_backward)
+
+
+def _part(t: Trace, x: Tensor, shape: Shape) -> Tensor:
+    """A part of `x` along its last axis: the other axes lie in memory as they did."""
+    whole = x.shape[-1]
+    at_end = x.memory[len(x.memory) - len(whole) :] == whole
+    out = t.view(x, shape, (*x.memory[: len(x.memory) - len(whole)], *shape[-1]) if at_end else flat(shape))
+    out.dense = False
+    return out
 
 
 def _split_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients:
@@ -133,6 +141,19 @@ def _slice_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients
     return [engine.fresh("slice_backward.default", source.shape, source.dtype)]
 
 
+def select(t: Trace, x: Tensor, shape: Shape) -> Tensor:
+    """One row of an axis of 3 before the last, ``x[..., i, :]``: its gradient is padded back to the whole of `x`."""
+    out = t.view(x, shape, tuple(d for d in x.memory if d != 3))
+    out.dense = False
+    t.emit("select.int", [x], [out], backward=_select_backward)
+    return out
+
+
+def _select_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients:
+    source = op.inputs[0]
+    return [engine.fresh("select_backward.default", source.shape, source.dtype)]
+
+
 def cat(t: Trace, tensors: list[Tensor], shape: Shape, memory: tuple[Dim, ...]) -> Tensor:
     """``torch.cat``: backward hands out slices of the gradient."""
     out = t.fresh("cat.default", shape, tensors[0].dtype, memory)
@@ -144,3 +165,49 @@ def _cat_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients:
     (gradient,) = gradients
     assert gradient is not None
     return [engine.view(gradient, x.shape, x.memory) for x in op.inputs]
+
+
+def filled(t: Trace, parts: list[Tensor], shape: Shape) -> Tensor:
+    """``x.new_empty(shape)`` into whose last axis `parts` are copied one after the other (`CopySlices`)."""
+    out = t.fresh("new_empty.default", shape, parts[0].dtype)
+    t.emit("new_empty.default", [parts[0]], [out])
+    for part in parts:
+        (out,) = t.emit("copy_.default", [out, part], [t.view(out, shape)], backward=_filled_backward)
+    return out
+
+
+def _filled_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients:
+    """A copy of the gradient with zeros where the part was written, and the part's own gradient.
+
+    Source: torch/csrc/autograd/functions/tensor.cpp `CopySlices::apply_impl`, `CopyBackwards::apply`.
+    """
+    (gradient,) = gradients
+    assert gradient is not None
+    base, part = op.inputs
+    rest = engine.like("new_empty_strided.default", gradient)
+    own = engine.fresh("clone.default", part.shape, part.dtype)
+    if base.requires_grad:
+        engine.free(engine.fresh("zeros_like.default", part.shape, part.dtype))
+    return [rest, own]
+
+
+def as_complex(t: Trace, x: Tensor, shape: Shape) -> Tensor:
+    """``torch.view_as_complex`` of fp32 `x`, whose last axis is pairs of real and imaginary parts."""
+    out = t.view(x, shape, x.memory[:-1] + shape[-1])
+    out.dtype = COMPLEX64
+    return t.emit("view_as_complex.default", [x], [out], backward=_reinterpreted)[0]
+
+
+def as_real(t: Trace, x: Tensor, shape: Shape) -> Tensor:
+    """``torch.view_as_real`` of `x`, flattened to `shape`: fp32."""
+    out = t.view(x, shape, x.memory[:-1] + shape[-1])
+    out.dtype = FP32
+    return t.emit("view_as_real.default", [x], [out], backward=_reinterpreted)[0]
+
+
+def _reinterpreted(engine: Autograd, op: Op, gradients: Gradients) -> Gradients:
+    (gradient,) = gradients
+    assert gradient is not None
+    (source,) = op.inputs
+    memory = gradient.memory[:-1] + source.shape[-1]
+    return [attrs.evolve(gradient, shape=source.shape, memory=memory, dtype=source.dtype, is_view=True)]

@@ -59,12 +59,12 @@ def test_the_defaults_of_gemma2config():
 
 def test_each_default_is_recorded():
     assert spec_from_config(LLAMA, "x").assumptions == (
+        "attention_bias: false (LlamaConfig default)",
         "num_key_value_heads: 4 (LlamaConfig default: num_attention_heads)",
         "head_dim: 16 (LlamaConfig default: hidden_size // num_attention_heads)",
-        "attention_bias: false (LlamaConfig default)",
         "attention_dropout: 0.0 (LlamaConfig default)",
-        "hidden_act: silu (LlamaConfig default)",
         "mlp_bias: false (LlamaConfig default)",
+        "hidden_act: silu (LlamaConfig default)",
         "max_position_embeddings: 2048 (LlamaConfig default)",
         "tie_word_embeddings: false (LlamaConfig default)",
     )
@@ -145,7 +145,10 @@ def test_only_the_family_that_is_needed_is_imported():
         "print([n for n in sorted(sys.modules) if n.startswith('simulator.families.')])"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == "['simulator.families.gpt2', 'simulator.families.reader']"
+    assert (
+        run.stdout.strip()
+        == "['simulator.families.early', 'simulator.families.early.gpt2', 'simulator.families.reader']"
+    )
 
 
 def test_a_taken_family_name_is_refused():

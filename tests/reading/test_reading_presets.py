@@ -8,18 +8,23 @@ from pathlib import Path
 import pytest
 
 from hardware.errors import UsageError
-from simulator.families import families
 from simulator.presets import preset_names, preset_source, short_names
 from simulator.reading import read_model
+from studies import catalogue
 
 SAMPLE = Path(__file__).with_name("presets_sample.csv")
 SHARED = Path(__file__).parents[3] / "shared" / "reference" / "models.csv"
 FILES = [SAMPLE, *([SHARED] if SHARED.exists() else [])]
 
 
+COUNTS = Path(__file__).with_name("presets_parameters.csv")
+"""Parameters of the class that transformers 5.23.0 builds on the meta device from each preset."""
+HAND_COUNTED = ("gpt2", "llama", "gemma2")
+
+
 def rows():
     read = [(path.stem, row) for path in FILES for row in csv.DictReader(path.read_text().splitlines())]
-    ours = [(stem, row) for stem, row in read if row.get("model_type", "llama") in families]
+    ours = [(stem, row) for stem, row in read if row.get("model_type", "llama") in HAND_COUNTED]
     return [pytest.param(row, id=f"{stem}:{row['id']}") for stem, row in ours]
 
 
@@ -38,6 +43,16 @@ def test_a_preset_has_the_published_sizes(row):
 def test_a_preset_has_the_published_number_of_parameters(row):
     if "params_total" in row:
         assert parameters(read_model(row["id"])) == int(row["params_total"])
+
+
+@pytest.mark.parametrize("row", csv.DictReader(COUNTS.read_text().splitlines()), ids=lambda row: row["id"])
+def test_every_preset_counts_what_transformers_builds(row):
+    text, beside = catalogue.parameters(read_model(row["id"]))
+    assert (text + beside, text) == (int(row["total"]), int(row["text"]))
+
+
+def test_every_preset_has_a_recorded_count():
+    assert [row["id"] for row in csv.DictReader(COUNTS.read_text().splitlines())] == preset_names()
 
 
 def parameters(spec):

@@ -1,0 +1,152 @@
+"""Attention: the interfaces that ``attn_implementation`` names, and the module around them."""
+
+from __future__ import annotations
+
+from hardware.dtypes import FP32
+from hardware.errors import UnsupportedError
+from simulator import ops
+from simulator.blocks.linear import projection
+from simulator.blocks.rotary import apply_rotary
+from simulator.graph import Tensor
+from simulator.model import AttentionSpec
+from simulator.sizes import Dim
+from simulator.trace import Trace
+
+
+def repeat_kv(t: Trace, x: Tensor, heads: tuple[Dim, ...]) -> Tensor:
+    """`repeat_kv`: keys or values for every query head of their group; nothing without groups.
+
+    ``expand`` then ``reshape``: several heads have to be copied, a single one remains a view of stride 0.
+    """
+    shape = (x.shape[0], heads, *x.shape[2:])
+    if x.shape[1] == heads:
+        return x
+    return ops.clone(t, x, shape) if x.shape[1] else ops.expand(t, x, shape)
+
+
+def eager_attention(
+    t: Trace, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, spec: AttentionSpec, *, fp32_softmax: bool
+) -> tuple[Tensor, Tensor]:
+    """`eager_attention_forward` of the llama family (``fp32_softmax``) and of gpt2; returns output and weights."""
+    with t.call("", query, key, value) as local:
+        key = local("key", repeat_kv(t, key, query.shape[1]))
+        value = local("value", repeat_kv(t, value, query.shape[1]))
+        weights = local("weights", ops.mul_scalar(t, ops.matmul(t, query, ops.transpose(t, key, 2, 3))))
+        if spec.softcap is not None:
+            weights = local("weights", ops.div_scalar(t, weights))
+            weights = local("weights", ops.tanh(t, weights))
+            weights = local("weights", ops.mul_scalar(t, weights))
+        if mask is not None:
+            weights = local("weights", ops.add(t, weights, mask))
+        if fp32_softmax:
+            weights = local("weights", ops.to(t, ops.softmax(t, weights, FP32), query.dtype))
+        else:
+            weights = local("weights", ops.softmax(t, weights))
+            weights = local("weights", ops.to(t, weights, value.dtype))
+        weights = local("weights", ops.dropout(t, weights, spec.dropout))
+        output = ops.transpose(t, ops.matmul(t, weights, value), 1, 2)
+        return (ops.contiguous(t, output) if fp32_softmax else output), weights
+
+
+def sdpa_attention(
+    t: Trace, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, spec: AttentionSpec
+) -> Tensor:
+    """`sdpa_attention_forward` (integrations/sdpa_attention.py): grouped keys are passed on only without a mask."""
+    if spec.softcap is not None:
+        raise UnsupportedError(
+            "'attention' must be eager or flash_attention_2 with soft-capped scores: 'sdpa' has none"
+        )
+    grouped = t.regime.torch >= (2, 5) and mask is None and spec.head_dim <= 256
+    if not grouped:
+        key, value = (repeat_kv(t, x, query.shape[1]) for x in (key, value))
+    with t.call("", query, key, value) as local:
+        out = local("out", ops.scaled_dot_product_attention(t, query, key, value, mask, spec.dropout, spec.head_dim))
+        return ops.contiguous(t, ops.transpose(t, out, 1, 2))
+
+
+def flash_attention_2(t: Trace, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """`flash_attention_forward` (integrations/flash_attention.py): token-major views, 16 bits, no dense mask."""
+    if t.regime.attention_mask == "padded":
+        raise UnsupportedError(
+            "'attention_mask' must be none or full with flash_attention_2: unpadding is not modelled; use sdpa or eager"
+        )
+    if t.regime.autocast is None and query.dtype == FP32:
+        raise UnsupportedError(
+            "'dtype' must be 16-bit or autocast with flash_attention_2, not fp32: the kernel has no fp32; use sdpa"
+        )
+    with t.call("", query, key, value) as local:
+        views = [local(f"view{i}", ops.transpose(t, x, 1, 2)) for i, x in enumerate((query, key, value))]
+        if views[2].shape[-1] != views[0].shape[-1]:  # the kernel knows one head dimension (latent attention has two)
+            views[2] = local("view2", ops.pad_last(t, views[2], views[0].shape[-1]))
+        low = [local(f"low{i}", ops.to(t, x, t.regime.autocast or x.dtype)) for i, x in enumerate(views)]
+        out = local("out", ops.flash_attention_2(t, *low))
+        narrower = (*out.shape[:-1], value.shape[-1])
+        return out if out.shape == narrower else ops.narrow(t, out, narrower)
+
+
+def attention(
+    t: Trace, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, spec: AttentionSpec, *, fp32_softmax: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The attention interface that ``attn_implementation`` names; returns output ``[b, s, a, d]`` and weights."""
+    if t.regime.attention == "eager":
+        return eager_attention(t, query, key, value, mask, spec, fp32_softmax=fp32_softmax)
+    if t.regime.attention == "flash_attention_2":
+        return flash_attention_2(t, query, key, value), None
+    if t.regime.attention != "sdpa":
+        raise UnsupportedError(
+            f"'attention' {t.regime.attention} is not modelled for implementation {t.regime.implementation!r}; use sdpa"
+        )
+    return sdpa_attention(t, query, key, value, mask, spec), None
+
+
+def head_dims(t: Trace, spec: AttentionSpec) -> tuple[tuple[Dim, ...], tuple[Dim, ...], str]:
+    """Names of one rank's query heads' dimensions, of its key heads' and of the head dimension.
+
+    With grouped queries the query heads are key heads times groups, so that a key head is
+    the same dimension everywhere.
+    """
+    dim = t.dim("d", spec.head_dim)
+    if spec.groups == 1:
+        heads = t.shard((t.dim("a", spec.heads),))
+        return heads, heads, dim
+    key_heads = t.shard((t.dim("k", spec.kv_heads),))
+    return (*key_heads, t.dim("g", spec.groups)), key_heads, dim
+
+
+def rotary_attention(
+    t: Trace, x: Tensor, tables: tuple[Tensor, ...], mask: Tensor | None, spec: AttentionSpec
+) -> tuple[Tensor, Tensor | None]:
+    """`LlamaAttention`: q, k, v projections, rotary positions, attention, output projection; and the weights."""
+    heads, key_heads, d = head_dims(t, spec)
+    with t.call("self_attn", x) as local:
+        made = []
+        for name, own in (("q", heads), ("k", key_heads), ("v", key_heads)):
+            states = projection(t, f"{name}_proj", x, (*own, d), spec.bias)
+            split = ops.reshape(t, states, (*x.shape[:-1], own, (d,)))
+            made.append(local(name, ops.transpose(t, split, 1, 2)))
+        query, key, value = made
+        with t.call("", query, key) as inner:
+            query = inner("q_embed", apply_rotary(t, query, *tables))
+            key = apply_rotary(t, key, *tables)
+        local("q", query)
+        local("k", key)
+        out, weights = attention(t, query, key, value, mask, spec, fp32_softmax=True)
+        if weights is not None:
+            local("weights", weights)
+        out = local("out", ops.reshape(t, out, (*x.shape[:-1], (*heads, d))))
+        return projection(t, "o_proj", out, ("h",), spec.bias), weights
+
+
+def causal_flash(t: Trace, query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec) -> Tensor:
+    """``F.scaled_dot_product_attention(..., is_causal=True, enable_gqa=True)`` on token-major ``[b, s, a, d]``."""
+    for field, only in (("attention", "sdpa"), ("attention_mask", "none")):
+        value_given = getattr(t.regime, field)
+        if value_given != only:
+            raise UnsupportedError(
+                f"{field!r} must be {only} with implementation {t.regime.implementation!r}, not {value_given!r}"
+            )
+    by_head = [ops.transpose(t, x, 1, 2) for x in (query, key, value)]
+    with t.call("", *by_head):
+        query, key, value = by_head
+        out = ops.scaled_dot_product_attention(t, query, key, value, None, 0.0, spec.head_dim)
+    return ops.transpose(t, out, 1, 2)

@@ -1,0 +1,1 @@
+"""Families whose parameters are counted from their configurations and whose graph is not built."""

@@ -1,0 +1,1 @@
+"""Dense decoders with rotary positions, RMSNorm (mostly) and a gated MLP."""

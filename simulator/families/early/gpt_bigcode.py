@@ -1,0 +1,132 @@
+"""GPT-BigCode: StarCoder (Li et al., arXiv:2305.06161) and OctoCoder: GPT-2 with one key/value head for all queries."""
+
+from __future__ import annotations
+
+from hardware.dtypes import BOOL
+from simulator import blocks, decoder, ops
+from simulator.families import Family, families
+from simulator.families.reader import ConfigReader
+from simulator.graph import Tensor
+from simulator.limits import (
+    LARGEST_HEADS,
+    LARGEST_HIDDEN,
+    LARGEST_LAYERS,
+    LARGEST_POSITIONS,
+    LARGEST_VOCAB,
+    LARGEST_WIDTH,
+)
+from simulator.model import AttentionSpec, FeedForwardSpec, LayerSpec, ModelSpec
+from simulator.trace import Trace
+
+# attribute_map of GPTBigCodeConfig
+_ALIASES = {
+    "hidden_size": "n_embd",
+    "max_position_embeddings": "n_positions",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+}
+
+
+def read(config: ConfigReader) -> ModelSpec:
+    """The spec of a GPT-BigCode config; defaults are those of GPTBigCodeConfig in transformers 5.23.0."""
+    config.refuse("add_cross_attention", (False, None), "set it to false")
+    hidden = config.required_size("n_embd", 768, LARGEST_HIDDEN)
+    width = config.derived_size("n_inner", 4 * hidden, "4 * n_embd", LARGEST_WIDTH)
+    activation = config.activation("activation_function", "gelu_pytorch_tanh")
+    layer = LayerSpec(_read_attention(config, hidden), FeedForwardSpec(width, activation, gated=False, bias=True))
+    return ModelSpec(
+        name=config.name,
+        family=config.family,
+        hidden=hidden,
+        vocab=config.required_size("vocab_size", 50257, LARGEST_VOCAB),
+        max_positions=config.size("n_positions", 1024, LARGEST_POSITIONS),
+        layers=(layer,) * config.required_size("n_layer", 12, LARGEST_LAYERS),
+        tied_embeddings=config.flag("tie_word_embeddings", True),
+        embedding_dropout=config.rate("embd_pdrop", 0.1),
+        residual_dropout=config.rate("resid_pdrop", 0.1),
+    )
+
+
+def _read_attention(config: ConfigReader, hidden: int) -> AttentionSpec:
+    heads = config.required_size("n_head", 12, LARGEST_HEADS)
+    config.multiple("n_embd", "n_head", hidden, heads)
+    kv_heads = 1 if config.flag("multi_query", True) else heads
+    return AttentionSpec(heads, kv_heads, max(1, hidden // heads), bias=True, dropout=config.rate("attn_pdrop", 0.1))
+
+
+def forward(t: Trace, spec: ModelSpec, layers: decoder.BuiltLayers) -> None:
+    """`GPTBigCodeForCausalLM` (transformers models/gpt_bigcode/modeling_gpt_bigcode.py)."""
+    ids, labels = decoder.batch(t)
+    vocabulary = t.matrix("transformer.wte.weight", ("V",), ("h",))
+    with t.call("transformer") as local:
+        positions = t.dim("P", spec.max_positions)
+        t.buffer("bias", positions, positions, dtype=BOOL)
+        embeds = local("inputs_embeds", ops.embedding(t, vocabulary, ids))
+        position_ids = local("position_ids", decoder.positions(t, ids))
+        mask = decoder.causal_mask(t, embeds)
+        if mask is not None:
+            local("mask", mask)
+        table = t.matrix("wpe.weight", (positions,), ("h",))
+        places = local("position_embeds", ops.embedding(t, table, position_ids))
+        hidden = local("hidden", ops.add(t, embeds, places))
+        with t.call("drop"):
+            hidden = local("hidden", ops.dropout(t, hidden, spec.embedding_dropout))
+        for slot, layer in layers:
+            with t.layer(slot, hidden, mask):
+                hidden = local("hidden", _block(t, hidden, mask, spec, layer))
+        hidden = local("hidden", blocks.layer_norm(t, "ln_f", hidden))
+    decoder.language_head(t, hidden, labels, spec, vocabulary)
+
+
+def _block(t: Trace, x: Tensor, mask: Tensor | None, spec: ModelSpec, layer: LayerSpec) -> Tensor:
+    """`GPTBigCodeBlock`."""
+    with t.call("layer", x) as local:
+        hidden = local("hidden", blocks.layer_norm(t, "ln_1", x))
+        attended, weights = _attention(t, hidden, mask, spec, layer.attention)
+        local("attn_output", attended)
+        if weights is not None:
+            local("_", weights)
+        residual = local("residual", local("hidden", ops.add(t, attended, x)))
+        hidden = local("hidden", blocks.layer_norm(t, "ln_2", residual))
+        names = ("mlp", "c_fc", "act", "c_proj")
+        mixed = blocks.plain_mlp(t, hidden, layer.feed_forward, names, spec.residual_dropout)
+        return ops.add(t, residual, local("mlp", mixed))
+
+
+def _attention(
+    t: Trace, x: Tensor, mask: Tensor | None, spec: ModelSpec, layer: AttentionSpec
+) -> tuple[Tensor, Tensor | None]:
+    """`GPTBigCodeAttention`: queries of all heads beside one key and one value, or all three head by head."""
+    heads, _, d = blocks.head_dims(t, layer)
+    with t.call("attn", x) as local:
+        split = _shared_key if layer.kv_heads < layer.heads else _key_per_head
+        query, key, value = (local(name, states) for name, states in zip("qkv", split(t, x, layer), strict=True))
+        out, weights = blocks.attention(t, query, key, value, mask, layer, fp32_softmax=True)
+        if weights is not None:
+            local("weights", weights)
+        out = local("out", ops.reshape(t, out, (*x.shape[:-1], (*heads, d))))
+        out = local("out", blocks.projection(t, "c_proj", out, ("h",), bias=True))
+        with t.call("resid_dropout"):
+            return ops.dropout(t, out, spec.residual_dropout), weights
+
+
+def _shared_key(t: Trace, x: Tensor, spec: AttentionSpec) -> list[Tensor]:
+    heads, _, d = blocks.head_dims(t, spec)
+    fused = blocks.projection(t, "c_attn", x, (t.dim("h+2d", (spec.heads + 2) * spec.head_dim),), bias=True)
+    rows = x.shape[:-1]
+    parts = ops.split_with_sizes(t, fused, [(*rows, (*heads, d)), (*rows, (d,)), (*rows, (d,))])
+    query = ops.transpose(t, ops.view(t, parts[0], (*rows, heads, (d,))), 1, 2)
+    return [query, *(ops.view(t, part, (rows[0], (), rows[1], (d,))) for part in parts[1:])]
+
+
+def _key_per_head(t: Trace, x: Tensor, spec: AttentionSpec) -> list[Tensor]:
+    heads, _, d = blocks.head_dims(t, spec)
+    fused = blocks.projection(t, "c_attn", x, (*heads, 3, d), bias=True)
+    by_head = ops.transpose(t, ops.reshape(t, fused, (*x.shape[:-1], heads, (3, d))), 1, 2)
+    return list(ops.split_with_sizes(t, by_head, [(*by_head.shape[:-1], (d,))] * 3))
+
+
+families.add(
+    "gpt_bigcode",
+    Family("gpt_bigcode", read, forward=forward, config_class="GPTBigCodeConfig", aliases=_ALIASES),
+)
