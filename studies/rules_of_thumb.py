@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import attrs
 
 from hardware.dtypes import FP32, DType
+from simulator.model import AttentionSpec
 from simulator.report import Report
 from simulator.roles import Role
 from simulator.timeline import Live
@@ -129,7 +130,8 @@ def _by_layer(report: Report, simulated: int) -> tuple[int, int, list[str]]:
     """What equation 1 says of all layers, what they hold at the peak, and why that differs."""
     training, model = report.training, report.model
     tokens = training.micro_batch * training.seq_len
-    heads = sum(layer.attention.heads for layer in model.layers)
+    mixers = [layer.token_mixer for layer in model.layers]
+    heads = sum(mixer.heads for mixer in mixers if isinstance(mixer, AttentionSpec))
     says = tokens * (34 * model.hidden * len(model.layers) + 5 * heads * training.seq_len)
     fp32 = _computed(report) == FP32
     autocast = training.autocast is not None
@@ -139,7 +141,7 @@ def _by_layer(report: Report, simulated: int) -> tuple[int, int, list[str]]:
         *(["no matrix of scores is kept"] if training.attention != "eager" else []),
         *(["activations are fp32, not 16-bit"] if fp32 and not autocast else []),
         *(["autocast keeps fp32 beside 16-bit copies"] if autocast else []),
-        *(["a gated MLP"] if any(layer.feed_forward.gated for layer in model.layers) else []),
+        *(["a gated MLP"] if any(getattr(layer.channel_mixer, "gated", False) for layer in model.layers) else []),
         *(["no dropout"] if not model.residual_dropout else []),
         *_few_alive(report),
     ]
