@@ -82,14 +82,14 @@ def positions(t: Trace, like: Tensor) -> Tensor:
         return ops.constant(t, "add.Tensor", ops.constant(t, "arange.default", like, dtype=INT64, shape=row))
 
 
-def causal_mask(t: Trace, like: Tensor) -> Tensor | None:
+def causal_mask(t: Trace, like: Tensor, *, skip: bool = True) -> Tensor | None:
     """The 4-D mask ``[b, 1, s, s]``: additive for eager attention, boolean for SDPA with real padding.
 
     Without padding SDPA and flash attention are told ``is_causal`` instead (masking_utils.py
-    `_ignore_causal_mask_sdpa`, `flash_attention_mask`).
+    `_ignore_causal_mask_sdpa`, `flash_attention_mask`), unless the model does not `skip` the mask.
     """
     eager, padded = t.regime.attention == "eager", t.regime.attention_mask == "padded"
-    if not eager and not (padded and t.regime.attention == "sdpa"):
+    if not eager and not ((padded or not skip) and t.regime.attention == "sdpa"):
         return None
     square = (("s",), ("s",))
     full = (("b",), *square)

@@ -29,6 +29,7 @@ BUILT_IN = {
     "deepseek_v3": ("simulator.families.experts.deepseek_v3", "DeepseekV3Config"),
     "deepseek_v32": ("simulator.families.counted.sparse_attention", "DeepseekV32Config"),
     "deepseek_v4": ("simulator.families.counted.deepseek_v4", "DeepseekV4Config"),
+    "falcon": ("simulator.families.early.falcon", "FalconConfig"),
     "gemma2": ("simulator.families.dense.gemma2", "Gemma2Config"),
     "gemma4": ("simulator.families.counted.gemma4", "Gemma4Config"),
     "glm_moe_dsa": ("simulator.families.counted.sparse_attention", "GlmMoeDsaConfig"),

@@ -16,8 +16,10 @@ from simulator.ops.collective import reduce_scatter as reduce_scatter
 from simulator.ops.collective import replicated_input as replicated_input
 from simulator.ops.dropout import dropout as dropout
 from simulator.ops.elementwise import add as add
+from simulator.ops.elementwise import add_into as add_into
 from simulator.ops.elementwise import add_scalar as add_scalar
 from simulator.ops.elementwise import constant as constant
+from simulator.ops.elementwise import div_into as div_into
 from simulator.ops.elementwise import div_scalar as div_scalar
 from simulator.ops.elementwise import gelu as gelu
 from simulator.ops.elementwise import mul as mul
@@ -41,6 +43,7 @@ from simulator.ops.matmul import addmm as addmm
 from simulator.ops.matmul import baddbmm as baddbmm
 from simulator.ops.matmul import bmm as bmm
 from simulator.ops.matmul import linear as linear
+from simulator.ops.matmul import linear_by_matmul as linear_by_matmul
 from simulator.ops.matmul import matmul as matmul
 from simulator.ops.normalisation import layer_norm as layer_norm
 from simulator.ops.normalisation import mean as mean
@@ -56,9 +59,11 @@ from simulator.ops.shape import filled as filled
 from simulator.ops.shape import narrow as narrow
 from simulator.ops.shape import reshape as reshape
 from simulator.ops.shape import select as select
+from simulator.ops.shape import slice_rows as slice_rows
 from simulator.ops.shape import slices as slices
 from simulator.ops.shape import split as split
 from simulator.ops.shape import split_with_sizes as split_with_sizes
+from simulator.ops.shape import take_row as take_row
 from simulator.ops.shape import transpose as transpose
 from simulator.ops.shape import view as view
 from simulator.ops.softmax import softmax as softmax

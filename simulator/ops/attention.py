@@ -52,7 +52,15 @@ def choose_kernel(
 
 
 def scaled_dot_product_attention(
-    t: Trace, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, rate: float, head_dim: int
+    t: Trace,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    rate: float,
+    head_dim: int,
+    *,
+    broadcast: bool = False,
 ) -> Tensor:
     """``torch.nn.functional.scaled_dot_product_attention`` on ``[batch, heads, sequence, head_dim]``.
 
@@ -60,18 +68,20 @@ def scaled_dot_product_attention(
         mask: an additive mask; None means causal.
         rate: dropout probability on the attention weights.
         head_dim: value of the head dimension, which decides what kernels are possible.
+        broadcast: whether fewer keys than queries are left to broadcasting, without ``enable_gqa``: no fused kernel
+            takes them.
     """
     value = autocast(t, value)
     key = autocast(t, key)
     query = autocast(t, query)
     grouped = key.shape[1] != query.shape[1]
-    alike = query.shape[-1] == value.shape[-1]
+    alike = query.shape[-1] == value.shape[-1] and not (grouped and broadcast)
     kernel = choose_kernel(t.regime, query, head_dim, masked=mask is not None, grouped=grouped, alike=alike)
     with t.call("", query, key, value) as local:
         if mask is not None and mask.dtype == BOOL:
             mask = local("additive", _additive_mask(t, mask, query))
         if kernel == "math":
-            return _math(t, query, key, value, mask, rate)
+            return _math(t, query, key, value, mask, rate, repeat=not broadcast)
         if kernel == "flash":
             return _flash_padded(t, query, key, value, head_dim)
         return _efficient(t, query, key, value, local("aligned", _aligned(t, mask)) if mask is not None else None)
@@ -223,7 +233,9 @@ def _attention_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradi
     return [*results, *([None] * (len(op.inputs) - 3))]
 
 
-def _math(t: Trace, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, rate: float) -> Tensor:
+def _math(
+    t: Trace, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, rate: float, *, repeat: bool
+) -> Tensor:
     """`_scaled_dot_product_attention_math` (torch aten/src/ATen/native/transformers/attention.cpp).
 
     Low precision is computed in fp32; the scaling is split between q and k; a causal mask is built at every call.
@@ -234,7 +246,7 @@ def _math(t: Trace, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | No
         scaled = local("scaled", mul_scalar(t, query, "mul.Scalar"))
         if mask is None:
             mask = local("mask", _causal_mask(t, query))
-        if key.shape[1] != query.shape[1]:
+        if repeat and key.shape[1] != query.shape[1]:
             value = local("v_expanded", clone(t, value, (value.shape[0], query.shape[1], *value.shape[2:])))
             key = local("k_expanded", clone(t, key, (key.shape[0], query.shape[1], *key.shape[2:])))
         transposed = mul_scalar(t, transpose(t, key, 2, 3), "mul.Scalar")

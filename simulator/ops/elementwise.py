@@ -173,6 +173,16 @@ def add(t: Trace, x: Tensor, y: Tensor, name: str = "add.Tensor") -> Tensor:
     return out
 
 
+def add_into(t: Trace, x: Tensor, y: Tensor) -> Tensor:
+    """``x += y``: allocates nothing."""
+    return t.emit("add_.Tensor", [x, y], [t.view(x, x.shape)], backward=_add_backward)[0]
+
+
+def div_into(t: Trace, x: Tensor) -> Tensor:
+    """``x /= number``: allocates nothing in forward."""
+    return t.emit("div_.Tensor", [x], [t.view(x, x.shape)], backward=_chain(("div.Tensor",)))[0]
+
+
 def sub(t: Trace, x: Tensor, y: Tensor) -> Tensor:
     """``x - y``: saves nothing; the gradient of `y` is negated."""
     out = _broadcast(t, "sub.Tensor", x, y)

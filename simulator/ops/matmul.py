@@ -5,7 +5,7 @@ from __future__ import annotations
 from simulator.autograd import Autograd
 from simulator.graph import Op, Shape, Tensor, flat
 from simulator.ops.elementwise import autocast
-from simulator.ops.shape import clone, reshape, transpose, view, viewable
+from simulator.ops.shape import clone, expand, reshape, transpose, view, viewable
 from simulator.sizes import Dim
 from simulator.trace import Trace
 
@@ -55,6 +55,13 @@ def _linear_function_backward(engine: Autograd, op: Op, gradients: Gradients) ->
     for_x = engine.fresh("mm.default", x.shape, x.dtype) if x.requires_grad else None
     for_weight = engine.fresh("mm.default", weight.shape, weight.dtype) if weight.requires_grad else None
     return [for_x, for_weight, *(engine.fresh("sum.dim_IntList", b.shape, b.dtype) for b in bias)]
+
+
+def linear_by_matmul(t: Trace, x: Tensor, weight: Tensor, out: Axis) -> Tensor:
+    """``x @ weight.T``: no cached copy under autocast, because a transposed weight is no leaf."""
+    transposed = autocast(t, transpose(t, weight, 0, 1))
+    product = _mm(t, _flatten(t, autocast(t, x)), transposed, out)
+    return view(t, product, (*x.shape[:-1], out), "_unsafe_view.default")
 
 
 def addmm(t: Trace, bias: Tensor, x: Tensor, weight: Tensor, out: Axis) -> Tensor:
@@ -111,6 +118,8 @@ def matmul(t: Trace, x: Tensor, y: Tensor) -> Tensor:
     y = autocast(t, y)
     x = autocast(t, x)
     with t.call("", x, y):
+        if y.shape[1] != x.shape[1]:
+            y = expand(t, y, (y.shape[0], x.shape[1], *y.shape[2:]))
         result = bmm(t, _to_batches(t, x), _to_batches(t, y))
         return view(t, result, (*x.shape[:2], x.shape[2], y.shape[3]), "_unsafe_view.default")
 

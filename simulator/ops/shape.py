@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import attrs
 
-from hardware.dtypes import COMPLEX64, FP32
+from hardware.dtypes import COMPLEX64, FP32, INT64
 from simulator.autograd import Autograd
 from simulator.graph import Op, Shape, Tensor, flat
 from simulator.sizes import Dim
@@ -152,6 +152,28 @@ def select(t: Trace, x: Tensor, shape: Shape) -> Tensor:
 def _select_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients:
     source = op.inputs[0]
     return [engine.fresh("select_backward.default", source.shape, source.dtype)]
+
+
+def slice_rows(t: Trace, x: Tensor, shape: Shape) -> Tensor:
+    """A slice of the axis before the last: its gradient is padded back to the whole of `x`."""
+    whole, part = x.shape[-2], shape[-2]
+    out = t.view(x, shape, tuple(d for dim in x.memory for d in (part if (dim,) == whole else (dim,))))
+    out.dense = False
+    return t.emit("slice.Tensor", [x], [out], backward=_slice_backward)[0]
+
+
+def take_row(t: Trace, x: Tensor, shape: Shape) -> Tensor:
+    """``x[..., [i], :]``, indexing with a list of one: a copy, and an index on the device that is saved."""
+    with t.call("") as local:
+        index = local("index", t.fresh("_to_copy.default", ((),), INT64))
+        t.emit("_to_copy.default", [x], [index])
+        out = t.fresh("index.Tensor", shape, x.dtype)
+        return t.emit("index.Tensor", [x, index], [out], saves=[index], backward=_take_backward)[0]
+
+
+def _take_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients:
+    source = op.inputs[0]
+    return [engine.fresh("new_zeros.default", source.shape, source.dtype), None]
 
 
 def cat(t: Trace, tensors: list[Tensor], shape: Shape, memory: tuple[Dim, ...]) -> Tensor:
