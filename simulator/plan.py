@@ -190,6 +190,7 @@ def _regime(plan: Plan) -> Regime:
         fused_norm=training.fused_norm,
         tensor_subclasses=training.tensor_subclasses,
         implementation=training.implementation,
+        loss=training.loss,
         loss_division=training.gradient_accumulation > 1 and not plan.scaled_loss,
         scaled_loss=plan.scaled_loss,
         keep_inputs=training.keep_inputs,

@@ -66,6 +66,7 @@ PLANS: Mapping[str, Mapping[str, Style]] = {
     "plain": _PLAIN,
     "transformers": _TRANSFORMERS,
     "megatron": _MEGATRON,
+    "megatron_te": _MEGATRON,
 }
 #: Implementations whose shards are DTensors; Megatron-LM's are plain tensors.
 DTENSOR = ("torchtitan", "plain", "transformers")

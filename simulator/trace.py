@@ -39,6 +39,7 @@ class Regime:
     tensor_parallel: TensorParallelism | None = None
     scaled_loss: bool = False
     """Whether a framework's engine divides the loss by the number of micro-batches and multiplies it by a scale."""
+    loss: str = "default"
     memory_efficient_linear: bool = False
     """Whether a framework replaces ``torch.nn.functional.linear`` by one that saves the weight itself."""
 

@@ -79,14 +79,19 @@ class Optimizer:
             raise UsageError(f"'amsgrad' belongs to adam and adamw, not to {self.name}; leave it out")
 
 
-ATTENTIONS = ("eager", "sdpa", "flash_attention_2")
 #: What transformers' integrations/moe.py offers without further packages; the first is its default on a GPU.
 EXPERTS = ("grouped_mm", "eager", "batched_mm")
+ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flex_attention")
 SDPA_BACKENDS = ("auto", "flash", "efficient", "math")
 ATTENTION_MASKS = ("none", "full", "padded")
 ZERO_GRADS = ("none", "zero")
-#: transformers' own, torchtitan's Llama, a GPT in plain PyTorch, and the models of Megatron-LM.
-MODEL_IMPLEMENTATIONS = ("transformers", "torchtitan", "plain", "megatron")
+#: The models of Megatron-LM, with its own modules or with Transformer Engine's.
+MEGATRON = ("megatron", "megatron_te")
+#: transformers' own, the Llamas of torchtitan and torchtune, a GPT in plain PyTorch, and Megatron-LM's models.
+MODEL_IMPLEMENTATIONS = ("transformers", "torchtitan", "torchtune", "plain", *MEGATRON)
+#: The model's own loss, and others -> the implementations that have them.
+LOSSES: dict[str, tuple[str, ...]] = {"default": MODEL_IMPLEMENTATIONS, "te_fused": MEGATRON}
+LOSSES |= dict.fromkeys(("chunked", "chunked_compiled"), ("torchtune",))
 
 #: Bounds that make a slip of the keyboard visible; byte counts may still exceed 64 bits.
 LARGEST_MICRO_BATCH = 2**20
@@ -127,6 +132,9 @@ class Training:
     """transformers' ``experts_implementation`` of models with mixtures of experts."""
     implementation: str = "transformers"
     """Whose code of the model is run; each family has some of `MODEL_IMPLEMENTATIONS`."""
+    loss: str = "default"
+    """The model's own, ``te_fused`` (Transformer Engine's kernel, in Megatron-LM), or ``chunked`` and
+    ``chunked_compiled`` (torchtune's `CEWithChunkedOutputLoss`)."""
     torch: tuple[int, int] = (2, 13)
     """Version whose behaviour is simulated."""
     fused_activation_backward: bool = True
@@ -150,6 +158,11 @@ class Training:
         _check_name("attention_mask", self.attention_mask, ATTENTION_MASKS)
         _check_name("zero_grad", self.zero_grad, ZERO_GRADS)
         _check_name("implementation", self.implementation, MODEL_IMPLEMENTATIONS)
+        _check_name("loss", self.loss, tuple(LOSSES))
+        if self.implementation not in LOSSES[self.loss]:
+            raise UsageError(
+                f"'loss' {self.loss} goes with implementation {' or '.join(LOSSES[self.loss])}; set that, too"
+            )
         if self.clip is not None and not 0 < self.clip < float("inf"):
             raise UsageError(f"'clip' must be a finite number > 0: {self.clip}; leave it out not to clip")
         if self.autocast is not None and self.weights != FP32:

@@ -6,6 +6,7 @@ import attrs
 
 from hardware.errors import UnsupportedError
 from simulator.plan import Plan
+from simulator.workload import MEGATRON
 
 
 @attrs.frozen
@@ -21,6 +22,6 @@ class FullCheckpointing:
 
     def __call__(self, plan: Plan) -> Plan:
         """The plan with every layer recomputed."""
-        if plan.training.implementation == "megatron":
+        if plan.training.implementation in MEGATRON:
             raise UnsupportedError(f"{self.name} of Megatron-LM's own code is not modelled: leave it out")
         return attrs.evolve(plan, recomputed=frozenset(range(len(plan.model.layers))))

@@ -20,6 +20,7 @@ from simulator.plan import Plan
 from simulator.roles import Role
 from simulator.runtime import Job, Runtime, buffer
 from simulator.sizes import FlatSize
+from simulator.workload import MEGATRON
 from strategies.options import choice, count, flag, option
 from strategies.rules import refuse_second_owner
 
@@ -52,7 +53,7 @@ class Ddp:
     def __call__(self, plan: Plan) -> Plan:
         """The plan with buckets and their all-reduce."""
         refuse_second_owner(plan, self.name)
-        if plan.training.implementation == "megatron":
+        if plan.training.implementation in MEGATRON:
             raise UnsupportedError(f"{self.name} around Megatron-LM's own code is not modelled: leave it out")
         if plan.tensor_parallel is not None:
             raise UnsupportedError(f"{self.name} on weights sharded along 'tp' is not modelled: use fsdp2")

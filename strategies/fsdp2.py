@@ -20,6 +20,7 @@ from simulator.roles import Role
 from simulator.runtime import Job, Turn, buffer
 from simulator.sizes import Dim, FlatSize, size_of, with_bits
 from simulator.units import WRAPS, Unit, UnitRuntime, wrapped_units
+from simulator.workload import MEGATRON
 from strategies.options import choice, count, flag, option, training_dtype
 from strategies.rules import refuse_second_owner
 
@@ -69,7 +70,7 @@ class Fsdp2:
 
     def _check(self, plan: Plan) -> None:
         training, shards = plan.training, plan.mesh.dp_shard
-        if plan.training.implementation == "megatron":
+        if plan.training.implementation in MEGATRON:
             raise UnsupportedError(f"{self.name} around Megatron-LM's own code is not modelled: leave it out")
         if training.optimizer.name not in OPTIMIZERS:
             raise UnsupportedError(

@@ -22,6 +22,7 @@ from simulator.plan import Plan
 from simulator.roles import Role
 from simulator.runtime import Job, Runtime, Turn, buffer
 from simulator.sizes import Dim, FlatSize, JoinedSize, size_of
+from simulator.workload import MEGATRON
 from strategies.flat import Member, rank_pieces
 from strategies.options import count, flag, option, training_dtype
 from strategies.rules import refuse_second_owner, refuse_tensor_parallel
@@ -80,7 +81,8 @@ class MegatronDistributedOptimizer:
     def _check(self, plan: Plan) -> None:
         training, ranks = plan.training, plan.mesh.dp
         refuse_second_owner(plan, self.name)
-        refuse_tensor_parallel(plan, self.name)
+        if training.implementation not in MEGATRON:
+            refuse_tensor_parallel(plan, self.name)
         if training.optimizer.name not in OPTIMIZERS:
             raise UnsupportedError(
                 f"optimizer {training.optimizer.name} is not modelled with {self.name}; "

@@ -15,6 +15,7 @@ import attrs
 from hardware.errors import UnsupportedError
 from simulator.plan import Plan
 from simulator.tensor_parallel import AXIS, DTENSOR, TensorParallelism
+from simulator.workload import MEGATRON
 from strategies.options import flag, option
 
 #: Optimizers whose step on DTensors was compared with recordings.
@@ -23,8 +24,9 @@ OPTIMIZERS = ("adamw", "adam", "sgd")
 FAMILIES = {
     "transformers": ("llama", "gemma2"),
     "torchtitan": ("llama",),
+    "torchtune": (),
     "plain": ("gpt2",),
-    "megatron": ("llama", "gpt2"),
+    **dict.fromkeys(MEGATRON, ("llama", "gpt2")),
 }
 
 
@@ -67,8 +69,8 @@ class TensorParallel:
                 f"{'use ' + ' or '.join(others) if others else 'leave it out'}"
             )
         for option_name, known in (
-            ("sequence_parallel", ("torchtitan", "megatron")),
-            ("loss_parallel", ("torchtitan", "plain", "megatron")),
+            ("sequence_parallel", ("torchtitan", *MEGATRON)),
+            ("loss_parallel", ("torchtitan", "plain", *MEGATRON)),
         ):
             if getattr(self, option_name) and implementation not in known:
                 raise UnsupportedError(
@@ -111,7 +113,7 @@ def _check_even(plan: Plan, sequence: bool) -> None:
     sizes = [("seq_len", plan.training.seq_len)] if sequence else []
     for layer in dict.fromkeys(plan.model.layers):
         sizes.append(("heads", layer.attention.heads))
-        shared = plan.training.implementation == "megatron" and plan.mesh.tp % layer.attention.kv_heads == 0
+        shared = plan.training.implementation in MEGATRON and plan.mesh.tp % layer.attention.kv_heads == 0
         if not shared:  # Megatron-LM lets several ranks have one group
             sizes.append(("key/value heads", layer.attention.kv_heads))
         sizes.append(("feed-forward width", layer.feed_forward.width))

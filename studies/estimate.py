@@ -18,6 +18,7 @@ from simulator.timeline import Live
 from simulator.workload import Training
 from studies.breakdown import LayerGroup, by_place
 from studies.options import Resolved, TrainingOptions, parse_headroom, resolve
+from studies.rules_of_thumb import RuleOfThumb, rules_of_thumb
 
 SCHEMA_VERSION = 1
 #: Classes of ranks that are simulated.
@@ -108,6 +109,11 @@ class Estimate:
         """Bytes at the peak by layer, equal neighbours together, and by module outside the layers."""
         return by_place(self.live, self.report.plan.graph)
 
+    @cached_property
+    def rules_of_thumb(self) -> list[RuleOfThumb]:
+        """What rules of thumb say of this run, beside what was simulated."""
+        return rules_of_thumb(self.report, self.live)
+
     def to_json_dict(self) -> dict[str, Any]:
         """The estimate as plain data; byte counts are ints and say so in their names."""
         capacity = self.cluster.gpu.capacity
@@ -135,6 +141,7 @@ class Estimate:
             "exit_code": self.verdict.exit_code,
             "by_layer": [_group_dict(group) for group in self.layers],
             "largest": [_live_dict(live) for live in self.live[:10]],
+            "rules_of_thumb": [attrs.asdict(rule) for rule in self.rules_of_thumb],
             "mesh": self.report.plan.mesh.degrees,
             "ranks": [_ranks_dict(each) for each in self.ranks],
             "strategies": list(self.report.plan.applied),

@@ -61,6 +61,7 @@ class TrainingOptions:
     keep_outputs: bool = False
     torch: str | None = None
     implementation: str | None = None
+    loss: str | None = None
     strategy: Sequence[str] = ()
     """Each ``NAME[,option=value...]``, applied in order after checkpointing."""
     tp: int | None = None
@@ -108,6 +109,7 @@ def resolve(options: TrainingOptions, model: ModelSpec, world: int = 1) -> Resol
         zero_grad=chosen["zero_grad"],
         torch=_version(chosen["torch"]),
         implementation=chosen["implementation"],
+        loss=chosen["loss"],
     )
     strategies = (*_strategies(chosen["checkpointing"]), *strategies)
     return Resolved(training, mesh, strategies, (*chosen.assumed(training), *assumed, *model.assumptions))
@@ -131,6 +133,7 @@ class _Chosen:
             "zero_grad": "none",
             "torch": _dotted(NEWEST_TORCH),
             "implementation": "transformers",
+            "loss": "default",
         }
         self._family = model.family
 

@@ -93,6 +93,10 @@ def attention(
         return eager_attention(t, query, key, value, mask, spec, fp32_softmax=fp32_softmax)
     if t.regime.attention == "flash_attention_2":
         return flash_attention_2(t, query, key, value), None
+    if t.regime.attention != "sdpa":
+        raise UnsupportedError(
+            f"'attention' {t.regime.attention} is not modelled for implementation {t.regime.implementation!r}; use sdpa"
+        )
     return sdpa_attention(t, query, key, value, mask, spec), None
 
 

@@ -2,7 +2,9 @@
 
 Follows megatron-core 0.16: megatron/core/models/gpt/gpt_model.py, transformer/transformer_layer.py, attention.py,
 mlp.py, with the fusions on that are on by default and flash attention as core attention. Every linear layer is
-`LinearWithGradAccumulationAndAsyncCommunication`; gradients are not fused into a main gradient.
+`LinearWithGradAccumulationAndAsyncCommunication`; gradients are not fused into a main gradient. As ``megatron_te`` the
+modules of layers are Transformer Engine's (megatron/core/extensions/transformer_engine.py): they save the same, gather
+into tensors of their own, rotate in one kernel, and attention takes contiguous copies of what lies apart.
 """
 
 from __future__ import annotations
@@ -66,6 +68,10 @@ def _frequencies(t: Trace, spec: ModelSpec) -> Tensor:
 def _gathered(t: Trace) -> tuple[Dim, ...] | None:
     """The whole sequence, where tensors are shards of it."""
     return None if t.sequence() == ("s",) else ("s",)
+
+
+def _transformer_engine(t: Trace) -> bool:
+    return t.regime.implementation == "megatron_te"
 
 
 def _embed(t: Trace, ids: Tensor, positions: Tensor, rows: tuple[Dim, ...], spec: ModelSpec) -> tuple[Tensor, Tensor]:
@@ -137,7 +143,8 @@ def _column(
     with t.call(name):
         weight = t.matrix("weight", out, x.shape[-1])
         offset = t.vector("bias", out) if bias else None
-        return megatron.fused_linear(t, x, weight, offset if add else None, out, _gathered(t)), offset
+        gathers = _transformer_engine(t)
+        return megatron.fused_linear(t, x, weight, offset if add else None, out, _gathered(t), gathers=gathers), offset
 
 
 def _row(t: Trace, name: str, x: Tensor, *, bias: bool) -> tuple[Tensor, Tensor | None]:
@@ -159,6 +166,9 @@ def _attention(t: Trace, x: Tensor, freqs: Tensor | None, spec: AttentionSpec) -
         if freqs is not None:
             query, key = (local(name, _rope(t, part, freqs)) for name, part in (("query", query), ("key", key)))
         heads, d = query.shape[-2:]
+        if _transformer_engine(t):  # `get_qkv_layout` of pytorch/attention/dot_product_attention/utils.py
+            parts = {"query": query, "key": key, "v": value}
+            query, key, value = (local(name, ops.contiguous(t, part)) for name, part in parts.items())
         query, key, value = (ops.transpose(t, part, 0, 1) for part in (query, key, value))
         out = blocks.causal_flash(t, query, key, value, spec)
         out = ops.transpose(t, out, 0, 1)
@@ -203,6 +213,8 @@ def _heads_apart(t: Trace, query: Tensor, shape: tuple[tuple[Dim, ...], ...]) ->
 
 def _rope(t: Trace, x: Tensor, freqs: Tensor) -> Tensor:
     """`_apply_rotary_pos_emb_bshd`: cosines and sines are made at every call; an empty rest is joined in a copy."""
+    if _transformer_engine(t):
+        return megatron.fused_rope(t, x, freqs)
     with t.call("", x) as local:
         rest = local("t_pass", ops.narrow(t, x, x.shape))
         cos, sin = (local(name, _table(t, name, freqs, x)) for name in ("cos", "sin"))
@@ -239,5 +251,6 @@ def _mlp(t: Trace, x: Tensor, spec: FeedForwardSpec) -> tuple[Tensor, Tensor | N
 def _token_losses(t: Trace, logits: Tensor, labels: Tensor) -> Tensor:
     """`compute_language_model_loss`: one loss per token, batch first."""
     with t.call("") as local:
-        loss = local("loss", megatron.vocabulary_cross_entropy(t, logits, local("labels", _sequence_first(t, labels))))
+        kernel = megatron.fused_cross_entropy if t.regime.loss == "te_fused" else megatron.vocabulary_cross_entropy
+        loss = local("loss", kernel(t, logits, local("labels", _sequence_first(t, labels))))
         return _sequence_first(t, loss)

@@ -6,6 +6,7 @@ op by op against real PyTorch code on fake CUDA tensors.
 """
 
 from simulator.ops.attention import flash_attention_2 as flash_attention_2
+from simulator.ops.attention import flex_attention as flex_attention
 from simulator.ops.attention import pad_last as pad_last
 from simulator.ops.attention import scaled_dot_product_attention as scaled_dot_product_attention
 from simulator.ops.collective import all_gather as all_gather
@@ -46,6 +47,7 @@ from simulator.ops.experts import sum_axis as sum_axis
 from simulator.ops.experts import sum_last as sum_last
 from simulator.ops.experts import top_k as top_k
 from simulator.ops.experts import top_k_constant as top_k_constant
+from simulator.ops.loss import compiled_cross_entropy as compiled_cross_entropy
 from simulator.ops.loss import log_softmax as log_softmax
 from simulator.ops.loss import nll_loss as nll_loss
 from simulator.ops.loss import parallel_cross_entropy as parallel_cross_entropy

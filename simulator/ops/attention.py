@@ -158,6 +158,24 @@ def flash_attention_2(t: Trace, query: Tensor, key: Tensor, value: Tensor) -> Te
     return out
 
 
+def flex_attention(t: Trace, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """``flex_attention``, compiled (arXiv 2412.05496): saves q, k, v, the output and fp32 log-sum-exp per query.
+
+    The output has the query's order in memory (torch/_inductor/kernel/flex/flex_attention.py, "strides matching the
+    query"). Of the block mask, which is small, nothing is counted.
+    """
+    out = t.fresh("flex_attention", query.shape, query.dtype, query.memory)
+    outputs = [out, t.fresh("flex_attention.logsumexp", query.shape[:3], FP32)]
+    inputs = [query, key, value]
+    t.emit("flex_attention", inputs, outputs, saves=[*inputs, *outputs], backward=_flex_backward)
+    return out
+
+
+def _flex_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients:
+    engine.workspace("delta", op.inputs[0].shape[:3], FP32)
+    return _attention_backward(engine, op, gradients)
+
+
 def _flash_dims(t: Trace, query: Tensor) -> None:
     """Name the rounded lengths of the backward's workspace."""
     sizes = t.dimensions.bindings

@@ -127,3 +127,22 @@ def _sharded_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradien
 def _nll_loss_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients:
     x = op.inputs[0]
     return [engine.fresh("nll_loss_backward.default", x.shape, x.dtype), None]
+
+
+def compiled_cross_entropy(t: Trace, logits: Tensor, targets: Tensor) -> Tensor:
+    """``F.cross_entropy(logits.float(), targets)`` as torch.compile fuses it: no fp32 copy of the logits is made.
+
+    What is saved is that of torch/_inductor's usual partition: the logits as they came, and per row the maximum and
+    the logarithm of the sum.
+    """
+    name = "compiled_cross_entropy"
+    rows = logits.shape[:-1]
+    loss = t.fresh(name, (), FP32)
+    statistics = [t.fresh(f"{name}.{part}", rows, FP32) for part in ("amax", "log")]
+    saves = [logits, targets, *statistics]
+    t.emit(name, [logits, targets], [loss, *statistics], saves=saves, backward=_compiled_backward)
+    return loss
+
+
+def _compiled_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients:
+    return [engine.like("compiled_cross_entropy_backward", op.inputs[0]), None]

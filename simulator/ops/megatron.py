@@ -14,6 +14,7 @@ from simulator.graph import Op, Shape, Tensor, flat
 from simulator.ops.elementwise import constant
 from simulator.ops.embedding import embedding, vocabulary_mask
 from simulator.sizes import Dim
+from simulator.tensor_parallel import AXIS
 from simulator.trace import Trace
 
 Gradients = list[Tensor | None]
@@ -21,20 +22,32 @@ Axis = tuple[Dim, ...]
 
 
 def fused_linear(
-    t: Trace, x: Tensor, weight: Tensor, bias: Tensor | None, out: Axis, rows: Axis | None = None
+    t: Trace,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    out: Axis,
+    rows: Axis | None = None,
+    *,
+    gathers: bool = False,
 ) -> Tensor:
     """A linear layer that saves `x` as it is handed in: a shard of the sequence, gathered anew for each product.
 
     Args:
         rows: the whole sequence where `x` is a shard of it; what is gathered lies in one buffer for all layers.
+        gathers: whether it lies in a tensor of its own instead, as in Transformer Engine
+            (transformer_engine/pytorch/module/linear.py).
     """
     whole = (rows or x.shape[0], *x.shape[1:-1])
-    attributes = {"whole": whole, "shard": rows is not None}
-    if bias is None:
-        result = t.fresh("mm.default", (*whole, out), x.dtype)
-        t.emit("mm.default", [x, weight], [result], saves=[x, weight], backward=_linear_backward, **attributes)
-        return result
+    gathers = gathers and rows is not None
+    attributes = {"whole": whole, "shard": rows is not None, "gathers": gathers}
     with t.call("") as local:
+        if gathers:
+            local("total", constant(t, "all_gather", x, shape=(*whole, x.shape[-1])))
+        if bias is None:
+            result = t.fresh("mm.default", (*whole, out), x.dtype)
+            t.emit("mm.default", [x, weight], [result], saves=[x, weight], backward=_linear_backward, **attributes)
+            return result
         product = local("output", constant(t, "mm.default", x, shape=(*whole, out)))
         result = t.fresh("add.Tensor", (*whole, out), x.dtype)
         inputs = [x, weight, bias, product]
@@ -45,6 +58,8 @@ def fused_linear(
 def _linear_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients:
     """The input's gradient, its reduce-scatter, the weight's and the bias' gradients, in this order."""
     x, weight, *rest = op.inputs
+    if op.attributes["gathers"]:
+        engine.fresh("all_gather", (*op.attributes["whole"], x.shape[-1]), x.dtype)
     for_x = engine.fresh("mm.default", (*op.attributes["whole"], x.shape[-1]), x.dtype)
     if op.attributes["shard"]:
         for_x = engine.fresh("reduce_scatter", x.shape, x.dtype)
@@ -195,3 +210,38 @@ def _cross_entropy_backward(engine: Autograd, op: Op, gradients: Gradients) -> G
     engine.free(copy)
     engine.free(engine.fresh("index.Tensor", rows, FP32))
     return [engine.view(softmax, logits.shape), None, None, None]
+
+
+def fused_cross_entropy(t: Trace, logits: Tensor, targets: Tensor) -> Tensor:
+    """Transformer Engine's `parallel_cross_entropy`: the gradient takes the place of the logits in forward already.
+
+    As in Transformer Engine 2.11 (transformer_engine/pytorch/triton/cross_entropy.py `cross_entropy_forward`).
+
+    Returns:
+        One fp32 loss per token.
+    """
+    rows = logits.shape[:-1]
+    with t.call("") as local:
+        loss = t.fresh("cross_entropy_kernel", rows, FP32)
+        sums = local("m_d_X_y", constant(t, "zeros.default", logits, dtype=FP32, shape=((3, *flat(rows)),)))
+        if t.regime.tensor_parallel is not None:
+            local("gathered", constant(t, "zeros.default", sums, shape=((AXIS, *flat(sums.shape)),)))
+        t.emit(
+            "cross_entropy_kernel", [logits, targets], [loss], saves=[logits], backward=_fused_cross_entropy_backward
+        )
+    return loss
+
+
+def _fused_cross_entropy_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients:
+    return [engine.view(op.inputs[0], op.inputs[0].shape), None]
+
+
+def fused_rope(t: Trace, x: Tensor, freqs: Tensor) -> Tensor:
+    """Transformer Engine's `FusedRoPEFunc`: one kernel that saves the angles alone (pytorch/attention/rope.py)."""
+    out = t.fresh("fused_rope", x.shape, x.dtype)
+    t.emit("fused_rope", [x, freqs], [out], saves=[freqs], backward=_fused_rope_backward)
+    return out
+
+
+def _fused_rope_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients:
+    return [engine.fresh("fused_rope_backward", op.inputs[0].shape, op.inputs[0].dtype), None]

@@ -37,7 +37,7 @@ def command(
     global_batch: Annotated[Number, typer.Option(help="Sequences per optimizer step.")] = None,
     gradient_accumulation: Annotated[Number, typer.Option(help="Micro-batches per optimizer step.")] = None,
     seq_len: Annotated[Number, typer.Option(help="Tokens per sequence.")] = None,
-    attention: Annotated[Text, typer.Option(help="eager, sdpa or flash_attention_2.")] = None,
+    attention: Annotated[Text, typer.Option(help="eager, sdpa, flash_attention_2 or flex_attention.")] = None,
     sdpa_backend: Annotated[Text, typer.Option(help="auto, flash, efficient or math.")] = None,
     padding: Annotated[Text, typer.Option(help="Attention mask: none, full (nothing padded) or padded.")] = None,
     checkpointing: Annotated[Text, typer.Option(help="Activation checkpointing: none or full.")] = None,
@@ -48,7 +48,13 @@ def command(
     ] = False,
     torch: Annotated[Text, typer.Option(help="PyTorch version whose behaviour is simulated.")] = None,
     implementation: Annotated[
-        Text, typer.Option(help="Whose code the model is: transformers, torchtitan, plain (nn.Module) or megatron.")
+        Text,
+        typer.Option(
+            help="Whose code: transformers, torchtitan, torchtune, plain (nn.Module), megatron or megatron_te."
+        ),
+    ] = None,
+    loss: Annotated[
+        Text, typer.Option(help="default, te_fused (megatron), chunked or chunked_compiled (torchtune).")
     ] = None,
     strategy: Annotated[
         list[str] | None, typer.Option(help="NAME[,option=value...] (see vramsim strategies); may be repeated.")
@@ -62,6 +68,9 @@ def command(
     min_headroom: Annotated[str, typer.Option(help="Least room to leave, e.g. 5% or 2GiB.")] = "0",
     plot: Annotated[Text, typer.Option(help="Draw the live-memory timeline to this .png, .svg or .pdf.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Let --plot overwrite a file.")] = False,
+    no_rules_of_thumb: Annotated[
+        bool, typer.Option("--no-rules-of-thumb", help="Leave out of the text what rules of thumb say.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 5 where something is not modelled.")] = False,
 ) -> int:
@@ -73,10 +82,12 @@ def command(
 
     target = check_target(plot, force=force) if plot is not None else None
     options = TrainingOptions(**{field.name: given[field.name] for field in attrs.fields(TrainingOptions)})
-    return _run(model, gpus, options, min_headroom, target, json=json)
+    return _run(model, gpus, options, min_headroom, target, json=json, rules=not no_rules_of_thumb)
 
 
-def _run(model: str, gpus: str, options: TrainingOptions, min_headroom: str, target: Path | None, *, json: bool) -> int:
+def _run(
+    model: str, gpus: str, options: TrainingOptions, min_headroom: str, target: Path | None, *, json: bool, rules: bool
+) -> int:
     """Simulate, draw, print; returns the exit code."""
     from simulator.reading import read_model
     from studies.estimate import estimate
@@ -89,14 +100,15 @@ def _run(model: str, gpus: str, options: TrainingOptions, min_headroom: str, tar
     if json:
         show_json(result.to_json_dict())
     else:
-        show(tables(result))
+        show(tables(result, rules=rules))
     return result.verdict.exit_code
 
 
-def tables(result: Estimate) -> list[Table]:
-    """The estimate as tables of text."""
+def tables(result: Estimate, *, rules: bool = True) -> list[Table]:
+    """The estimate as tables of text; with `rules` of thumb, too."""
     several = [_by_rank(result)] if result.cluster.count > 1 else []
-    return [_summary(result), *several, _by_role(result), _by_layer(result), _largest(result), _assumptions(result)]
+    parts = [_summary(result), *several, _by_role(result), _by_layer(result), _largest(result)]
+    return [*parts, *([_rules_of_thumb(result)] if rules else []), _assumptions(result)]
 
 
 def _summary(result: Estimate) -> Table:
@@ -165,6 +177,15 @@ def _largest(result: Estimate) -> Table:
         name = _NUMBERED.sub("", label).removeprefix(".")
         rows.append((name, where, live.storage.dtype.name, live.storage.role.value, size(live.nbytes)))
     return Table("at the peak, largest storages", rows, right=frozenset({4}))
+
+
+def _rules_of_thumb(result: Estimate) -> Table:
+    rows = [
+        (rule.name, rule.of, size(rule.says_bytes), size(rule.simulated_bytes), rule.why)
+        for rule in result.rules_of_thumb
+    ]
+    header = ("rule", "of", "says", "at the peak", "why they differ")
+    return Table("rules of thumb", rows, header, right=frozenset({2, 3}))
 
 
 def _assumptions(result: Estimate) -> Table:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -30,11 +31,32 @@ def oracle(
     max_worst: Annotated[float | None, typer.Option(help="Fail above this worst absolute error, in percent.")] = None,
 ) -> None:
     """Simulate every case of a file and compare the peaks of the cold and the steady step."""
-    from studies.validation import check_bound, validate_oracle
+    from studies.validation import validate_oracle
+
+    _validate(validate_oracle, cases, json=json, max_mean=max_mean, max_worst=max_worst)
+
+
+@app.command("measured")
+def measured(
+    cases: Annotated[str, typer.Option(help="JSON lines, one measured run each.")],
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    max_mean: Annotated[float | None, typer.Option(help="Fail above this mean absolute error, in percent.")] = None,
+    max_worst: Annotated[float | None, typer.Option(help="Fail above this worst absolute error, in percent.")] = None,
+) -> None:
+    """Simulate every run of a file and compare its peak with the one measured on GPUs, in the metric it was read in."""
+    from studies.validation import validate_measured
+
+    _validate(validate_measured, cases, json=json, max_mean=max_mean, max_worst=max_worst)
+
+
+def _validate(
+    validate: Callable[[str], Validation], cases: str, *, json: bool, max_mean: float | None, max_worst: float | None
+) -> None:
+    from studies.validation import check_bound
 
     check_bound("max-mean", max_mean)
     check_bound("max-worst", max_worst)
-    validation = validate_oracle(cases)
+    validation = validate(cases)
     if json:
         show_json(validation.to_json_dict())
     else:
@@ -88,6 +110,8 @@ def _remark(row: Row) -> str:
     if row.reason is not None:
         return row.reason
     roles = "".join(f"; {role} {error:+.2f} %" for role, error in row.role_errors_pct.items() if abs(error) >= 0.01)
+    if row.bar is not None:
+        return "; ".join([f"{row.phase_simulated}, {row.metric}, {row.bar} {row.tolerance_pct:g} %", *row.notes])
     if row.phase_simulated == row.phase_expected:
         return f"{row.phase_expected or ''}{roles}"
     return f"{row.phase_simulated}, expected {row.phase_expected}{roles}"

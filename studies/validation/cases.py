@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,26 +43,38 @@ def read_cases(path: str | Path) -> Iterator[dict[str, Any]]:
     Raises:
         UsageError: no such file, or a line that is not a case; the line number is named.
     """
+    return read_lines(path, _problem)
+
+
+def read_lines(path: str | Path, problem: Callable[[Any], str | None]) -> Iterator[dict[str, Any]]:
+    """The objects of a JSON-lines file.
+
+    Args:
+        problem: what a line must do that it does not, in words that follow "must"; None of a good one.
+
+    Raises:
+        UsageError: no such file, or a line that is not JSON or has a problem; the line number is named.
+    """
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"'cases' must be a readable file: {path} ({error.__class__.__name__})") from None
     for number, line in enumerate(text.split("\n"), start=1):  # JSON may hold the other separators of str.splitlines
         if line.strip():
-            yield _parse(line, number, path)
+            found = _parse(line, number, path)
+            lacks = problem(found)
+            if lacks:
+                raise UsageError(f"line {number} of {path} must {lacks}")
+            yield dict(found)
 
 
-def _parse(line: str, number: int, path: str | Path) -> dict[str, Any]:
+def _parse(line: str, number: int, path: str | Path) -> Any:
     try:
-        case = json.loads(line)
+        return json.loads(line)
     except json.JSONDecodeError as error:
         raise UsageError(f"line {number} of {path} is not JSON: {error.msg} at column {error.colno}") from None
     except (ValueError, RecursionError):
         raise UsageError(f"line {number} of {path} holds a number too long or lists too deep") from None
-    problem = _problem(case)
-    if problem:
-        raise UsageError(f"line {number} of {path} must {problem}")
-    return dict(case)
 
 
 def _problem(line: Any) -> str | None:

@@ -66,6 +66,14 @@ class Row:
     """Why it could not be simulated."""
     role_errors_pct: dict[str, float] = attrs.field(factory=dict)
     """The same by role at the peak, for the roles that recordings of several devices tell apart."""
+    metric: str = "allocated"
+    """What was read off: allocated, active, reserved, process or nvidia_smi."""
+    tolerance_pct: float | None = None
+    """What the uncertainty of the measurement itself allows; None for recordings, which have none."""
+    bar: str | None = None
+    """``hard`` (an error above the tolerance is ours), ``soft`` (for averages) or ``no`` (not to be judged by)."""
+    notes: tuple[str, ...] = ()
+    """What the simulation takes otherwise than the run had it, and what was not said of the run."""
 
 
 @attrs.frozen
@@ -81,7 +89,7 @@ class Summary:
 
 @attrs.frozen
 class Validation:
-    """The result of `validate_oracle`."""
+    """The result of `validate_oracle` or `validate_measured`."""
 
     rows: tuple[Row, ...]
 
@@ -96,7 +104,8 @@ class Validation:
 
     def to_json_dict(self) -> dict[str, Any]:
         """Rows and summary as plain data."""
-        return {"rows": [attrs.asdict(row) for row in self.rows], "summary": attrs.asdict(self.summary)}
+        rows = [{**attrs.asdict(row), "notes": list(row.notes)} for row in self.rows]
+        return {"rows": rows, "summary": attrs.asdict(self.summary)}
 
 
 def validate_oracle(path: str | Path) -> Validation:

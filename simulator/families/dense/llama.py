@@ -31,6 +31,8 @@ def forward(t: Trace, spec: ModelSpec, layers: BuiltLayers) -> None:
 
 _OTHERS = {
     "torchtitan": "simulator.implementations.torchtitan",
+    "torchtune": "simulator.implementations.torchtune",
     "megatron": "simulator.implementations.megatron",
+    "megatron_te": "simulator.implementations.megatron",
 }
 families.add("llama", Family("llama", read, forward=forward, config_class="LlamaConfig", implementations=_OTHERS))

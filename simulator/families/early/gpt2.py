@@ -138,6 +138,7 @@ def _conv1d(t: Trace, name: str, x: Tensor, out: tuple[Dim, ...]) -> Tensor:
 _OTHERS = {
     "plain": "simulator.implementations.plain_gpt",
     "megatron": "simulator.implementations.megatron",
+    "megatron_te": "simulator.implementations.megatron",
 }
 families.add(
     "gpt2",
