@@ -7,7 +7,11 @@ from collections.abc import Callable
 from hardware.registry import Registry
 from simulator.optimizers.adafactor import adafactor
 from simulator.optimizers.adafactor_hf import adafactor_hf
+from simulator.optimizers.adagrad import adagrad
 from simulator.optimizers.adam import adam, adamw
+from simulator.optimizers.lion import lion
+from simulator.optimizers.muon import muon
+from simulator.optimizers.rmsprop import rmsprop
 from simulator.optimizers.sgd import sgd
 from simulator.optimizers.step import OptimizerStep
 
@@ -21,5 +25,9 @@ for name, rule in {
     "sgd": sgd,
     "adafactor": adafactor,
     "adafactor_hf": adafactor_hf,
+    "adagrad": adagrad,
+    "rmsprop": rmsprop,
+    "lion": lion,
+    "muon": muon,
 }.items():
     optimizers.add(name, rule)
