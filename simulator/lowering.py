@@ -132,7 +132,7 @@ class _Lowering:
             updated = runtime.updated(updated)
         dimensions = self.plan.dimensions
         self._check_whole(updated)
-        step = OptimizerStep(self.training.optimizer, updated, TRAINABLE_TENSORS, self._states, held, dimensions)
+        step = OptimizerStep(self.training.optimizer, updated, TRAINABLE_TENSORS, self._states, dimensions, held)
         for runtime in self.runtimes:
             runtime.before_step(step)
         if self.training.clip is not None and not any(runtime.clips for runtime in self.runtimes):

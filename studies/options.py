@@ -15,7 +15,7 @@ from hardware.units import parse
 from simulator.mesh import Mesh
 from simulator.model import ModelSpec
 from simulator.plan import Strategy
-from simulator.workload import LARGEST_ACCUMULATION, OPTIONS, Optimizer, Training
+from simulator.workload import LARGEST_ACCUMULATION, OPTIONS, PAGED, Optimizer, Training
 from strategies.checkpointing import FullCheckpointing
 from studies.parallelism import Degrees, parallelise
 
@@ -149,6 +149,8 @@ class _Chosen:
             lines.append("the model's outputs are dropped before backward (--keep-outputs holds them)")
         defaults = _optimizer_defaults(self["optimizer"], training.optimizer)
         lines += [f"options of --optimizer: {','.join(defaults)}"] if defaults else []
+        if training.optimizer.name in PAGED:
+            lines.append("paged optimizer states are on the host: on the device they take what other tensors leave")
         if training.torch > NEWEST_TORCH:
             lines.append(f"torch {_dotted(training.torch)} behaves as {_dotted(NEWEST_TORCH)}, the newest compared")
         return lines

@@ -10,7 +10,7 @@ from hardware.dtypes import DType
 from simulator.graph import Shape, Storage, flat, make_storage
 from simulator.recorder import Step
 from simulator.roles import Phase, Role
-from simulator.sizes import Dim, Dimensions, product
+from simulator.sizes import Dim, Dimensions, ceil_div, product
 from simulator.workload import Optimizer
 
 
@@ -65,10 +65,10 @@ class OptimizerStep:
     Args:
         optimizer: the options.
         parameters: the weights to update, in the order of ``model.parameters()``.
-        held: all that have a gradient on this rank, if those are more than it updates.
         tensors: name of the dimension that counts the trainable tensors of the whole model.
         states: what earlier steps left, by parameter and name; a cold step starts with none and fills it.
         dimensions: the dimension table, for states and temporaries whose size is derived from a weight's.
+        held: all that have a gradient on this rank, if those are more than it updates.
     """
 
     def __init__(
@@ -77,8 +77,8 @@ class OptimizerStep:
         parameters: Sequence[Parameter],
         tensors: str,
         states: dict[tuple[Storage, str], Storage],
+        dimensions: Dimensions,
         held: Sequence[Parameter] | None = None,
-        dimensions: Dimensions | None = None,
     ) -> None:
         self.optimizer = optimizer
         self.parameters = parameters
@@ -87,7 +87,7 @@ class OptimizerStep:
         self.steps: list[Step] = []
         self.constructed: list[Storage] = []
         """States that the optimizer's constructor makes, before the first micro-batch."""
-        self._dimensions = Dimensions() if dimensions is None else dimensions
+        self._dimensions = dimensions
         self._states = states
         self._locals: dict[str, Storage] = {}
 
@@ -111,13 +111,19 @@ class OptimizerStep:
 
     def part(self, parameters: Sequence[Parameter], optimizer: Optimizer) -> OptimizerStep:
         """What `optimizer` does with some of the parameters, recorded here."""
-        step = OptimizerStep(optimizer, parameters, self.tensors, self._states, dimensions=self._dimensions)
+        step = OptimizerStep(optimizer, parameters, self.tensors, self._states, self._dimensions)
         step.steps, step.constructed = self.steps, self.constructed
         return step
 
     def count(self, dims: Iterable[Dim]) -> int:
         """Elements of a tensor with dimensions `dims`, for rules that depend on a weight's size."""
         return int(product(dims, self._dimensions.bindings))
+
+    def parts(self, dims: Iterable[Dim], elements: int) -> Dim:
+        """The dimension that counts the parts of `elements` each, the last one maybe not full, of a tensor."""
+        named = tuple(dims)
+        name = f"parts of {elements} in {'*'.join(map(str, named)) or 1}"
+        return self._dimensions.bind(name, ceil_div(product(named, self._dimensions.bindings), elements))
 
     def sides(self, parameter: Parameter) -> tuple[tuple[Dim, ...], tuple[Dim, ...]]:
         """Dimensions of the rows and of the columns of a matrix."""
@@ -141,6 +147,14 @@ class OptimizerStep:
             made = make_storage(label, tuple(dims), dtype, Role.OPTIMIZER_STATE, parameter.storage.slot)
             self._states[key] = made
             self._record(op, parameter.storage.slot, [made])
+
+    def shared_state(self, name: str, dims: Iterable[Dim], dtype: DType, op: str) -> None:
+        """Make a state that all parameters share with kernel `op`, unless an earlier step made it."""
+        key = (self.parameters[0].storage, name)
+        if key not in self._states:
+            made = make_storage(f"optimizer.{name}", tuple(dims), dtype, Role.OPTIMIZER_STATE)
+            self._states[key] = made
+            self._record(op, None, [made])
 
     def constructed_state(self, parameter: Parameter, name: str, dims: Iterable[Dim], dtype: DType) -> None:
         """State `name` of `parameter` is made by the optimizer's constructor, as loading is."""
