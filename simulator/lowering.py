@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import attrs
 
+from hardware.errors import UnsupportedError
 from simulator.graph import Storage
 from simulator.micro_batch import AfterForward, MicroBatch
 from simulator.optimizers import optimizers
@@ -15,6 +16,7 @@ from simulator.recorder import Step
 from simulator.roles import Phase
 from simulator.runtime import Job, Turn
 from simulator.sizes import Bindings
+from simulator.workload import WHOLE_WEIGHTS
 
 
 @attrs.frozen(eq=False)
@@ -47,10 +49,11 @@ class _Lowering:
         self._forwards: dict[tuple[bool, ...], tuple[Node, AfterForward]] = {}
         self._turns: dict[tuple[bool, ...], Node] = {}
         self._states: dict[tuple[Storage, str], Storage] = {}
+        self._constructed: list[Step] = []
 
     def program(self) -> TrainingProgram:
-        load = self.builder.tree(self._load())
         cold, steady = (self._step(cold=cold) for cold in (True, False))
+        load = self.builder.tree([*self._load(), *self._constructed])  # an optimizer's constructor runs last
         return TrainingProgram(load, cold, steady, self.plan.dimensions.bindings)
 
     def _load(self) -> list[Step]:
@@ -113,11 +116,23 @@ class _Lowering:
             parameters = runtime.trainable(parameters)
         return parameters
 
+    def _check_whole(self, updated: list[Parameter]) -> None:
+        """Some optimizers are simulated on the model's own weights only: of pieces they would keep something else."""
+        name = self.training.optimizer.name
+        own = {tensor.storage for tensor in self.job.graph.parameters}
+        if name in WHOLE_WEIGHTS and any(p.distributed or p.storage not in own for p in updated):
+            rule = "on sharded or flattened weights is not modelled"
+            raise UnsupportedError(
+                f"'optimizer' {name} {rule}: use adamw, or a strategy that keeps weights whole (ddp)"
+            )
+
     def _optimizer(self) -> list[Node]:
         held = updated = self._parameters()
         for runtime in self.runtimes:
             updated = runtime.updated(updated)
-        step = OptimizerStep(self.training.optimizer, updated, TRAINABLE_TENSORS, self._states, held)
+        dimensions = self.plan.dimensions
+        self._check_whole(updated)
+        step = OptimizerStep(self.training.optimizer, updated, TRAINABLE_TENSORS, self._states, dimensions, held)
         for runtime in self.runtimes:
             runtime.before_step(step)
         if self.training.clip is not None and not any(runtime.clips for runtime in self.runtimes):
@@ -129,6 +144,7 @@ class _Lowering:
             group.finish()
             for runtime in self.runtimes:
                 runtime.after_group(group)
+        self._constructed += [Step(f"load {s.label}", Phase.LOAD, "", s.slot, [s]) for s in step.constructed]
         if self.training.zero_grad == "none":
             gradients = step.gradients
             for runtime in self.runtimes:

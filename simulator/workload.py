@@ -14,7 +14,27 @@ IMPLEMENTATIONS = {
     "sgd": ("foreach", "fused", "for-loop"),
     "adafactor": ("foreach", "for-loop"),
     "adafactor_hf": ("for-loop",),
+    "adagrad": ("foreach", "fused", "for-loop"),
+    "rmsprop": ("foreach", "for-loop"),
+    "lion": ("for-loop",),
+    "muon": ("for-loop",),
+    "adamw_8bit": ("for-loop",),
+    "adamw_paged": ("for-loop",),
+    "adamw_8bit_paged": ("for-loop",),
+    "lion_8bit": ("for-loop",),
 }
+#: Options that some optimizers have, and those that have them; every optimizer has the others.
+OPTIONS = {
+    "momentum": ("sgd", "rmsprop"),
+    "nesterov": ("sgd",),
+    "amsgrad": ("adam", "adamw"),
+    "centered": ("rmsprop",),
+    "maximize": ("adam", "adamw", "sgd", "adagrad", "rmsprop"),
+}
+#: Optimizers whose rule needs each weight as the model has it.
+WHOLE_WEIGHTS = ("adagrad", "muon", "adamw_8bit", "adamw_paged", "adamw_8bit_paged", "lion_8bit")
+#: Optimizers whose big states are managed memory, which the driver moves between host and device.
+PAGED = ("adamw_paged", "adamw_8bit_paged")
 #: Weight decay when none is given (the defaults of the classes' constructors); what matters is whether it is zero.
 _DEFAULT_WEIGHT_DECAY = {"adamw": 0.01}
 
@@ -69,14 +89,15 @@ class Optimizer:
         default=attrs.Factory(_default_weight_decay, takes_self=True), validator=_finite_not_negative
     )
     amsgrad: bool = attrs.field(default=False, validator=_true_or_false)
+    centered: bool = attrs.field(default=False, validator=_true_or_false)
+    maximize: bool = attrs.field(default=False, validator=_true_or_false)
 
     def __attrs_post_init__(self) -> None:
-        if (self.momentum or self.nesterov) and self.name != "sgd":
-            raise UsageError(f"'momentum' and 'nesterov' belong to sgd, not to {self.name}; leave them out")
+        for option, owners in OPTIONS.items():
+            if getattr(self, option) and self.name not in owners:
+                raise UsageError(f"'{option}' belongs to {', '.join(owners)}, not to {self.name}; leave it out")
         if self.nesterov and not self.momentum:
             raise UsageError("'nesterov' needs a momentum above 0: set 'momentum', 0.9 for instance")
-        if self.amsgrad and self.name not in ("adam", "adamw"):
-            raise UsageError(f"'amsgrad' belongs to adam and adamw, not to {self.name}; leave it out")
 
 
 #: What transformers' integrations/moe.py offers without further packages; the first is its default on a GPU.

@@ -15,7 +15,7 @@ from hardware.units import parse
 from simulator.mesh import Mesh
 from simulator.model import ModelSpec
 from simulator.plan import Strategy
-from simulator.workload import LARGEST_ACCUMULATION, Optimizer, Training
+from simulator.workload import LARGEST_ACCUMULATION, OPTIONS, PAGED, Optimizer, Training
 from strategies.checkpointing import FullCheckpointing
 from studies.parallelism import Degrees, parallelise
 
@@ -152,6 +152,8 @@ class _Chosen:
             lines.append("the model's outputs are dropped before backward (--keep-outputs holds them)")
         defaults = _optimizer_defaults(self["optimizer"], training.optimizer)
         lines += [f"options of --optimizer: {','.join(defaults)}"] if defaults else []
+        if training.optimizer.name in PAGED:
+            lines.append("paged optimizer states are on the host: on the device they take what other tensors leave")
         if training.torch > NEWEST_TORCH:
             lines.append(f"torch {_dotted(training.torch)} behaves as {_dotted(NEWEST_TORCH)}, the newest compared")
         return lines
@@ -173,8 +175,7 @@ def _dotted(version: tuple[int, int]) -> str:
 
 def _optimizer_defaults(text: str, optimizer: Optimizer) -> list[str]:
     """The options that apply to `optimizer` and that `text` leaves out, as one would type them."""
-    foreign = {"name", *(() if optimizer.name == "sgd" else ("momentum", "nesterov"))}
-    foreign |= set() if optimizer.name in ("adam", "adamw") else {"amsgrad"}
+    foreign = {"name", *(option for option, owners in OPTIONS.items() if optimizer.name not in owners)}
     given = {setting.partition("=")[0] for setting in text.split(",")[1:]}
     left_out = [field.name for field in attrs.fields(Optimizer) if field.name not in foreign | given]
     return [f"{name}={str(getattr(optimizer, name)).lower()}" for name in left_out]
@@ -251,7 +252,8 @@ def parse_optimizer(text: str) -> Optimizer:
 
 
 def _typed(key: str, value: str) -> Any:
-    types = {"implementation": str, "momentum": float, "weight_decay": float, "nesterov": bool, "amsgrad": bool}
+    types = {field.name: type(getattr(Optimizer(), field.name)) for field in attrs.fields(Optimizer)}
+    types.pop("name")
     if key not in types:
         raise unknown_name("optimizer option", key, types)
     if types[key] is bool:

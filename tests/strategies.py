@@ -10,7 +10,7 @@ from hardware.dtypes import BF16, FP16, FP32
 from simulator.mesh import Mesh
 from simulator.model import AttentionSpec, FeedForwardSpec, LayerSpec, ModelSpec
 from simulator.units import WRAPS
-from simulator.workload import IMPLEMENTATIONS, Optimizer, Training
+from simulator.workload import IMPLEMENTATIONS, OPTIONS, Optimizer, Training
 from strategies.fsdp2 import Fsdp2
 
 DENSE = ("cohere2", "exaone4", "gemma", "gemma3_text", "granite", "mistral", "nemotron", "olmo2", "phi3")
@@ -95,10 +95,10 @@ def optimizers(draw: st.DrawFn) -> Optimizer:
     """Every optimizer in every implementation, with the options it takes."""
     name = draw(st.sampled_from(sorted(IMPLEMENTATIONS)))
     options: dict[str, Any] = {"weight_decay": draw(st.sampled_from([0.0, 0.1]))}
-    if name == "sgd" and draw(st.booleans()):
-        options |= {"momentum": 0.9, "nesterov": draw(st.booleans())}
-    if name in ("adam", "adamw"):
-        options["amsgrad"] = draw(st.booleans())
+    if name in OPTIONS["momentum"] and draw(st.booleans()):
+        options |= {"momentum": 0.9, "nesterov": name == "sgd" and draw(st.booleans())}
+    switches = [option for option in ("amsgrad", "centered", "maximize") if name in OPTIONS[option]]
+    options |= {option: draw(st.booleans()) for option in switches}
     return Optimizer(name=name, implementation=draw(st.sampled_from(IMPLEMENTATIONS[name])), **options)
 
 

@@ -7,7 +7,12 @@ from collections.abc import Callable
 from hardware.registry import Registry
 from simulator.optimizers.adafactor import adafactor
 from simulator.optimizers.adafactor_hf import adafactor_hf
+from simulator.optimizers.adagrad import adagrad
 from simulator.optimizers.adam import adam, adamw
+from simulator.optimizers.bitsandbytes import adamw_8bit, adamw_8bit_paged, adamw_paged, lion_8bit
+from simulator.optimizers.lion import lion
+from simulator.optimizers.muon import muon
+from simulator.optimizers.rmsprop import rmsprop
 from simulator.optimizers.sgd import sgd
 from simulator.optimizers.step import OptimizerStep
 
@@ -21,5 +26,13 @@ for name, rule in {
     "sgd": sgd,
     "adafactor": adafactor,
     "adafactor_hf": adafactor_hf,
+    "adagrad": adagrad,
+    "rmsprop": rmsprop,
+    "lion": lion,
+    "muon": muon,
+    "adamw_8bit": adamw_8bit,
+    "adamw_paged": adamw_paged,
+    "adamw_8bit_paged": adamw_8bit_paged,
+    "lion_8bit": lion_8bit,
 }.items():
     optimizers.add(name, rule)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from hardware.dtypes import FP32
 from simulator.graph import Storage
+from simulator.optimizers.gradients import copied_gradients, copy_gradient
 from simulator.optimizers.step import OptimizerStep, Parameter
 
 
@@ -26,8 +27,7 @@ def _adam(step: OptimizerStep, *, decayed_gradients: bool) -> None:
     if step.optimizer.implementation == "fused":
         step.read_gradients()
     elif step.optimizer.implementation == "foreach":
-        if decayed_gradients:
-            step.free(step.foreach("_foreach_add.List"))
+        step.free(copied_gradients(step, decayed=decayed_gradients))
         step.read_gradients()  # _foreach_lerp_
         step.read_gradients(2)  # _foreach_addcmul_
         step.free(step.foreach("_foreach_sqrt.default"))
@@ -46,9 +46,7 @@ def _states(step: OptimizerStep, parameter: Parameter) -> None:
 
 
 def _update_one(step: OptimizerStep, parameter: Parameter, *, decayed_gradients: bool) -> None:
-    step.local("grad", None)
-    if decayed_gradients:
-        step.local("grad", step.like(parameter, "add.Tensor"))
+    copy_gradient(step, parameter, decayed=decayed_gradients)
     step.read_gradients(1, [parameter])  # lerp_
     step.read_gradients(2, [parameter])  # addcmul_
     root: Storage = step.like(parameter, "sqrt.default")

@@ -5,6 +5,7 @@ Source: torch/optim/sgd.py `_single_tensor_sgd`, `_multi_tensor_sgd`, `_fused_sg
 
 from __future__ import annotations
 
+from simulator.optimizers.gradients import copied_gradients, copy_gradient
 from simulator.optimizers.step import OptimizerStep, Parameter
 
 
@@ -15,20 +16,21 @@ def sgd(step: OptimizerStep) -> None:
         for parameter in step.parameters:
             _update_one(step, parameter)
         return
-    decayed = step.foreach("_foreach_add.List") if implementation == "foreach" and step.optimizer.weight_decay else []
+    foreach = implementation == "foreach"
+    copies = copied_gradients(step, decayed=step.optimizer.weight_decay > 0) if foreach else []
     for parameter in step.parameters:
-        _momentum(step, parameter, "clone.default" if implementation == "foreach" else "empty_like.default")
-    step.free(decayed)
+        _momentum(step, parameter, "clone.default" if foreach else "empty_like.default")
+    step.free(copies)
     step.read_gradients()  # _foreach_add_
 
 
 def _update_one(step: OptimizerStep, parameter: Parameter) -> None:
-    step.local("grad", None)
-    if step.optimizer.weight_decay:
-        step.local("grad", step.like(parameter, "add.Tensor"))
+    copy_gradient(step, parameter, decayed=step.optimizer.weight_decay > 0)
     _momentum(step, parameter, "clone.default")
     if step.optimizer.nesterov:
         step.local("grad", step.like(parameter, "add.Tensor", "nesterov"))
+    elif step.optimizer.momentum:
+        step.local("grad", None)  # the name is bound to the buffer
     step.read_gradients(1, [parameter])  # add_
 
 

@@ -10,7 +10,7 @@ from hardware.dtypes import DType
 from simulator.graph import Shape, Storage, flat, make_storage
 from simulator.recorder import Step
 from simulator.roles import Phase, Role
-from simulator.sizes import Dim
+from simulator.sizes import Dim, Dimensions, ceil_div, product
 from simulator.workload import Optimizer
 
 
@@ -65,9 +65,10 @@ class OptimizerStep:
     Args:
         optimizer: the options.
         parameters: the weights to update, in the order of ``model.parameters()``.
-        held: all that have a gradient on this rank, if those are more than it updates.
         tensors: name of the dimension that counts the trainable tensors of the whole model.
         states: what earlier steps left, by parameter and name; a cold step starts with none and fills it.
+        dimensions: the dimension table, for states and temporaries whose size is derived from a weight's.
+        held: all that have a gradient on this rank, if those are more than it updates.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class OptimizerStep:
         parameters: Sequence[Parameter],
         tensors: str,
         states: dict[tuple[Storage, str], Storage],
+        dimensions: Dimensions,
         held: Sequence[Parameter] | None = None,
     ) -> None:
         self.optimizer = optimizer
@@ -83,6 +85,9 @@ class OptimizerStep:
         self.held = parameters if held is None else held
         self.tensors = tensors
         self.steps: list[Step] = []
+        self.constructed: list[Storage] = []
+        """States that the optimizer's constructor makes, before the first micro-batch."""
+        self._dimensions = dimensions
         self._states = states
         self._locals: dict[str, Storage] = {}
 
@@ -102,10 +107,27 @@ class OptimizerStep:
         if len(kinds) < 2:
             return [self]
         parts = [[p for p in self.parameters if (p.group, not p.distributed) == kind] for kind in kinds]
-        steps = [OptimizerStep(self.optimizer, part, self.tensors, self._states) for part in parts]
-        for step in steps:
-            step.steps = self.steps
-        return steps
+        return [self.part(part, self.optimizer) for part in parts]
+
+    def part(self, parameters: Sequence[Parameter], optimizer: Optimizer) -> OptimizerStep:
+        """What `optimizer` does with some of the parameters, recorded here."""
+        step = OptimizerStep(optimizer, parameters, self.tensors, self._states, self._dimensions)
+        step.steps, step.constructed = self.steps, self.constructed
+        return step
+
+    def count(self, dims: Iterable[Dim]) -> int:
+        """Elements of a tensor with dimensions `dims`, for rules that depend on a weight's size."""
+        return int(product(dims, self._dimensions.bindings))
+
+    def parts(self, dims: Iterable[Dim], elements: int) -> Dim:
+        """The dimension that counts the parts of `elements` each, the last one maybe not full, of a tensor."""
+        named = tuple(dims)
+        name = f"parts of {elements} in {'*'.join(map(str, named)) or 1}"
+        return self._dimensions.bind(name, ceil_div(product(named, self._dimensions.bindings), elements))
+
+    def sides(self, parameter: Parameter) -> tuple[tuple[Dim, ...], tuple[Dim, ...]]:
+        """Dimensions of the rows and of the columns of a matrix."""
+        return flat(parameter.shape[:1]), flat(parameter.shape[1:])
 
     def read_gradients(self, times: int = 1, parameters: Iterable[Parameter] | None = None) -> None:
         """Run a kernel that has the gradients among its arguments, `times` over.
@@ -125,6 +147,23 @@ class OptimizerStep:
             made = make_storage(label, tuple(dims), dtype, Role.OPTIMIZER_STATE, parameter.storage.slot)
             self._states[key] = made
             self._record(op, parameter.storage.slot, [made])
+
+    def shared_state(self, name: str, dims: Iterable[Dim], dtype: DType, op: str) -> None:
+        """Make a state that all parameters share with kernel `op`, unless an earlier step made it."""
+        key = (self.parameters[0].storage, name)
+        if key not in self._states:
+            made = make_storage(f"optimizer.{name}", tuple(dims), dtype, Role.OPTIMIZER_STATE)
+            self._states[key] = made
+            self._record(op, None, [made])
+
+    def constructed_state(self, parameter: Parameter, name: str, dims: Iterable[Dim], dtype: DType) -> None:
+        """State `name` of `parameter` is made by the optimizer's constructor, as loading is."""
+        key = (parameter.storage, name)
+        if key not in self._states:
+            label = f"{parameter.storage.label}.{name}"
+            made = make_storage(label, tuple(dims), dtype, Role.OPTIMIZER_STATE, parameter.storage.slot)
+            self._states[key] = made
+            self.constructed.append(made)
 
     def on_host(self, parameter: Parameter, name: str) -> None:
         """State `name` of `parameter` takes nothing on the device."""
@@ -171,6 +210,10 @@ class OptimizerStep:
             self._locals[name] = storage
         if old is not None:
             self.free([old])
+
+    def unbind(self, name: str) -> Storage:
+        """Take the temporary out of local `name` without freeing it."""
+        return self._locals.pop(name)
 
     def free(self, storages: Sequence[Storage]) -> None:
         """Let temporaries (or gradients) go, after the kernel that ran last.

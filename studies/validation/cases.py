@@ -14,7 +14,7 @@ from hardware.errors import UnsupportedError, UsageError
 from simulator.model import ModelSpec
 from simulator.plan import Strategy
 from simulator.reading import spec_from_class
-from simulator.workload import Optimizer, Training
+from simulator.workload import IMPLEMENTATIONS, Optimizer, Training
 from strategies.checkpointing import FullCheckpointing
 
 #: What a line may hold a recorded peak of.
@@ -167,7 +167,7 @@ def _optimizer(options: Mapping[str, Any]) -> Optimizer:
     if unknown:
         raise UnsupportedError(f"optimizer option {unknown[0]!r} is not simulated")
     values = {key: value for key, value in options.items() if key != "impl"}
-    if options.get("name") != "adafactor_hf":  # which has one way to run, whatever is asked
+    if len(IMPLEMENTATIONS.get(str(options.get("name", "adamw")), ())) > 1:  # the others run one way, whatever is asked
         implementation = options.get("impl", "foreach")
         values["implementation"] = _IMPLEMENTATIONS.get(implementation, implementation)
     return Optimizer(**values)

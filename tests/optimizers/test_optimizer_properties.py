@@ -127,7 +127,7 @@ def test_clipping_stacks_one_norm_per_parameter(model, weights):
 
 WRONG = [
     ({"name": "adamW"}, "adamw"),
-    ({"name": "lion"}, "optimizer"),
+    ({"name": "lamb"}, "optimizer"),
     ({"name": ["adam"]}, "optimizer"),
     ({"name": "adafactor_hf", "implementation": "foreach"}, "for-loop"),
     ({"name": "adafactor", "implementation": "fused"}, "implementation of adafactor"),
@@ -141,6 +141,8 @@ WRONG = [
     ({"name": "adam", "momentum": 0.9}, "sgd"),
     ({"name": "sgd", "amsgrad": True}, "amsgrad"),
     ({"amsgrad": "yes"}, "amsgrad"),
+    ({"name": "adamw", "centered": True}, "rmsprop"),
+    ({"name": "lion", "maximize": True}, "maximize"),
 ]
 
 

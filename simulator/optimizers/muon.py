@@ -1,0 +1,71 @@
+"""Muon (Jordan et al., 2024; Liu et al., arXiv 2502.16982): momentum, orthogonalised by Newton-Schulz iterations.
+
+As users run it, with two optimizers: ``torch.optim.Muon`` on the matrices of the layers, then ``torch.optim.AdamW``
+(foreach) on all else: embeddings, the head, norms, biases and stacks of experts, which `Muon` refuses.
+
+Source: torch/optim/_muon.py `_single_tensor_muon`, `_zeropower_via_newtonschulz` with the constructor's defaults.
+"""
+
+from __future__ import annotations
+
+import attrs
+
+from hardware.dtypes import BF16
+from simulator.graph import Storage
+from simulator.optimizers.adam import adamw
+from simulator.optimizers.step import OptimizerStep, Parameter
+from simulator.sizes import Dim
+from simulator.workload import Optimizer
+
+#: torch/optim/_muon.py `DEFAULT_NS_STEPS`.
+NEWTON_SCHULZ_STEPS = 5
+
+
+def muon(step: OptimizerStep) -> None:
+    """``Muon.step()``, then ``AdamW.step()``."""
+    hidden = [parameter for parameter in step.parameters if _is_hidden_matrix(parameter)]
+    for parameter in hidden:
+        step.state(parameter, "momentum_buffer", parameter.dims, parameter.dtype, "zeros_like.default")
+    for parameter in hidden:
+        _update(step, parameter)
+    step.finish()
+    others = [parameter for parameter in step.parameters if not _is_hidden_matrix(parameter)]
+    if others:
+        adamw(step.part(others, attrs.evolve(Optimizer(), implementation="foreach")))
+
+
+def _is_hidden_matrix(parameter: Parameter) -> bool:
+    return len(parameter.shape) == 2 and parameter.storage.slot is not None
+
+
+def _update(step: OptimizerStep, parameter: Parameter) -> None:
+    """Nesterov's blend, orthogonalised in bf16; the last matrix's update lives until this one's blend is there."""
+    step.read_gradients(2, [parameter])  # lerp_, lerp
+    step.local("update", step.like(parameter, "lerp.Scalar"))
+    if parameter.dtype != BF16:
+        step.local("ortho_grad", _matrix(step, parameter, "_to_copy.default", parameter.dims))
+    norm = _matrix(step, parameter, "linalg_vector_norm.default", ())
+    clamped = _matrix(step, parameter, "clamp.default", ())
+    step.free([norm])
+    step.free([clamped])
+    for _ in range(NEWTON_SCHULZ_STEPS):
+        _newton_schulz(step, parameter)
+    orthogonal = step.unbind("ortho_grad")
+    for name in ("gram_matrix", "gram_update"):
+        step.local(name, None)
+    step.local("update", orthogonal)
+
+
+def _newton_schulz(step: OptimizerStep, parameter: Parameter) -> None:
+    """One iteration: the Gram matrix of the shorter side, a polynomial of it, and the product with the update."""
+    rows, columns = step.sides(parameter)
+    side = min((rows, columns), key=step.count)
+    step.local("gram_matrix", _matrix(step, parameter, "mm.default", (*side, *side)))
+    step.local("gram_update", _matrix(step, parameter, "addmm.default", (*side, *side), "gram_update"))
+    step.local("ortho_grad", _matrix(step, parameter, "addmm.default", parameter.dims, "ortho_grad"))
+
+
+def _matrix(
+    step: OptimizerStep, parameter: Parameter, op: str, dims: tuple[Dim, ...], name: str | None = None
+) -> Storage:
+    return step.temporary(parameter, op, dims, BF16, name)
