@@ -253,13 +253,13 @@ def _math(
             value = local("v_expanded", clone(t, value, (value.shape[0], query.shape[1], *value.shape[2:])))
             key = local("k_expanded", clone(t, key, (key.shape[0], query.shape[1], *key.shape[2:])))
         transposed = mul_scalar(t, transpose(t, key, 2, 3), "mul.Scalar")
-        weights = local("weights", matmul(t, scaled, transposed))
+        weights = local("weights", matmul(t, scaled, transposed, autocasts=False))
         weights = local("weights", add(t, weights, mask))
         weights = local("weights", softmax(t, weights, name="_safe_softmax.default"))
         weights = local("weights", dropout(t, weights, rate))
         if origin != FP32:
             local("returned", constant(t, "_to_copy.default", weights, dtype=origin))
-        return to(t, matmul(t, weights, value), origin)
+        return to(t, matmul(t, weights, value, autocasts=False), origin)
 
 
 def _causal_mask(t: Trace, query: Tensor) -> Tensor:

@@ -113,10 +113,15 @@ def _addmm_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients
     return [gradient, for_x, for_weight]
 
 
-def matmul(t: Trace, x: Tensor, y: Tensor) -> Tensor:
-    """``torch.matmul`` of two 4-D tensors: both expand to 3-D (copied where a view will not do), then `bmm`."""
-    y = autocast(t, y)
-    x = autocast(t, x)
+def matmul(t: Trace, x: Tensor, y: Tensor, *, autocasts: bool = True) -> Tensor:
+    """``torch.matmul`` of two 4-D tensors: both expand to 3-D (copied where a view will not do), then `bmm`.
+
+    Args:
+        autocasts: whether autocast, where it is on, casts both; not inside an op that it has cast for already.
+    """
+    if autocasts:
+        y = autocast(t, y)
+        x = autocast(t, x)
     with t.call("", x, y):
         if y.shape[1] != x.shape[1]:
             y = expand(t, y, (y.shape[0], x.shape[1], *y.shape[2:]))
