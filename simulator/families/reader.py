@@ -206,6 +206,14 @@ class ConfigReader:
         wrong = self._wrong_names(value, len(default), known)
         return self._problem(key, f"{key} {wrong}", list(default)) if wrong else list(value)
 
+    def letters(self, key: str, known: Collection[str]) -> str:
+        """A pattern of one letter per layer; a config.json has to give it."""
+        value = self._raw(key)
+        if isinstance(value, str) and value and all(letter in known for letter in value):
+            return value
+        rule = f"{key} must be a text of the letters {' '.join(sorted(known))}, one per layer"
+        return self._problem(key, f"{rule}, not {shown(None if value is _ABSENT else value)}", min(known))
+
     def refuse(self, key: str, harmless: Collection[object], way_out: str) -> None:
         """Refuse a key that changes memory and is not modelled, unless its value is harmless."""
         value = self._raw(key)

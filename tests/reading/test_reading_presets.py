@@ -45,7 +45,7 @@ def test_a_preset_has_the_published_number_of_parameters(row):
         assert parameters(read_model(row["id"])) == int(row["params_total"])
 
 
-@pytest.mark.parametrize("row", csv.DictReader(COUNTS.read_text().splitlines()), ids=lambda row: row["id"])
+@pytest.mark.parametrize("row", list(csv.DictReader(COUNTS.read_text().splitlines())), ids=lambda row: row["id"])
 def test_every_preset_counts_what_transformers_builds(row):
     text, beside = catalogue.parameters(read_model(row["id"]))
     assert (text + beside, text) == (int(row["total"]), int(row["text"]))

@@ -62,7 +62,7 @@ def test_nothing_is_dropped(tmp_path):
         good,
         {**good, "id": "infer", "case": {**good["case"], "mode": "infer"}},
         {**good, "id": "lora", "case": {**good["case"], "lora": {"r": 8}}},
-        {**good, "id": "family", "config_class": "OPTConfig"},
+        {**good, "id": "family", "config_class": "T5Config"},
         {**good, "id": "option", "case": {**good["case"], "compile": True}},
         {**good, "id": "optimizer", "case": {**good["case"], "optimizer": {"name": "lamb"}}},
         {**good, "id": "broken", "config": {"n_embd": 0}},
