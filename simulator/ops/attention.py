@@ -79,12 +79,12 @@ def scaled_dot_product_attention(
     kernel = choose_kernel(t.regime, query, head_dim, masked=mask is not None, grouped=grouped, alike=alike)
     with t.call("", query, key, value) as local:
         if mask is not None and mask.dtype == BOOL:
-            mask = local("additive", _additive_mask(t, mask, query))
+            mask = local("mask", _additive_mask(t, mask, query))
         if kernel == "math":
             return _math(t, query, key, value, mask, rate, repeat=not broadcast)
         if kernel == "flash":
             return _flash_padded(t, query, key, value, head_dim)
-        return _efficient(t, query, key, value, local("aligned", _aligned(t, mask)) if mask is not None else None)
+        return _efficient(t, query, key, value, local("mask", _aligned(t, mask)) if mask is not None else None)
 
 
 def _additive_mask(t: Trace, mask: Tensor, query: Tensor) -> Tensor:
