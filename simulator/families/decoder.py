@@ -125,7 +125,12 @@ def read_late_windows(config: ConfigReader, depth: int) -> list[int | None]:
 
 
 def read_pattern(config: ConfigReader, depth: int, every: int) -> list[str]:
-    """Kinds of layers of which each ``sliding_window_pattern``-th, by default `every`-th, sees the whole sequence."""
+    """Kinds of layers of which each ``sliding_window_pattern``-th, by default `every`-th, sees the whole sequence.
+
+    Where ``layer_types`` is given the pattern is not read: it may be null, or letters (EXAONE 4).
+    """
+    if config.given("layer_types"):
+        return [FULL] * depth
     period = config.size("sliding_window_pattern", every, LARGEST_LAYERS)
     return [FULL if (index + 1) % period == 0 else SLIDING for index in range(depth)]
 

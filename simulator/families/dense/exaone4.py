@@ -10,7 +10,6 @@ from simulator import blocks
 from simulator.decoder import BuiltLayers, full_and_own_windows, rotary_decoder
 from simulator.families import Family, families
 from simulator.families.decoder import (
-    FULL,
     read_attention,
     read_decoder,
     read_depth,
@@ -32,17 +31,14 @@ def read(config: ConfigReader) -> ModelSpec:
     feed_forward = read_gated(config, width=16384)
     depth = read_depth(config)
     length = config.optional_size("sliding_window", 4096, LARGEST_POSITIONS)
-    windows = read_windows(config, depth, window=length, kinds=_kinds(config, depth), rule="sliding_window_pattern")
+    windows = read_windows(
+        config, depth, window=length, kinds=read_pattern(config, depth, every=4), rule="sliding_window_pattern"
+    )
     layers = [
         LayerSpec(attrs.evolve(attention, window=each, rotary=length is None or each is not None), feed_forward)
         for each in windows
     ]
     return read_decoder(config, hidden, layers, vocab=102400)
-
-
-def _kinds(config: ConfigReader, depth: int) -> list[str]:
-    """What the pattern gives; one in letters, or none, needs ``layer_types``, as in the configuration class."""
-    return [FULL] * depth if config.given("layer_types") else read_pattern(config, depth, every=4)
 
 
 def forward(t: Trace, spec: ModelSpec, layers: BuiltLayers) -> None:
