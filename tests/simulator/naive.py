@@ -29,14 +29,13 @@ class Memory:
         self.trace = []
 
     def allocate(self, storages):
-        cells, total = [], 0
+        cells = []
         for storage in storages:
             cell, nbytes = Cell(), int(storage.size.allocated(self.bindings))
             self.live += nbytes
-            total += nbytes
             weakref.finalize(cell, self._free, nbytes)
             cells.append(cell)
-        if total:  # an empty tensor takes no memory (what is left of a head that is rotated whole)
+        if storages:
             self.trace.append(self.live)
         return cells
 
