@@ -75,6 +75,12 @@ def test_repeats_stand_for_every_layer(model, training, strategies):
     assert short.parameters == long.parameters
 
 
+def made_by_constructors(program):
+    """Bytes of optimizer states that exist before the first step (Adagrad's): the interpreter runs no optimizer."""
+    births = [r.storage for moment in moments(program.load) for r in moment.step.births]
+    return sum(int(s.size.allocated(program.bindings)) for s in births if s.role is Role.OPTIMIZER_STATE)
+
+
 @some
 @given(model_specs(max_layers=5), trainings())
 def test_naive_interpreter_agrees(model, training):
@@ -85,13 +91,13 @@ def test_naive_interpreter_agrees(model, training):
     except UnsupportedError:
         return
     expected = [naive.run() for _ in range(training.gradient_accumulation)]
-    found, live = [], allocating(program.load, program.bindings, 0)[1]
+    found, live = [], allocating(program.load, program.bindings, 0)[1] - made_by_constructors(program)
     for moment in moments(program.cold):
         if moment.step.phase.value == "optimizer":
             break
         births = sum(int(r.storage.size.allocated(program.bindings)) for r in moment.step.births)
         live += births
-        found += [live] if births else []
+        found += [live] if moment.step.births else []  # also of nothing: an empty slice is a tensor, too
         live -= sum(int(r.storage.size.allocated(program.bindings)) for r in moment.step.deaths)
     assert found == [value for trace in expected for value in trace]
 

@@ -16,7 +16,8 @@ from studies.validation import oracle_case
 ORACLE = Path(__file__).parents[3] / "shared" / "oracle" / "single"
 OWN = Path(__file__).parents[1] / "data" / "oracle" / "layers"
 CLASSES = {"GPT2Config", "LlamaConfig", "Gemma2Config", "Gemma3TextConfig", "Phi3Config", "Qwen2Config", "Qwen3Config"}
-CLASSES |= {"MixtralConfig", "Qwen3MoeConfig"}
+CLASSES |= {"MixtralConfig", "Qwen3MoeConfig", "DeepseekV2Config"}
+CLASSES |= {"OPTConfig", "GPTNeoXConfig", "BloomConfig", "GPTBigCodeConfig"}
 
 
 def layer_files():

@@ -19,7 +19,7 @@ CASES = {
     "our own small cases": ROOT / "tests" / "data" / "oracle" / "sample.jsonl",
     "one rank of many, our own small cases": ROOT / "tests" / "data" / "oracle" / "distributed.jsonl",
     "one rank of many: FSDP2": ROOT.parent / "shared" / "oracle" / "distributed" / "cases.jsonl",
-    "31 recorded cases": ROOT.parent / "shared" / "oracle" / "single" / "cases.jsonl",
+    "44 recorded cases": ROOT.parent / "shared" / "oracle" / "single" / "cases.jsonl",
 }
 
 
