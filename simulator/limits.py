@@ -2,7 +2,8 @@
 
 The bounds lie far above any published model. They exist so that a typing error such as 10**30 is
 an error and not an answer, and so that a product of sizes stays inside the 64-bit integers of
-numpy: bytes of one stored tensor per layer, 2**20 * 2**22 * 8, times 10,000 layers is below 2**59.
+numpy: bytes of one stored tensor per layer, 2**20 * 2**22 * 8, times 10,000 layers is below 2**59. Stacks of experts
+multiply that; where a product does not fit, folding counts in Python's own integers.
 """
 
 from __future__ import annotations

@@ -22,7 +22,8 @@ CONFIG_FILE = "config.json"
 _LARGEST_FILE = 2**24
 """Bytes. The largest published config.json is far below 1 MiB; a file above this is something else."""
 
-#: Formats that only pack the published file: a framework unpacks them to the dtype it is asked for.
+#: Formats that only pack the published file: a framework unpacks them to the dtype it is asked for (transformers
+#: quantizers/auto.py, those with ``dequantize``; "modelopt" is how NVIDIA's exporter names its own).
 _PACKED = ("compressed-tensors", "fbgemm_fp8", "fp8", "modelopt", "mxfp4")
 # Keys that change memory in any family; values that leave it as it is; what to do about others.
 _NOT_MODELLED: tuple[tuple[str, tuple[object, ...], str], ...] = (

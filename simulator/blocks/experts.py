@@ -7,7 +7,7 @@ from collections.abc import Callable
 from hardware.dtypes import BOOL, FP32, DType
 from hardware.errors import UnsupportedError
 from simulator import ops
-from simulator.blocks.feed_forward import activation, gated_mlp
+from simulator.blocks.feed_forward import Feed, activation, gated_mlp
 from simulator.graph import Tensor, flat
 from simulator.model import ExpertsSpec, FeedForwardSpec
 from simulator.sizes import Dim, product
@@ -15,8 +15,6 @@ from simulator.trace import Frame, Trace
 
 #: Tokens ``[tokens, h]`` to router logits, and to the weights and indices ``[tokens, K]`` of the experts chosen.
 Router = Callable[[Trace, Tensor, ExpertsSpec], tuple[Tensor, Tensor, Tensor]]
-
-Feed = Callable[[Trace, Tensor, FeedForwardSpec], Tensor]
 
 
 def softmax_router(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from hardware.errors import UnsupportedError
 from simulator import ops
@@ -10,6 +10,9 @@ from simulator.blocks.linear import module_input, projection
 from simulator.graph import Tensor
 from simulator.model import FeedForwardSpec
 from simulator.trace import Trace
+
+#: Hidden states through a channel mixer.
+Feed = Callable[[Trace, Tensor, FeedForwardSpec], Tensor]
 
 
 def gated_mlp(

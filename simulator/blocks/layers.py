@@ -6,15 +6,14 @@ from collections.abc import Callable
 
 from simulator import ops
 from simulator.blocks.attention import rotary_attention
-from simulator.blocks.feed_forward import gated_mlp
+from simulator.blocks.feed_forward import Feed, gated_mlp
 from simulator.blocks.heads import Norm
 from simulator.graph import Tensor
-from simulator.model import AttentionSpec, FeedForwardSpec, LayerSpec
+from simulator.model import AttentionSpec, LayerSpec
 from simulator.trace import Trace
 
 #: Hidden states, rotary tables and mask to attention's output and weights.
-Attend = Callable[[Trace, Tensor, tuple[Tensor, Tensor], Tensor | None, AttentionSpec], tuple[Tensor, Tensor | None]]
-Feed = Callable[[Trace, Tensor, FeedForwardSpec], Tensor]
+Attend = Callable[[Trace, Tensor, tuple[Tensor, ...], Tensor | None, AttentionSpec], tuple[Tensor, Tensor | None]]
 
 #: Names of the norms in front of the two halves of a layer, and of those behind them.
 BEFORE = ("input_layernorm", "post_attention_layernorm")
@@ -28,7 +27,7 @@ Names = tuple[str, str] | tuple[None, None]
 def decoder_layer(
     t: Trace,
     x: Tensor,
-    tables: tuple[Tensor, Tensor],
+    tables: tuple[Tensor, ...],
     mask: Tensor | None,
     layer: LayerSpec,
     *,

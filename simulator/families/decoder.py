@@ -32,6 +32,23 @@ def read_depth(config: ConfigReader, default: int = 32) -> int:
     return config.required_size("num_hidden_layers", default, LARGEST_LAYERS)
 
 
+def read_even_heads(
+    config: ConfigReader, hidden: int, default: int, *, key: str = "num_attention_heads", of: str = "hidden_size"
+) -> tuple[int, int]:
+    """Heads that share `hidden` channels evenly, and the channels of each.
+
+    Args:
+        config: the configuration.
+        hidden: channels of the residual stream.
+        default: number of heads.
+        key: of that number.
+        of: key of `hidden`.
+    """
+    heads = config.required_size(key, default, LARGEST_HEADS)
+    config.multiple(of, key, hidden, heads)
+    return heads, max(1, hidden // heads)
+
+
 def read_attention(
     config: ConfigReader,
     hidden: int,
@@ -41,8 +58,6 @@ def read_attention(
     head_dim: int | None = None,
     bias: bool = False,
     even: bool = True,
-    own_head_dim: bool = True,
-    rotary: bool = True,
     null_kv_heads: bool = False,
 ) -> AttentionSpec:
     """Grouped-query attention with rotary positions.
@@ -55,18 +70,11 @@ def read_attention(
         head_dim: default channels of a head; None for ``hidden // heads``.
         bias: whether all four projections have one.
         even: whether hidden must divide into heads.
-        own_head_dim: whether the config may give key/value heads and channels of a head.
-        rotary: whether positions are rotary, which needs an even number of channels.
         null_kv_heads: whether null as the number of key/value heads means as many as there are query heads.
     """
     count = config.required_size("num_attention_heads", heads, LARGEST_HEADS)
     if even:
         config.multiple("hidden_size", "num_attention_heads", hidden, count)
-    if not own_head_dim:
-        head_dim = max(1, hidden // count)
-        if rotary:
-            config.rotary(head_dim)
-        return AttentionSpec(count, count, head_dim, bias=bias, dropout=config.rate("attention_dropout", 0.0))
     key, rule = "num_key_value_heads", "num_attention_heads"
     if kv_heads is None:
         kv = config.derived_size(key, count, rule, LARGEST_HEADS)
@@ -118,7 +126,7 @@ def read_late_windows(config: ConfigReader, depth: int) -> list[int | None]:
     if not used:
         kinds, length = [FULL] * depth, None
     else:
-        first = config.index("max_window_layers", 28, LARGEST_LAYERS)
+        first = config.count("max_window_layers", 28, LARGEST_LAYERS)
         length = config.optional_size("sliding_window", 4096, LARGEST_POSITIONS)
         kinds = [SLIDING if length is not None and index >= first else FULL for index in range(depth)]
     return read_windows(config, depth, window=length, kinds=kinds, rule="the layers from max_window_layers on")

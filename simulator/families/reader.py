@@ -68,10 +68,6 @@ class ConfigReader:
     _defaulted: set[str] = attrs.field(factory=set, init=False)
     _sections: list[ConfigReader] = attrs.field(factory=list, init=False)
 
-    def has(self, key: str) -> bool:
-        """Whether the config gives `key` a value other than null."""
-        return self._raw(key) not in (_ABSENT, None)
-
     def section(self, key: str, config_class: str, aliases: Mapping[str, str] | None = None) -> ConfigReader:
         """The reader of the object under `key` (a ``text_config``): its problems and assumptions join this one's."""
         value = self._raw(key)
@@ -95,13 +91,6 @@ class ConfigReader:
         value = self._given(key, default)
         if not is_count(value, largest):
             return self._problem(key, f"{key} {count_rule(largest)}, not {shown(value)}", default)
-        return int(value)
-
-    def count(self, key: str, default: int, largest: int) -> int:
-        """A whole number from 0 to `largest`."""
-        value = self._given(key, default)
-        if value != 0 and not is_count(value, largest):
-            return self._problem(key, f"{key} must be a whole number from 0 to {largest}, not {shown(value)}", default)
         return int(value)
 
     def choices(self, key: str, default: Sequence[int], known: Collection[int], length: int) -> list[int]:
@@ -134,13 +123,13 @@ class ConfigReader:
             return None
         return None if self._raw(key) is None else self.size(key, default or 1, largest)
 
-    def index(self, key: str, default: int, largest: int) -> int:
-        """An integer from 0 to `largest`."""
+    def count(self, key: str, default: int, largest: int) -> int:
+        """A whole number from 0 to `largest`."""
         value = self._given(key, default)
         if value is not False and value == 0 and isinstance(value, int):
             return 0
         if not is_count(value, largest):
-            return self._problem(key, f"{key} must be an integer from 0 to {largest}, not {shown(value)}", default)
+            return self._problem(key, f"{key} must be a whole number from 0 to {largest}, not {shown(value)}", default)
         return int(value)
 
     def nested_rate(self, groups: Sequence[str], key: str, default: float) -> float:
@@ -234,14 +223,6 @@ class ConfigReader:
     def rotary(self, head_dim: int) -> None:
         """Note an odd `head_dim`: rotary embeddings turn pairs of channels."""
         self.check(head_dim % 2 == 0, f"head_dim must be even for rotary positions, not {head_dim}", "head_dim")
-
-    def rotary_share(self, key: str, default: float) -> float:
-        """The share of a head's channels that carry positions: `key`, or the rope's ``partial_rotary_factor``."""
-        for name in ("rope_parameters", "rope_scaling"):
-            inner = self._raw(name)
-            if isinstance(inner, Mapping) and "partial_rotary_factor" in inner:
-                return self.section(name, self.config_class).rate("partial_rotary_factor", default)
-        return self.rate(key, default)
 
     def raise_problems(self) -> None:
         """Raise all problems as one error of one line; `UnsupportedError` where nothing else is wrong."""

@@ -20,7 +20,7 @@ Count = Callable[[ConfigReader, int], int]
 def vision_parts(config: ConfigReader, hidden: int, config_class: str, count: Count) -> tuple[Part, ...]:
     """What the wrapper `config` holds beside a language model of `hidden` channels."""
     config.refuse("audio_config", (None,), "remove it: audio towers are not counted")
-    if not config.has("vision_config"):
+    if not config.given("vision_config"):
         return ()
     return (Part("vision", count(config.section("vision_config", config_class), hidden)),)
 

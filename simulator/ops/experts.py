@@ -1,10 +1,10 @@
-"""What routes tokens to experts and back: top-k, sort, row look-up, grouped matrix products."""
+"""What routes tokens to experts and back: sort, where groups end, grouped matrix products."""
 
 from __future__ import annotations
 
 from hardware.dtypes import FP32, INT32, INT64
 from simulator.autograd import Autograd
-from simulator.graph import BackwardRule, Op, Tensor
+from simulator.graph import Op, Tensor
 from simulator.ops.elementwise import constant, promote, to
 from simulator.ops.shape import transpose
 from simulator.sizes import Dim
@@ -12,51 +12,6 @@ from simulator.trace import Trace
 
 Gradients = list[Tensor | None]
 Axis = tuple[Dim, ...]
-
-
-def top_k(t: Trace, x: Tensor, kept: Axis) -> tuple[Tensor, Tensor]:
-    """``torch.topk`` over the last axis: `kept` values and their int64 indices, which are saved."""
-    shape = (*x.shape[:-1], kept)
-    values, indices = t.fresh("topk.values", shape, x.dtype), t.fresh("topk.indices", shape, INT64)
-    t.emit("topk.default", [x], [values, indices], saves=[indices], backward=_scatter("scatter.src"), **_subclasses(t))
-    return values, indices
-
-
-def top_k_constant(t: Trace, x: Tensor, kept: Axis) -> tuple[Tensor, Tensor]:
-    """``torch.topk`` for its indices alone: no gradient flows through the values."""
-    shape = (*x.shape[:-1], kept)
-    outputs = [t.fresh("topk.values", shape, x.dtype), t.fresh("topk.indices", shape, INT64)]
-    values, indices = t.emit("topk.default", [x], outputs)
-    return values, indices
-
-
-def gather(t: Trace, x: Tensor, indices: Tensor) -> Tensor:
-    """``x.gather(1, indices)``."""
-    out = t.fresh("gather.default", indices.shape, x.dtype)
-    backward = _scatter("scatter_add.default")
-    t.emit("gather.default", [x, indices], [out], saves=[indices], backward=backward, **_subclasses(t))
-    return out
-
-
-def _subclasses(t: Trace) -> dict[str, bool]:
-    return {"subclasses": t.regime.tensor_subclasses}
-
-
-def _scatter(kernel: str) -> BackwardRule:
-    """Zeros like the input, into which the gradient is scattered; tensor subclasses get a copy of them.
-
-    Source: torch/csrc/autograd/FunctionsManual.cpp `value_selecting_reduction_backward`, `gather_backward`,
-    `index_backward`.
-    """
-
-    def backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients:
-        source = op.inputs[0]
-        result = engine.fresh("new_zeros.default", source.shape, source.dtype)
-        if op.attributes["subclasses"]:
-            result = engine.fresh(kernel, source.shape, source.dtype)
-        return [result, *[None] * (len(op.inputs) - 1)]
-
-    return backward
 
 
 def sum_last(t: Trace, x: Tensor) -> Tensor:
@@ -113,14 +68,6 @@ def sort(t: Trace, x: Tensor) -> tuple[Tensor, Tensor]:
     return values, indices
 
 
-def index(t: Trace, x: Tensor, indices: Tensor) -> Tensor:
-    """``x[indices]``, rows of `x` for a vector of `indices`, which are saved."""
-    out = t.fresh("index.Tensor", (*indices.shape, *x.shape[1:]), x.dtype)
-    backward = _scatter("index_put.default")
-    t.emit("index.Tensor", [x, indices], [out], saves=[indices], backward=backward, **_subclasses(t))
-    return out
-
-
 def inverse_permutation(t: Trace, permutation: Tensor) -> Tensor:
     """``inverse[permutation] = torch.arange(n)`` on an empty tensor."""
     inverse = constant(t, "empty_like.default", permutation)
@@ -136,7 +83,7 @@ def group_ends(t: Trace, ids: Tensor, groups: Axis) -> tuple[Tensor, Tensor, Ten
     return low, counts, constant(t, "cumsum.default", counts)
 
 
-def grouped_linear(t: Trace, x: Tensor, weight: Tensor, ends: Tensor, out: Axis, *, transposed: bool = False) -> Tensor:
+def grouped_linear(t: Trace, x: Tensor, weight: Tensor, ends: Tensor, out: Axis) -> Tensor:
     """``torch._grouped_mm`` of rows sorted by group and ``weight[groups, out, in]``.
 
     ``torch.autocast`` does not know it: rows are cast to the weight's element type
@@ -146,9 +93,8 @@ def grouped_linear(t: Trace, x: Tensor, weight: Tensor, ends: Tensor, out: Axis,
         x: ``[rows, in]``.
         ends: row at which each group ends, saved.
         out: dimensions of the last axis of the result.
-        transposed: whether the weight is ``[groups, in, out]``.
     """
-    factor = weight if transposed else transpose(t, weight, 1, 2)
+    factor = transpose(t, weight, 1, 2)
     with t.call("") as local:
         rows = local("input", to(t, x, weight.dtype)) if x.dtype != weight.dtype else x
         result = t.fresh("_grouped_mm.default", (rows.shape[0], out), rows.dtype)

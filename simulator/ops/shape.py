@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import attrs
 
-from hardware.dtypes import COMPLEX64, FP32, INT64
+from hardware.dtypes import COMPLEX64, FP32
 from simulator.autograd import Autograd
 from simulator.graph import Op, Shape, Tensor, flat
 from simulator.sizes import Dim
@@ -126,54 +126,28 @@ def slices(t: Trace, x: Tensor, shape: Shape, parts: int) -> list[Tensor]:
     return [narrow(t, x, shape) for _ in range(parts)]
 
 
-def narrow(t: Trace, x: Tensor, shape: Shape) -> Tensor:
-    """A slice of the last axis of `x`: its gradient is padded back to the whole of `x`."""
-    whole, part = x.shape[-1], shape[-1]
+def narrow(t: Trace, x: Tensor, shape: Shape, axis: int = -1) -> Tensor:
+    """A slice of an `axis` of `x`: its gradient is padded back to the whole of `x`."""
+    whole, part = x.shape[axis], shape[axis]
     memory = tuple(d for dim in x.memory for d in (part if (dim,) == whole else (dim,)))
-    out = t.view(x, shape, memory)
-    out.dense = False
-    t.emit("slice.Tensor", [x], [out], backward=_slice_backward)
-    return out
-
-
-def _slice_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients:
-    source = op.inputs[0]
-    return [engine.fresh("slice_backward.default", source.shape, source.dtype)]
+    return _cut_out(t, "slice.Tensor", x, shape, memory)
 
 
 def select(t: Trace, x: Tensor, shape: Shape) -> Tensor:
     """One row of an axis of 3 before the last, ``x[..., i, :]``: its gradient is padded back to the whole of `x`."""
-    out = t.view(x, shape, tuple(d for d in x.memory if d != 3))
+    return _cut_out(t, "select.int", x, shape, tuple(d for d in x.memory if d != 3))
+
+
+def _cut_out(t: Trace, name: str, x: Tensor, shape: Shape, memory: tuple[Dim, ...]) -> Tensor:
+    out = t.view(x, shape, memory)
     out.dense = False
-    t.emit("select.int", [x], [out], backward=_select_backward)
-    return out
+    return t.emit(name, [x], [out], backward=_cut_out_backward)[0]
 
 
-def _select_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients:
+def _cut_out_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients:
+    """``slice_backward`` or ``select_backward``."""
     source = op.inputs[0]
-    return [engine.fresh("select_backward.default", source.shape, source.dtype)]
-
-
-def slice_rows(t: Trace, x: Tensor, shape: Shape) -> Tensor:
-    """A slice of the axis before the last: its gradient is padded back to the whole of `x`."""
-    whole, part = x.shape[-2], shape[-2]
-    out = t.view(x, shape, tuple(d for dim in x.memory for d in (part if (dim,) == whole else (dim,))))
-    out.dense = False
-    return t.emit("slice.Tensor", [x], [out], backward=_slice_backward)[0]
-
-
-def take_row(t: Trace, x: Tensor, shape: Shape) -> Tensor:
-    """``x[..., [i], :]``, indexing with a list of one: a copy, and an index on the device that is saved."""
-    with t.call("") as local:
-        index = local("index", t.fresh("_to_copy.default", ((),), INT64))
-        t.emit("_to_copy.default", [x], [index])
-        out = t.fresh("index.Tensor", shape, x.dtype)
-        return t.emit("index.Tensor", [x, index], [out], saves=[index], backward=_take_backward)[0]
-
-
-def _take_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients:
-    source = op.inputs[0]
-    return [engine.fresh("new_zeros.default", source.shape, source.dtype), None]
+    return [engine.fresh(f"{op.name.partition('.')[0]}_backward.default", source.shape, source.dtype)]
 
 
 def cat(t: Trace, tensors: list[Tensor], shape: Shape, memory: tuple[Dim, ...]) -> Tensor:

@@ -18,6 +18,10 @@ README = PAGES[0].read_text(encoding="utf-8")
 CASES = {
     "our own small cases": ROOT / "tests" / "data" / "oracle" / "sample.jsonl",
     "one rank of many, our own small cases": ROOT / "tests" / "data" / "oracle" / "distributed.jsonl",
+    "early families": ROOT / "tests" / "data" / "oracle" / "early.jsonl",
+    "latent attention": ROOT / "tests" / "data" / "oracle" / "latent.jsonl",
+    "dense families": ROOT / "tests" / "data" / "oracle" / "dense.jsonl",
+    "mixtures of experts (grouped products)": ROOT / "tests" / "data" / "oracle" / "experts.jsonl",
     "one rank of many: FSDP2": ROOT.parent / "shared" / "oracle" / "distributed" / "cases.jsonl",
     "44 recorded cases": ROOT.parent / "shared" / "oracle" / "single" / "cases.jsonl",
 }

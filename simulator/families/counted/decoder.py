@@ -18,6 +18,7 @@ def counted_decoder(
     vocab: int,
     positions: int,
     tied: bool = False,
+    others: int = 0,
     parts: Sequence[Part] = (),
 ) -> ModelSpec:
     """Embeddings, layers of so many parameters each, a final norm and a head.
@@ -30,11 +31,12 @@ def counted_decoder(
         vocab: default of ``vocab_size``.
         positions: default of ``max_position_embeddings``.
         tied: default of ``tie_word_embeddings``.
+        others: parameters of the language model outside its layers, embeddings, final norm and head.
         parts: what stands beside the language model.
     """
     shared = config.flag("tie_word_embeddings", tied)
     size = text.required_size("vocab_size", vocab, LARGEST_VOCAB)
-    total = size * hidden * (1 if shared else 2) + hidden + sum(layers)
+    total = size * hidden * (1 if shared else 2) + hidden + sum(layers) + others
     return ModelSpec(
         name=config.name,
         family=config.family,

@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 from simulator.families import Family, families
+from simulator.families.counted.decoder import counted_decoder
 from simulator.families.counting import experts, gated_mlp, linear
 from simulator.families.decoder import read_depth, read_hidden
 from simulator.families.reader import ConfigReader
-from simulator.limits import (
-    LARGEST_EXPERTS,
-    LARGEST_HEADS,
-    LARGEST_HIDDEN,
-    LARGEST_POSITIONS,
-    LARGEST_VOCAB,
-    LARGEST_WIDTH,
-)
-from simulator.model import LayerSpec, ModelSpec, Part
+from simulator.limits import LARGEST_EXPERTS, LARGEST_HEADS, LARGEST_HIDDEN, LARGEST_WIDTH
+from simulator.model import ModelSpec
 
 _SPARSE, _HEAVY = 4, 128
 """Tokens that one compressed entry stands for: 0 for none (configuration_deepseek_v4.py)."""
@@ -23,22 +17,11 @@ _SPARSE, _HEAVY = 4, 128
 def read(config: ConfigReader) -> ModelSpec:
     """The parts of such a config; defaults are those of DeepseekV4Config in transformers 5.23.0."""
     hidden = read_hidden(config, 4096)
-    depth = read_depth(config, 43)
-    vocab = config.required_size("vocab_size", 129280, LARGEST_VOCAB)
-    tied = config.flag("tie_word_embeddings", False)
     streams = config.size("hc_mult", 4, LARGEST_HEADS)
+    each = _layer(config, hidden, streams)
+    layers = [each + more for more in _compressors(config, hidden, read_depth(config, 43))]
     head = _connection(streams, hidden, streams, 1)
-    layers = depth * _layer(config, hidden, streams) + _compressors(config, hidden, depth)
-    return ModelSpec(
-        name=config.name,
-        family=config.family,
-        hidden=hidden,
-        vocab=vocab,
-        max_positions=config.size("max_position_embeddings", 1048576, LARGEST_POSITIONS),
-        layers=(LayerSpec(None, None),) * depth,
-        tied_embeddings=tied,
-        parts=(Part("text", vocab * hidden * (1 if tied else 2) + hidden + head + layers),),
-    )
+    return counted_decoder(config, config, hidden, layers, vocab=129280, positions=1048576, others=head)
 
 
 def _connection(streams: int, hidden: int, outputs: int, scales: int) -> int:
@@ -69,14 +52,14 @@ def _attention(config: ConfigReader, hidden: int) -> int:
     return queries + linear(hidden, head_dim) + head_dim + outputs + heads
 
 
-def _compressors(config: ConfigReader, hidden: int, depth: int) -> int:
-    """What the layers that see compressed keys have besides, by the ratio of each."""
+def _compressors(config: ConfigReader, hidden: int, depth: int) -> list[int]:
+    """What each layer has besides to see compressed keys, by its ratio."""
     default = [_HEAVY] * min(depth, 2) + [_SPARSE if index % 2 else _HEAVY for index in range(depth - 2)]
     ratios = config.choices("compress_ratios", default, (0, _SPARSE, _HEAVY), depth)
     head_dim = config.size("head_dim", 512, LARGEST_HIDDEN)
     sparse = _compressor(hidden, head_dim, _SPARSE, 2) + _indexer(config, hidden)
     each = {0: 0, _SPARSE: sparse, _HEAVY: _compressor(hidden, head_dim, _HEAVY, 1)}
-    return sum(each[ratio] for ratio in ratios)
+    return [each[ratio] for ratio in ratios]
 
 
 def _compressor(hidden: int, head_dim: int, ratio: int, overlap: int) -> int:

@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 from simulator.families import Family, families
+from simulator.families.counted.decoder import counted_decoder
 from simulator.families.counting import experts, gated_mlp, linear
 from simulator.families.decoder import FULL, SLIDING, read_depth, read_hidden
 from simulator.families.reader import ConfigReader
 from simulator.families.towers import gemma4_vision, vision_parts
-from simulator.limits import (
-    LARGEST_EXPERTS,
-    LARGEST_HEADS,
-    LARGEST_HIDDEN,
-    LARGEST_POSITIONS,
-    LARGEST_VOCAB,
-    LARGEST_WIDTH,
-)
-from simulator.model import LayerSpec, ModelSpec, Part
+from simulator.limits import LARGEST_EXPERTS, LARGEST_HEADS, LARGEST_HIDDEN, LARGEST_WIDTH
+from simulator.model import ModelSpec
 
 _PATTERN = 6
 """Every sixth layer sees the whole sequence (Gemma4TextConfig)."""
@@ -23,26 +17,14 @@ _PATTERN = 6
 
 def read(config: ConfigReader) -> ModelSpec:
     """The parts of a Gemma 4 config; defaults are those of Gemma4TextConfig in transformers 5.23.0."""
-    tied = config.flag("tie_word_embeddings", True)
     text = config.section("text_config", "Gemma4TextConfig")
     hidden = read_hidden(text, 2304)
-    depth = read_depth(text, 30)
-    vocab = text.required_size("vocab_size", 262144, LARGEST_VOCAB)
-    embeddings = vocab * hidden * (1 if tied else 2) + hidden
-    decoder = Part("text", embeddings + _layers(text, hidden, depth))
-    return ModelSpec(
-        name=config.name,
-        family=config.family,
-        hidden=hidden,
-        vocab=vocab,
-        max_positions=text.size("max_position_embeddings", 131072, LARGEST_POSITIONS),
-        layers=(LayerSpec(None, None),) * depth,
-        tied_embeddings=tied,
-        parts=(decoder, *vision_parts(config, hidden, "Gemma4VisionConfig", gemma4_vision)),
-    )
+    layers = _layers(text, hidden, read_depth(text, 30))
+    parts = vision_parts(config, hidden, "Gemma4VisionConfig", gemma4_vision)
+    return counted_decoder(config, text, hidden, layers, vocab=262144, positions=131072, tied=True, parts=parts)
 
 
-def _layers(config: ConfigReader, hidden: int, depth: int) -> int:
+def _layers(config: ConfigReader, hidden: int, depth: int) -> list[int]:
     for key, harmless in (("hidden_size_per_layer_input", 0), ("num_kv_shared_layers", 0)):
         config.refuse(key, (harmless, None), f"set it to {harmless}")
     config.refuse("use_double_wide_mlp", (False, None), "set it to false")
@@ -56,7 +38,7 @@ def _layers(config: ConfigReader, hidden: int, depth: int) -> int:
     global_dim = config.size("global_head_dim", 512, LARGEST_HIDDEN)
     full = _attention(hidden, heads, global_heads if shared else kv_heads, global_dim, pairs=1 if shared else 2)
     each = _channel_mixer(config, hidden)
-    return sum((full if kind == FULL else sliding) + each for kind in kinds)
+    return [(full if kind == FULL else sliding) + each for kind in kinds]
 
 
 def _attention(hidden: int, heads: int, kv_heads: int, head_dim: int, *, pairs: int) -> int:

@@ -43,7 +43,9 @@ def _experts(config: ConfigReader, hidden: int) -> int:
     count = config.size("n_routed_experts", 8, LARGEST_EXPERTS)
     width = config.size("moe_intermediate_size", 7688, LARGEST_WIDTH)
     shared = config.size("moe_shared_expert_intermediate_size", 7688, LARGEST_WIDTH)
-    latent = config.optional_size("moe_latent_size", hidden, LARGEST_HIDDEN) if config.has("moe_latent_size") else None
+    latent = (
+        config.optional_size("moe_latent_size", hidden, LARGEST_HIDDEN) if config.given("moe_latent_size") else None
+    )
     projections = 2 * linear(hidden, latent) if latent else 0
     return (
         count * 2 * linear(latent or hidden, width) + linear(hidden, count) + 2 * linear(hidden, shared) + projections

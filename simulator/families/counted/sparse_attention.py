@@ -3,73 +3,46 @@
 from __future__ import annotations
 
 from simulator.families import Family, families
+from simulator.families.counted.decoder import counted_decoder
 from simulator.families.counting import experts, gated_mlp, layer_norm, linear
-from simulator.families.decoder import read_depth, read_hidden
+from simulator.families.decoder import read_depth, read_gated, read_hidden
+from simulator.families.experts.latent import read_latent_attention
+from simulator.families.experts.reading import read_routed
 from simulator.families.reader import ConfigReader
-from simulator.limits import (
-    LARGEST_EXPERTS,
-    LARGEST_HEADS,
-    LARGEST_HIDDEN,
-    LARGEST_LAYERS,
-    LARGEST_POSITIONS,
-    LARGEST_VOCAB,
-    LARGEST_WIDTH,
-)
-from simulator.model import LayerSpec, ModelSpec, Part
+from simulator.limits import LARGEST_HEADS, LARGEST_HIDDEN, LARGEST_LAYERS
+from simulator.model import LatentAttentionSpec, ModelSpec
 
 
 def read(config: ConfigReader) -> ModelSpec:
     """The parts of such a config; defaults are those of DeepseekV32Config in transformers 5.23.0."""
+    config.refuse("attention_bias", (False, None), "set it to false")
     hidden = read_hidden(config, 7168)
     depth = read_depth(config, 61)
-    vocab = config.required_size("vocab_size", 129280, LARGEST_VOCAB)
-    tied = config.flag("tie_word_embeddings", False)
-    layers = depth * (_attention(config, hidden) + _indexer(config, hidden) + 2 * hidden)
-    total = vocab * hidden * (1 if tied else 2) + hidden + layers + _channel_mixers(config, hidden, depth)
-    return ModelSpec(
-        name=config.name,
-        family=config.family,
-        hidden=hidden,
-        vocab=vocab,
-        max_positions=config.size("max_position_embeddings", 163840, LARGEST_POSITIONS),
-        layers=(LayerSpec(None, None),) * depth,
-        tied_embeddings=tied,
-        parts=(Part("text", total),),
-    )
+    attention = read_latent_attention(config, heads=128, query_rank=1536, interleaved=True)
+    dense = gated_mlp(hidden, read_gated(config, width=18432).width)
+    routed = read_routed(config, width=2048, experts=256, per_token=8, shared=1, normalised=True)
+    sparse = experts(hidden, routed.width, routed.experts) + gated_mlp(hidden, routed.shared.width)
+    rest = _attention(attention, hidden) + _indexer(config, attention, hidden) + 2 * hidden
+    first = min(depth, config.count("first_k_dense_replace", 3, LARGEST_LAYERS))
+    layers = [dense + rest] * first + [sparse + rest] * (depth - first)
+    return counted_decoder(config, config, hidden, layers, vocab=129280, positions=163840)
 
 
-def _attention(config: ConfigReader, hidden: int) -> int:
+def _attention(spec: LatentAttentionSpec, hidden: int) -> int:
     """`DeepseekV3Attention`: low-rank queries, keys and values."""
-    config.refuse("attention_bias", (False, None), "set it to false")
-    heads = config.required_size("num_attention_heads", 128, LARGEST_HEADS)
-    query, latent = (config.size(key, size, LARGEST_HIDDEN) for key, size in _RANKS)
-    nope = config.size("qk_nope_head_dim", 128, LARGEST_HIDDEN)
-    rotary = config.size("qk_rope_head_dim", 64, LARGEST_HIDDEN)
-    value = config.size("v_head_dim", 128, LARGEST_HIDDEN)
-    queries = linear(hidden, query) + query + linear(query, heads * (nope + rotary))
-    keys = linear(hidden, latent + rotary) + latent + linear(latent, heads * (nope + value))
-    return queries + keys + linear(heads * value, hidden)
+    rank = spec.query_rank or 0
+    queries = linear(hidden, rank) + rank + linear(rank or hidden, spec.heads * spec.head_dim)
+    keys = linear(hidden, spec.latent + spec.rotated) + spec.latent
+    expanded = linear(spec.latent, spec.heads * (spec.plain_dim + spec.value_dim))
+    return queries + keys + expanded + linear(spec.heads * spec.value_dim, hidden)
 
 
-_RANKS = (("q_lora_rank", 1536), ("kv_lora_rank", 512))
-
-
-def _indexer(config: ConfigReader, hidden: int) -> int:
+def _indexer(config: ConfigReader, spec: LatentAttentionSpec, hidden: int) -> int:
     """`DeepseekV32Indexer`: what chooses the keys that a query sees."""
     heads = config.size("index_n_heads", 64, LARGEST_HEADS)
     head_dim = config.size("index_head_dim", 128, LARGEST_HIDDEN)
-    rank = config.size("q_lora_rank", 1536, LARGEST_HIDDEN)
-    return linear(rank, heads * head_dim) + linear(hidden, head_dim) + layer_norm(head_dim) + linear(hidden, heads)
-
-
-def _channel_mixers(config: ConfigReader, hidden: int, depth: int) -> int:
-    """Dense layers first, then routed and shared experts."""
-    dense = min(depth, config.count("first_k_dense_replace", 3, LARGEST_LAYERS))
-    width = config.required_size("moe_intermediate_size", 2048, LARGEST_WIDTH)
-    count = config.required_size("n_routed_experts", 256, LARGEST_EXPERTS)
-    shared = width * config.size("n_shared_experts", 1, LARGEST_EXPERTS)
-    mlp = gated_mlp(hidden, config.required_size("intermediate_size", 18432, LARGEST_WIDTH))
-    return dense * mlp + (depth - dense) * (experts(hidden, width, count) + gated_mlp(hidden, shared))
+    inputs = linear(spec.query_rank or hidden, heads * head_dim)
+    return inputs + linear(hidden, head_dim) + layer_norm(head_dim) + linear(hidden, heads)
 
 
 families.add("deepseek_v32", Family("deepseek_v32", read, config_class="DeepseekV32Config"))

@@ -6,10 +6,10 @@ from hardware.dtypes import FP32, INT32, INT64
 from hardware.errors import UnsupportedError
 from simulator import blocks, decoder, ops
 from simulator.families import Family, families
-from simulator.families.decoder import read_decoder, read_hidden
+from simulator.families.decoder import read_decoder, read_even_heads, read_hidden
 from simulator.families.reader import ConfigReader
 from simulator.graph import Tensor
-from simulator.limits import LARGEST_HEADS, LARGEST_LAYERS
+from simulator.limits import LARGEST_LAYERS
 from simulator.model import AttentionSpec, FeedForwardSpec, LayerSpec, ModelSpec
 from simulator.trace import Trace
 
@@ -22,10 +22,9 @@ def read(config: ConfigReader) -> ModelSpec:
     config.refuse("slow_but_exact", (False, None), "set it to false")
     config.refuse("apply_residual_connection_post_layernorm", (False, None), "set it to false")
     hidden = read_hidden(config, 64)
-    heads = config.required_size("n_head", 8, LARGEST_HEADS)
-    config.multiple("hidden_size", "n_head", hidden, heads)
+    heads, head_dim = read_even_heads(config, hidden, 8, key="n_head")
     rate = config.rate("attention_dropout", 0.0)
-    attention = AttentionSpec(heads, heads, max(1, hidden // heads), bias=True, dropout=rate)
+    attention = AttentionSpec(heads, heads, head_dim, bias=True, dropout=rate)
     layer = LayerSpec(attention, FeedForwardSpec(4 * hidden, "gelu_pytorch_tanh", gated=False, bias=True))
     layers = [layer] * config.required_size("n_layer", 2, LARGEST_LAYERS)
     dropout = config.rate("hidden_dropout", 0.0)

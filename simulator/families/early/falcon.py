@@ -7,10 +7,10 @@ import attrs
 from hardware.errors import UnsupportedError
 from simulator import blocks, decoder, ops
 from simulator.families import Family, families
-from simulator.families.decoder import read_decoder, read_depth, read_hidden
+from simulator.families.decoder import read_decoder, read_depth, read_even_heads, read_hidden
 from simulator.families.reader import ConfigReader
 from simulator.graph import Tensor
-from simulator.limits import LARGEST_HEADS, LARGEST_WIDTH
+from simulator.limits import LARGEST_WIDTH
 from simulator.model import AttentionSpec, FeedForwardSpec, LayerSpec, ModelSpec
 from simulator.sizes import Dim
 from simulator.trace import Trace
@@ -21,9 +21,7 @@ def read(config: ConfigReader) -> ModelSpec:
     config.refuse("alibi", (False, None), "set it to false")
     config.refuse("new_decoder_architecture", (False, None), "set it to false (Falcon-40B's layers are not modelled)")
     hidden = read_hidden(config, 4544)
-    heads = config.required_size("num_attention_heads", 71, LARGEST_HEADS)
-    config.multiple("hidden_size", "num_attention_heads", hidden, heads)
-    head_dim = max(1, hidden // heads)
+    heads, head_dim = read_even_heads(config, hidden, 71)
     config.rotary(head_dim)
     bias = config.flag("bias", False)
     kv_heads = 1 if config.flag("multi_query", True) else heads
@@ -65,7 +63,7 @@ def forward(t: Trace, spec: ModelSpec, layers: decoder.BuiltLayers) -> None:
 
 
 def _layer(
-    t: Trace, x: Tensor, tables: tuple[Tensor, Tensor], mask: Tensor, spec: ModelSpec, layer: LayerSpec
+    t: Trace, x: Tensor, tables: tuple[Tensor, ...], mask: Tensor, spec: ModelSpec, layer: LayerSpec
 ) -> tuple[Tensor, Tensor | None]:
     """`FalconDecoderLayer`: returns the weights of eager attention, too."""
     with t.call("layer", x) as local:
@@ -102,7 +100,7 @@ def _mlp(t: Trace, x: Tensor, spec: FeedForwardSpec) -> Tensor:
 
 
 def _attention(
-    t: Trace, x: Tensor, tables: tuple[Tensor, Tensor], mask: Tensor, spec: AttentionSpec
+    t: Trace, x: Tensor, tables: tuple[Tensor, ...], mask: Tensor, spec: AttentionSpec
 ) -> tuple[Tensor, Tensor | None]:
     """`FalconAttention`: keys and values of one head are broadcast by the matrix products."""
     heads = (t.dim("a", spec.heads),)
@@ -132,7 +130,7 @@ def _one_key(t: Trace, x: Tensor, heads: tuple[Dim, ...], d: str, spec: Attentio
     joint = t.dim("a+2", spec.heads + 2)
     fused = _linear(t, "query_key_value", x, (joint, d), spec.bias)
     by_head = ops.view(t, fused, (*rows, (joint,), (d,)))
-    query = ops.slice_rows(t, by_head, (*rows, heads, (d,)))
+    query = ops.narrow(t, by_head, (*rows, heads, (d,)), axis=-2)
     return [query, *(ops.take_row(t, by_head, (*rows, (), (d,))) for _ in range(2))]
 
 

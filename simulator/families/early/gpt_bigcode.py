@@ -5,53 +5,16 @@ from __future__ import annotations
 from hardware.dtypes import BOOL
 from simulator import blocks, decoder, ops
 from simulator.families import Family, families
+from simulator.families.early.gpt import ALIASES, read_gpt
 from simulator.families.reader import ConfigReader
 from simulator.graph import Tensor
-from simulator.limits import (
-    LARGEST_HEADS,
-    LARGEST_HIDDEN,
-    LARGEST_LAYERS,
-    LARGEST_POSITIONS,
-    LARGEST_VOCAB,
-    LARGEST_WIDTH,
-)
-from simulator.model import AttentionSpec, FeedForwardSpec, LayerSpec, ModelSpec
+from simulator.model import AttentionSpec, LayerSpec, ModelSpec
 from simulator.trace import Trace
-
-# attribute_map of GPTBigCodeConfig
-_ALIASES = {
-    "hidden_size": "n_embd",
-    "max_position_embeddings": "n_positions",
-    "num_attention_heads": "n_head",
-    "num_hidden_layers": "n_layer",
-}
 
 
 def read(config: ConfigReader) -> ModelSpec:
     """The spec of a GPT-BigCode config; defaults are those of GPTBigCodeConfig in transformers 5.23.0."""
-    config.refuse("add_cross_attention", (False, None), "set it to false")
-    hidden = config.required_size("n_embd", 768, LARGEST_HIDDEN)
-    width = config.derived_size("n_inner", 4 * hidden, "4 * n_embd", LARGEST_WIDTH)
-    activation = config.activation("activation_function", "gelu_pytorch_tanh")
-    layer = LayerSpec(_read_attention(config, hidden), FeedForwardSpec(width, activation, gated=False, bias=True))
-    return ModelSpec(
-        name=config.name,
-        family=config.family,
-        hidden=hidden,
-        vocab=config.required_size("vocab_size", 50257, LARGEST_VOCAB),
-        max_positions=config.size("n_positions", 1024, LARGEST_POSITIONS),
-        layers=(layer,) * config.required_size("n_layer", 12, LARGEST_LAYERS),
-        tied_embeddings=config.flag("tie_word_embeddings", True),
-        embedding_dropout=config.rate("embd_pdrop", 0.1),
-        residual_dropout=config.rate("resid_pdrop", 0.1),
-    )
-
-
-def _read_attention(config: ConfigReader, hidden: int) -> AttentionSpec:
-    heads = config.required_size("n_head", 12, LARGEST_HEADS)
-    config.multiple("n_embd", "n_head", hidden, heads)
-    kv_heads = 1 if config.flag("multi_query", True) else heads
-    return AttentionSpec(heads, kv_heads, max(1, hidden // heads), bias=True, dropout=config.rate("attn_pdrop", 0.1))
+    return read_gpt(config, activation="gelu_pytorch_tanh", shares_key=config.flag("multi_query", True))
 
 
 def forward(t: Trace, spec: ModelSpec, layers: decoder.BuiltLayers) -> None:
@@ -128,5 +91,5 @@ def _key_per_head(t: Trace, x: Tensor, spec: AttentionSpec) -> list[Tensor]:
 
 families.add(
     "gpt_bigcode",
-    Family("gpt_bigcode", read, forward=forward, config_class="GPTBigCodeConfig", aliases=_ALIASES),
+    Family("gpt_bigcode", read, forward=forward, config_class="GPTBigCodeConfig", aliases=ALIASES),
 )

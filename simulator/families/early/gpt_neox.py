@@ -6,7 +6,7 @@ import attrs
 
 from simulator import blocks, decoder, ops
 from simulator.families import Family, families
-from simulator.families.decoder import read_attention, read_decoder, read_depth, read_hidden
+from simulator.families.decoder import read_decoder, read_depth, read_even_heads, read_hidden, read_rotary_dim
 from simulator.families.reader import ConfigReader
 from simulator.graph import Tensor
 from simulator.limits import LARGEST_WIDTH
@@ -18,9 +18,10 @@ def read(config: ConfigReader) -> ModelSpec:
     """The spec of a GPT-NeoX config; defaults are those of GPTNeoXConfig in transformers 5.23.0."""
     hidden = read_hidden(config, 6144)
     bias = config.flag("attention_bias", True)
-    attention = read_attention(config, hidden, heads=64, own_head_dim=False, bias=bias)
-    share = config.rotary_share("rotary_pct", 0.25)
-    attention = attrs.evolve(attention, rotary_dim=int(attention.head_dim * share))
+    heads, head_dim = read_even_heads(config, hidden, 64)
+    rotated = read_rotary_dim(config, head_dim, 0.25)
+    dropout = config.rate("attention_dropout", 0.0)
+    attention = AttentionSpec(heads, heads, head_dim, bias=bias, dropout=dropout, rotary_dim=rotated)
     width = config.required_size("intermediate_size", 24576, LARGEST_WIDTH)
     feed_forward = FeedForwardSpec(width, config.activation("hidden_act", "gelu"), gated=False, bias=True)
     spec = read_decoder(config, hidden, [LayerSpec(attention, feed_forward)] * read_depth(config, 44), vocab=50432)
@@ -53,7 +54,7 @@ def forward(t: Trace, spec: ModelSpec, layers: decoder.BuiltLayers) -> None:
 
 
 def _layer(
-    t: Trace, x: Tensor, tables: tuple[Tensor, Tensor], mask: Tensor | None, spec: ModelSpec, layer: LayerSpec
+    t: Trace, x: Tensor, tables: tuple[Tensor, ...], mask: Tensor | None, spec: ModelSpec, layer: LayerSpec
 ) -> Tensor:
     """`GPTNeoXLayer`."""
     with t.call("layer", x) as local:
@@ -79,7 +80,7 @@ def _mlp(t: Trace, x: Tensor, spec: FeedForwardSpec) -> Tensor:
 
 
 def _attention(
-    t: Trace, x: Tensor, tables: tuple[Tensor, Tensor], mask: Tensor | None, spec: AttentionSpec
+    t: Trace, x: Tensor, tables: tuple[Tensor, ...], mask: Tensor | None, spec: AttentionSpec
 ) -> tuple[Tensor, Tensor | None]:
     """`GPTNeoXAttention`: queries, keys and values of a head lie side by side."""
     heads, _, d = blocks.head_dims(t, spec)
@@ -98,4 +99,6 @@ def _attention(
         return blocks.projection(t, "dense", out, ("h",), spec.bias), weights
 
 
-families.add("gpt_neox", Family("gpt_neox", read, forward=forward, config_class="GPTNeoXConfig"))
+_ALIASES = {"rotary_pct": "partial_rotary_factor"}
+"""GPTNeoXConfig.convert_rope_params_to_dict."""
+families.add("gpt_neox", Family("gpt_neox", read, forward=forward, config_class="GPTNeoXConfig", aliases=_ALIASES))

@@ -7,7 +7,7 @@ import attrs
 from hardware.dtypes import FP32, INT64
 from simulator import blocks, decoder, ops
 from simulator.families import Family, families
-from simulator.families.decoder import read_attention, read_decoder, read_depth, read_hidden
+from simulator.families.decoder import read_decoder, read_depth, read_even_heads, read_hidden
 from simulator.families.reader import ConfigReader
 from simulator.graph import Tensor
 from simulator.limits import LARGEST_HIDDEN, LARGEST_WIDTH
@@ -24,7 +24,9 @@ def read(config: ConfigReader) -> ModelSpec:
     config.refuse("layer_norm_elementwise_affine", (True,), "set it to true")
     hidden = read_hidden(config, 768)
     bias = config.flag("enable_bias", True)
-    attention = read_attention(config, hidden, heads=12, own_head_dim=False, bias=bias, rotary=False)
+    heads, head_dim = read_even_heads(config, hidden, 12)
+    dropout = config.rate("attention_dropout", 0.0)
+    attention = AttentionSpec(heads, heads, head_dim, bias=bias, dropout=dropout)
     width = config.required_size("ffn_dim", 3072, LARGEST_WIDTH)
     activation = config.activation("activation_function", "relu")
     layer = LayerSpec(attention, FeedForwardSpec(width, activation, gated=False, bias=bias))

@@ -6,7 +6,8 @@ from simulator import blocks
 from simulator.decoder import BuiltLayers
 from simulator.families import Family, families
 from simulator.families.decoder import read_decoder, read_depth, read_hidden
-from simulator.families.experts.latent import latent_decoder, read_latent_attention, read_latent_layers, read_routed
+from simulator.families.experts.latent import latent_decoder, read_latent_attention, read_latent_layers
+from simulator.families.experts.reading import read_routed
 from simulator.families.reader import ConfigReader
 from simulator.model import ModelSpec
 from simulator.trace import Trace

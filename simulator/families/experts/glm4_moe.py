@@ -18,9 +18,9 @@ from simulator.families.decoder import (
     read_hidden,
     read_rotary_dim,
 )
-from simulator.families.experts.reading import read_experts, read_groups
+from simulator.families.experts.reading import read_groups, read_routed
 from simulator.families.reader import ConfigReader
-from simulator.limits import LARGEST_EXPERTS, LARGEST_LAYERS, LARGEST_WIDTH
+from simulator.limits import LARGEST_LAYERS
 from simulator.model import LayerSpec, ModelSpec
 from simulator.trace import Trace
 
@@ -29,21 +29,17 @@ def read(config: ConfigReader) -> ModelSpec:
     """The spec of a GLM-4.5 config; defaults are those of Glm4MoeConfig in transformers 5.23.0."""
     hidden = read_hidden(config)
     attention = read_attention(
-        config, hidden, heads=96, kv_heads=8, bias=config.flag("attention_bias", False), even=not config.has("head_dim")
+        config,
+        hidden,
+        heads=96,
+        kv_heads=8,
+        bias=config.flag("attention_bias", False),
+        even=not config.given("head_dim"),
     )
     share = read_rotary_dim(config, attention.head_dim, 0.5)
     normed = config.flag("use_qk_norm", False)
     attention = attrs.evolve(attention, output_bias=False, rotary_dim=share, query_norm=normed)
-    width = ("moe_intermediate_size", 1408)
-    shared = config.size("n_shared_experts", 1, LARGEST_EXPERTS) * config.required_size(*width, LARGEST_WIDTH)
-    experts = read_experts(
-        config,
-        width=width,
-        experts=("n_routed_experts", 128),
-        per_token=8,
-        normalised=True,
-        shared_width=shared,
-    )
+    experts = read_routed(config, width=1408, experts=128, per_token=8, shared=1, normalised=True)
     experts = read_groups(config, experts)
     dense = read_gated(config, width=10944)
     depth = read_depth(config, 46)

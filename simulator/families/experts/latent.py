@@ -8,10 +8,9 @@ from functools import partial
 from simulator import blocks
 from simulator.decoder import BuiltLayers, rotary_decoder
 from simulator.families.decoder import read_gated
-from simulator.families.experts.reading import read_experts
 from simulator.families.reader import ConfigReader
 from simulator.graph import Tensor
-from simulator.limits import LARGEST_EXPERTS, LARGEST_HEADS, LARGEST_HIDDEN, LARGEST_LAYERS, LARGEST_WIDTH
+from simulator.limits import LARGEST_HEADS, LARGEST_HIDDEN, LARGEST_LAYERS
 from simulator.model import AttentionSpec, ExpertsSpec, LatentAttentionSpec, LayerSpec, ModelSpec
 from simulator.trace import Trace
 
@@ -47,23 +46,6 @@ def read_latent_layers(
     first = min(depth, config.count("first_k_dense_replace", dense, LARGEST_LAYERS))
     mlp = read_gated(config, width=width, bias=config.flag("mlp_bias", False))
     return [LayerSpec(attention, mlp)] * first + [LayerSpec(attention, experts)] * (depth - first)
-
-
-def read_routed(
-    config: ConfigReader, *, width: int, experts: int, per_token: int, shared: int, normalised: bool | None
-) -> ExpertsSpec:
-    """Routed experts beside shared ones, which are one MLP as wide as all of them."""
-    key = ("moe_intermediate_size", width)
-    count = config.size("n_shared_experts", shared, LARGEST_EXPERTS)
-    together = count * config.required_size(*key, LARGEST_WIDTH)
-    return read_experts(
-        config,
-        width=key,
-        experts=("n_routed_experts", experts),
-        per_token=per_token,
-        normalised=normalised,
-        shared_width=together,
-    )
 
 
 def latent_decoder(

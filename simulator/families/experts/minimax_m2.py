@@ -22,7 +22,7 @@ def read(config: ConfigReader) -> ModelSpec:
     hidden = read_hidden(config, 3072)
     attention = read_attention(config, hidden, heads=48, kv_heads=8, head_dim=128, even=False)
     share = 1.0
-    if config.has("rotary_dim"):  # the released files' own key (`MiniMaxM2Config.convert_rope_params_to_dict`)
+    if config.given("rotary_dim"):  # the released files' own key (`MiniMaxM2Config.convert_rope_params_to_dict`)
         share = config.size("rotary_dim", attention.head_dim, LARGEST_HIDDEN) / attention.head_dim
     attention = attrs.evolve(attention, rotary_dim=read_rotary_dim(config, attention.head_dim, share))
     experts = read_experts(config, width=("intermediate_size", 1536), experts=("num_local_experts", 256), per_token=8)

@@ -20,8 +20,8 @@ from simulator.trace import Trace
 def read(config: ConfigReader) -> ModelSpec:
     """The spec of a Mixtral config; defaults are those of MixtralConfig in transformers 5.23.0."""
     hidden = read_hidden(config)
-    attention = read_attention(config, hidden, kv_heads=8, even=not config.has("head_dim"), null_kv_heads=True)
-    if config.has("sliding_window"):
+    attention = read_attention(config, hidden, kv_heads=8, even=not config.given("head_dim"), null_kv_heads=True)
+    if config.given("sliding_window"):
         attention = attrs.evolve(attention, window=config.size("sliding_window", 4096, LARGEST_POSITIONS))
     experts = read_experts(config, width=("intermediate_size", 14336), experts=("num_local_experts", 8), per_token=2)
     layers = [LayerSpec(attention, experts)] * read_depth(config)

@@ -21,7 +21,7 @@ def read(config: ConfigReader) -> ModelSpec:
     """The spec of a Qwen3-MoE config; defaults are those of Qwen3MoeConfig in transformers 5.23.0."""
     hidden = read_hidden(config, 2048)
     attention = read_attention(
-        config, hidden, kv_heads=4, bias=config.flag("attention_bias", False), even=not config.has("head_dim")
+        config, hidden, kv_heads=4, bias=config.flag("attention_bias", False), even=not config.given("head_dim")
     )
     if config.flag("use_sliding_window", False):
         attention = attrs.evolve(attention, window=config.optional_size("sliding_window", 4096, LARGEST_POSITIONS))

@@ -49,6 +49,23 @@ def read_experts(
     )
 
 
+def read_routed(
+    config: ConfigReader, *, width: int, experts: int, per_token: int, shared: int, normalised: bool | None
+) -> ExpertsSpec:
+    """Routed experts beside shared ones, which are one MLP as wide as all of them."""
+    key = ("moe_intermediate_size", width)
+    count = config.size("n_shared_experts", shared, LARGEST_EXPERTS)
+    together = count * config.required_size(*key, LARGEST_WIDTH)
+    return read_experts(
+        config,
+        width=key,
+        experts=("n_routed_experts", experts),
+        per_token=per_token,
+        normalised=normalised,
+        shared_width=together,
+    )
+
+
 def read_groups(config: ConfigReader, experts: ExpertsSpec, *, groups: int = 1, chosen: int = 1) -> ExpertsSpec:
     """`experts` in ``n_group`` groups of two or more, of which a token may visit ``topk_group``."""
     groups = config.size("n_group", groups, LARGEST_EXPERTS)

@@ -1,0 +1,75 @@
+"""Ops that pick elements by index: their gradients are scattered into zeros."""
+
+from __future__ import annotations
+
+from hardware.dtypes import INT64
+from simulator.autograd import Autograd
+from simulator.graph import BackwardRule, Op, Shape, Tensor
+from simulator.sizes import Dim
+from simulator.trace import Trace
+
+Gradients = list[Tensor | None]
+Axis = tuple[Dim, ...]
+
+
+def top_k(t: Trace, x: Tensor, kept: Axis) -> tuple[Tensor, Tensor]:
+    """``torch.topk`` over the last axis: `kept` values and their int64 indices, which are saved."""
+    shape = (*x.shape[:-1], kept)
+    values, indices = t.fresh("topk.values", shape, x.dtype), t.fresh("topk.indices", shape, INT64)
+    t.emit("topk.default", [x], [values, indices], saves=[indices], backward=_scatter("scatter.src"), **_subclasses(t))
+    return values, indices
+
+
+def top_k_constant(t: Trace, x: Tensor, kept: Axis) -> tuple[Tensor, Tensor]:
+    """``torch.topk`` for its indices alone: no gradient flows through the values."""
+    shape = (*x.shape[:-1], kept)
+    outputs = [t.fresh("topk.values", shape, x.dtype), t.fresh("topk.indices", shape, INT64)]
+    values, indices = t.emit("topk.default", [x], outputs)
+    return values, indices
+
+
+def gather(t: Trace, x: Tensor, indices: Tensor) -> Tensor:
+    """``x.gather(1, indices)``."""
+    out = t.fresh("gather.default", indices.shape, x.dtype)
+    backward = _scatter("scatter_add.default")
+    t.emit("gather.default", [x, indices], [out], saves=[indices], backward=backward, **_subclasses(t))
+    return out
+
+
+def index(t: Trace, x: Tensor, indices: Tensor) -> Tensor:
+    """``x[indices]``, rows of `x` for a vector of `indices`, which are saved."""
+    out = t.fresh("index.Tensor", (*indices.shape, *x.shape[1:]), x.dtype)
+    backward = _scatter("index_put.default")
+    t.emit("index.Tensor", [x, indices], [out], saves=[indices], backward=backward, **_subclasses(t))
+    return out
+
+
+def take_row(t: Trace, x: Tensor, shape: Shape) -> Tensor:
+    """``x[..., [i], :]``, indexing with a list of one: a copy, and an index on the device that is saved."""
+    with t.call("") as local:
+        index = local("index", t.fresh("_to_copy.default", ((),), INT64))
+        t.emit("_to_copy.default", [x], [index])
+        out = t.fresh("index.Tensor", shape, x.dtype)
+        backward = _scatter("index_put.default")
+        return t.emit("index.Tensor", [x, index], [out], saves=[index], backward=backward, **_subclasses(t))[0]
+
+
+def _subclasses(t: Trace) -> dict[str, bool]:
+    return {"subclasses": t.regime.tensor_subclasses}
+
+
+def _scatter(kernel: str) -> BackwardRule:
+    """Zeros like the input, into which the gradient is scattered; tensor subclasses get a copy of them.
+
+    Source: torch/csrc/autograd/FunctionsManual.cpp `value_selecting_reduction_backward`, `gather_backward`,
+    `index_backward`.
+    """
+
+    def backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients:
+        source = op.inputs[0]
+        result = engine.fresh("new_zeros.default", source.shape, source.dtype)
+        if op.attributes["subclasses"]:
+            result = engine.fresh(kernel, source.shape, source.dtype)
+        return [result, *[None] * (len(op.inputs) - 1)]
+
+    return backward
