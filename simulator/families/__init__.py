@@ -96,7 +96,10 @@ class Family:
         if implementation == "transformers" and self.forward is not None:
             return self.forward
         if self.counted:
-            raise UnsupportedError(f"model_type {self.name} is counted, not simulated: its graph is not modelled yet")
+            raise UnsupportedError(
+                f"model_type {self.name} is counted, not simulated: no recipe builds its graph; take a model of "
+                "another family, or register one with a recipe (docs/extending.md)"
+            )
         known = ["transformers"] * (self.forward is not None) + sorted(self.implementations)
         raise UnsupportedError(
             f"'implementation' of {self.name} must be {' or '.join(known)}: {implementation!r} is not modelled"
