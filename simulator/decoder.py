@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from hardware.dtypes import BOOL, FP32, INT64
+from hardware.dtypes import FP32, INT64
 from simulator import ops
 from simulator.blocks import Norm, rotary_tables, token_embeddings, vocabulary_head, vocabulary_table
-from simulator.graph import Shape, Tensor
+from simulator.graph import Tensor
+from simulator.masks import causal_mask, positions
 from simulator.model import LayerSpec, ModelSpec
 from simulator.trace import Trace
 
@@ -33,6 +34,7 @@ def rotary_decoder(
     windows: Sequence[int | None] | None = None,
     make_tables: Callable[..., tuple[Tensor, ...]] = rotary_tables,
     tables_by_kind: bool = False,
+    chunked: bool = False,
     scale_logits: Callable[[Trace, Tensor], Tensor] | None = None,
 ) -> None:
     """`...ForCausalLM` with rotary positions, from token ids to the loss (models/llama/modeling_llama.py).
@@ -43,6 +45,7 @@ def rotary_decoder(
         windows: of the masks that are made, None without one; by default those that the layers have.
         make_tables: `rotary_tables` with the options of the family.
         tables_by_kind: whether layers with and without a window have rotary tables of their own.
+        chunked: whether windows are chunks, in which alone tokens see each other (Llama 4).
         scale_logits: what happens to the logits before they are soft-capped.
     """
     ids, labels = batch(t)
@@ -52,7 +55,7 @@ def rotary_decoder(
         position_ids = local("position_ids", positions(t, ids))
         masks: dict[int | None, Tensor] = {}
         for index, window in enumerate(own_windows(spec) if windows is None else windows):
-            mask = causal_mask(t, embeds, window)
+            mask = causal_mask(t, embeds, window, chunked=chunked)
             if mask is not None:
                 masks[window] = local(f"mask.{index}", mask)
         tables = {}
@@ -100,60 +103,6 @@ def batch(t: Trace) -> tuple[Tensor, Tensor]:
     if t.regime.attention_mask != "none":
         t.input("attention_mask", "b", "s", dtype=INT64)
     return ids, labels
-
-
-def positions(t: Trace, like: Tensor) -> Tensor:
-    """``position_ids``: int64, one row."""
-    row = ((), ("s",))
-    with t.call(""):
-        return ops.constant(t, "add.Tensor", ops.constant(t, "arange.default", like, dtype=INT64, shape=row))
-
-
-def causal_mask(t: Trace, like: Tensor, window: int | None = None, *, skip: bool = True) -> Tensor | None:
-    """The 4-D mask ``[b, 1, s, s]``: additive for eager attention, boolean for SDPA with real padding or a window.
-
-    Without either SDPA and flash attention are told ``is_causal`` instead (masking_utils.py
-    `_ignore_causal_mask_sdpa`, `flash_attention_mask`). A window counts from sequences as long as it.
-
-    Args:
-        window: length of the sliding window in tokens; None for a plain causal mask.
-        skip: whether the model lets SDPA go without a mask.
-    """
-    eager, padded = t.regime.attention == "eager", t.regime.attention_mask == "padded"
-    windowed = window is not None and bool(t.dimensions.bindings["s"] >= window)
-    if not eager and not (t.regime.attention == "sdpa" and (padded or windowed or not skip)):
-        return None
-    full = (("b",), ("s",), ("s",))
-    with t.call("") as local:
-        for name, shape in (("batch", (("b",),)), ("head", ())):
-            local(name, ops.constant(t, "arange.default", like, dtype=INT64, shape=shape))
-        for name in ("query", "key"):
-            local(name, positions(t, like))
-        allowed = local("allowed", _allowed(t, like, window))
-        if t.regime.attention_mask != "none":  # a mask of ones counts, too
-            allowed = local("allowed", _and(t, local("causal", _and(t, allowed)), full))
-        if not eager:
-            return ops.expand(t, allowed, full) if allowed.shape != t.squeezed(full) else allowed
-        return ops.constant(t, "where.self", allowed, dtype=like.dtype, shape=full)
-
-
-def _allowed(t: Trace, like: Tensor, window: int | None) -> Tensor:
-    """`causal_mask_function`, or `sliding_window_causal_mask_function` that joins it with the window."""
-    square = (("s",), ("s",))
-    if window is None:
-        return ops.constant(t, "le.Tensor", like, dtype=BOOL, shape=square)
-    with t.call("") as local:
-        with t.call("") as overlay:
-            overlay("start", ops.constant(t, "sub.Tensor", like, dtype=INT64, shape=(("s",),)))
-            inside = ops.constant(t, "gt.Tensor", like, dtype=BOOL, shape=square)
-        allowed = local("result", _and(t, inside))
-        with t.call("", ops.constant(t, "le.Tensor", like, dtype=BOOL, shape=square)):
-            return _and(t, allowed)
-
-
-def _and(t: Trace, x: Tensor, shape: Shape | None = None) -> Tensor:
-    """One turn of `and_masks` (masking_utils.py)."""
-    return ops.constant(t, "bitwise_and.Tensor", x, shape=shape)
 
 
 def language_head(

@@ -117,6 +117,13 @@ class LatentAttentionSpec(AttentionSpec):
         return self.head_dim - self.rotated
 
 
+@attrs.frozen(kw_only=True)
+class TemperedAttentionSpec(AttentionSpec):
+    """Attention whose queries are scaled by their position where they are not rotated."""
+
+    tempered: bool = attrs.field(default=True, validator=_flag)
+
+
 @attrs.frozen
 class FeedForwardSpec:
     """The MLP of one layer: gated (SwiGLU style) or plain."""

@@ -37,6 +37,23 @@ def gemma_rms_norm(t: Trace, name: str, x: Tensor) -> Tensor:
         return ops.to(t, output, x.dtype)
 
 
+def llama4_norm(t: Trace, name: str, x: Tensor) -> Tensor:
+    """`Llama4TextRMSNorm` (models/llama4/modeling_llama4.py): weight applied after the cast back."""
+    with t.call(name, x) as local:
+        weight = t.vector("weight", x.shape[-1])
+        return ops.mul(t, local("output", unit_norm(t, x)), weight)
+
+
+def unit_norm(t: Trace, x: Tensor) -> Tensor:
+    """`Llama4TextL2Norm` (models/llama4/modeling_llama4.py): unit mean square in fp32, without a weight."""
+    with t.call("", x) as local:
+        wide = local("wide", ops.to(t, x, FP32))
+        with t.call("", wide) as inner:
+            scale = inner("scale", ops.rsqrt(t, ops.add_scalar(t, ops.mean(t, ops.power(t, wide)))))
+            output = ops.mul(t, wide, scale)
+    return ops.to(t, output, x.dtype)
+
+
 def layer_norm(t: Trace, name: str, x: Tensor) -> Tensor:
     """An `nn.LayerNorm` over the last axis."""
     with t.call(name, x):

@@ -16,15 +16,16 @@ Rotate = Callable[[Trace, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]
 
 
 def rotary_tables(
-    t: Trace, spec: AttentionSpec, like: Tensor, *, kind: str = "", cast: bool = True
+    t: Trace, spec: AttentionSpec, like: Tensor, *, kind: str = "", cast: bool = True, doubled: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """`LlamaRotaryEmbedding.forward`: cos and sin of shape ``[s, rotated channels]``.
+    """`LlamaRotaryEmbedding.forward`: cos and sin of shape ``[s, rotated channels]``, or half of them.
 
     Args:
         spec: the attention whose heads are rotated.
         like: hidden states, whose dtype the tables take.
         kind: start of the buffers' names, where there are tables for several kinds of layers (Gemma 3).
         cast: whether they take it; else they are fp32 (OLMo 2).
+        doubled: whether both halves of a head have columns of their own; else they share them (gpt-oss).
     """
     with t.call("rotary_emb") as local:
         whole = spec.rotated == spec.head_dim
@@ -33,7 +34,7 @@ def rotary_tables(
         frequencies = t.buffer(f"{kind}inv_freq", half, dtype=FP32)
         t.buffer(f"{kind}original_inv_freq", half, dtype=FP32)
         freqs = local("freqs", ops.constant(t, "mul.Tensor", frequencies, shape=(("s",), (half,))))
-        emb = local("emb", ops.constant(t, "cat.default", freqs, shape=(("s",), (d,))))
+        emb = local("emb", ops.constant(t, "cat.default", freqs, shape=(("s",), (d,))) if doubled else freqs)
         tables = []
         for name in ("cos", "sin"):
             raw = ops.constant(t, f"{name}.default", emb)
@@ -62,6 +63,26 @@ def rotate_in(
         turned = [local(f"embed{i}", apply_rotary(t, x, cos, sin)) for i, x in enumerate(states)]
         query, key = (ops.to(t, x, dtype) for x, dtype in zip(turned, dtypes, strict=True))
         return query, key
+
+
+def rotate_halves(t: Trace, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """`apply_rotary_pos_emb` with tables that both halves of a head share (models/gpt_oss/modeling_gpt_oss.py)."""
+    with t.call("", query, key) as local:
+        return local("q_embed", _apply_to_halves(t, query, cos, sin)), _apply_to_halves(t, key, cos, sin)
+
+
+def _apply_to_halves(t: Trace, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`_apply_rotary_emb`: both halves, then one behind the other."""
+    with t.call("", x) as local:
+        halves = ops.split(t, x, (*x.shape[:-1], cos.shape[-1]), 2)
+        first, second = (local(name, half) for name, half in zip(("first", "second"), halves, strict=True))
+        turned: list[Tensor] = []
+        for combine, a, b in ((ops.sub, first, second), (ops.add, second, first)):
+            with t.call("") as inner:
+                direct = inner("direct", ops.mul(t, a, cos))
+                crossed = inner("crossed", ops.mul(t, b, sin))
+                turned.append(local(f"turned{len(turned)}", combine(t, direct, crossed)))
+        return ops.cat(t, turned, x.shape, flat(x.shape))
 
 
 def rotate_part(

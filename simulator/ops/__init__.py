@@ -17,7 +17,9 @@ from simulator.ops.collective import replicated_input as replicated_input
 from simulator.ops.dropout import dropout as dropout
 from simulator.ops.elementwise import add as add
 from simulator.ops.elementwise import add_into as add_into
+from simulator.ops.elementwise import add_into_view as add_into_view
 from simulator.ops.elementwise import add_scalar as add_scalar
+from simulator.ops.elementwise import clamp as clamp
 from simulator.ops.elementwise import constant as constant
 from simulator.ops.elementwise import div_into as div_into
 from simulator.ops.elementwise import div_scalar as div_scalar
@@ -45,6 +47,8 @@ from simulator.ops.experts import sum_axis as sum_axis
 from simulator.ops.experts import sum_last as sum_last
 from simulator.ops.indexing import gather as gather
 from simulator.ops.indexing import index as index
+from simulator.ops.indexing import largest as largest
+from simulator.ops.indexing import scattered as scattered
 from simulator.ops.indexing import take_row as take_row
 from simulator.ops.indexing import top_k as top_k
 from simulator.ops.indexing import top_k_constant as top_k_constant
@@ -53,6 +57,7 @@ from simulator.ops.loss import log_softmax as log_softmax
 from simulator.ops.loss import nll_loss as nll_loss
 from simulator.ops.loss import parallel_cross_entropy as parallel_cross_entropy
 from simulator.ops.matmul import addmm as addmm
+from simulator.ops.matmul import autocast_bmm as autocast_bmm
 from simulator.ops.matmul import baddbmm as baddbmm
 from simulator.ops.matmul import bmm as bmm
 from simulator.ops.matmul import linear as linear

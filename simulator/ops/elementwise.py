@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from hardware.dtypes import FP32, DType
+from hardware.dtypes import BOOL, FP32, DType
 from simulator.autograd import Autograd
 from simulator.graph import BackwardRule, Op, Shape, Tensor, flat
 from simulator.roles import Role
@@ -113,6 +113,25 @@ def add_scalar(t: Trace, x: Tensor) -> Tensor:
     return unary(t, "add.Tensor", x, ())
 
 
+def clamp(t: Trace, x: Tensor, *, bounds: int = 2) -> Tensor:
+    """``torch.clamp`` between `bounds` numbers, 1 or 2: its input says where the gradient passes."""
+    out = t.fresh("clamp.default", x.shape, x.dtype, x.memory)
+    t.emit("clamp.default", [x], [out], saves=[x], backward=_clamp_backward, bounds=bounds)
+    return out
+
+
+def _clamp_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients:
+    """``where(x >= smallest and x <= largest, grad, 0)`` (torch/csrc/autograd/FunctionsManual.cpp `clamp_backward`)."""
+    (gradient,) = gradients
+    assert gradient is not None
+    (x,) = op.inputs
+    used = [engine.fresh("scalar_tensor.default", (), gradient.dtype)]
+    used += [engine.fresh("le.Scalar", x.shape, BOOL, x.memory) for _ in range(op.attributes["bounds"])]
+    result = engine.like("where.self", gradient)
+    engine.free(*used)
+    return [result]
+
+
 def constant(t: Trace, name: str, x: Tensor, *, dtype: DType | None = None, shape: Shape | None = None) -> Tensor:
     """An op outside autograd (masks, positions, rotary tables): reads `x`, makes one tensor."""
     out = t.fresh(name, x.shape if shape is None else shape, dtype or x.dtype)
@@ -181,6 +200,19 @@ def add(t: Trace, x: Tensor, y: Tensor, name: str = "add.Tensor") -> Tensor:
 def add_into(t: Trace, x: Tensor, y: Tensor) -> Tensor:
     """``x += y``: allocates nothing."""
     return t.emit("add_.Tensor", [x, y], [t.view(x, x.shape)], backward=_add_backward)[0]
+
+
+def add_into_view(t: Trace, x: Tensor, y: Tensor) -> Tensor:
+    """``x += y`` where `x` is a view of another tensor: autograd rewrites that tensor's history (`CopySlices`)."""
+    return t.emit("add_.Tensor", [x, y], [t.view(x, x.shape)], backward=_add_into_view_backward)[0]
+
+
+def _add_into_view_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients:
+    """A new gradient for the base, and a copy of the part's (torch/csrc/autograd/functions/tensor.cpp `CopySlices`)."""
+    (gradient,) = gradients
+    assert gradient is not None
+    base = engine.like("new_empty_strided.default", gradient)
+    return [base, engine.like("clone.default", gradient)]
 
 
 def div_into(t: Trace, x: Tensor) -> Tensor:

@@ -129,6 +129,13 @@ def matmul(t: Trace, x: Tensor, y: Tensor, *, autocasts: bool = True) -> Tensor:
         return view(t, result, (*x.shape[:2], x.shape[2], y.shape[3]), "_unsafe_view.default")
 
 
+def autocast_bmm(t: Trace, x: Tensor, y: Tensor) -> Tensor:
+    """``torch.bmm`` as a module calls it: autocast, where it is on, casts both, the second first."""
+    with t.call("") as local:
+        y = local("y", autocast(t, y))
+        return bmm(t, local("x", autocast(t, x)), y)
+
+
 def bmm(t: Trace, x: Tensor, y: Tensor) -> Tensor:
     """``torch.bmm`` of ``[batches, n, m]`` and ``[batches, m, p]``: saves what the other factor's gradient needs."""
     result = t.fresh("bmm.default", (x.shape[0], x.shape[1], y.shape[2]), x.dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import attrs
 
 from hardware.errors import UnsupportedError
-from simulator import blocks, decoder, ops
+from simulator import blocks, decoder, masks, ops
 from simulator.families import Family, families
 from simulator.families.decoder import read_decoder, read_depth, read_even_heads, read_hidden
 from simulator.families.reader import ConfigReader
@@ -43,8 +43,8 @@ def forward(t: Trace, spec: ModelSpec, layers: decoder.BuiltLayers) -> None:
     vocabulary = blocks.vocabulary_table(t, "transformer.word_embeddings")
     with t.call("transformer") as local:
         embeds = local("inputs_embeds", blocks.look_up(t, vocabulary, ids, "word_embeddings"))
-        position_ids = local("position_ids", decoder.positions(t, ids))
-        mask = decoder.causal_mask(t, embeds, skip=False)
+        position_ids = local("position_ids", masks.positions(t, ids))
+        mask = masks.causal_mask(t, embeds, skip=False)
         assert mask is not None
         local("mask", mask)
         hidden = local("hidden", embeds)
