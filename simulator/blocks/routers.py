@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from hardware.dtypes import BOOL, FP32, DType
+from hardware.dtypes import BOOL, FP32, INT64, DType
 from simulator import ops
 from simulator.graph import Tensor, flat
 from simulator.model import ExpertsSpec
@@ -82,11 +82,17 @@ def grouped_sigmoid_router(
 
 
 def scaled_softmax_router(t: Trace, x: Tensor, spec: ExpertsSpec) -> tuple[Tensor, Tensor, Tensor]:
-    """`DeepseekV2TopkRouter` (models/deepseek_v2/modeling_deepseek_v2.py), greedy: fp32 scores, weights scaled."""
+    """`DeepseekV2TopkRouter` (models/deepseek_v2/modeling_deepseek_v2.py): fp32 scores, weights scaled.
+
+    With several groups those with the best expert are chosen first (``group_limited_greedy``).
+    """
     with t.call("gate", x) as local:
         x = local("hidden_states", ops.reshape(t, x, (flat(x.shape[:-1]), x.shape[-1])))
         logits = local("router_logits", _fp32_logits(t, x, spec))
         scores = local("scores", ops.softmax(t, logits, FP32))
+        if spec.groups > 1:
+            best = local("group_scores", _best_of_groups(t, scores, spec))
+            scores = local("scores", ops.masked_fill(t, scores, _outside_groups(t, best, scores, spec, local)))
         weights, indices = ops.top_k(t, scores, _chosen(t, spec))
         local("topk_weights", weights)
         local("topk_indices", indices)
@@ -108,22 +114,34 @@ def _choose_in_groups(t: Trace, scores: Tensor, spec: ExpertsSpec, local: Frame)
     Args:
         local: the frame of the router, in which everything lives that a name or a node of the graph holds.
     """
-    rows, experts = scores.shape
+    rows = scores.shape[0]
     group = (t.dim("Eg", spec.groups),)
     corrected = local("scores_for_choice", ops.constant(t, "add.Tensor", scores, dtype=FP32))
     best, kept = ops.top_k_constant(t, corrected, (*group, 2))
     local("kept", kept)
     with t.call("", best):
         totals = local("group_scores", ops.constant(t, "sum.dim_IntList", best, shape=(rows, group)))
+    inverted = local("inverted", _outside_groups(t, totals, scores, spec, local))
+    corrected = local("scores_for_choice", ops.constant(t, "masked_fill.Scalar", inverted, dtype=FP32))
+    return _best(t, corrected, _chosen(t, spec))
+
+
+def _best_of_groups(t: Trace, scores: Tensor, spec: ExpertsSpec) -> Tensor:
+    """``scores.view(...).max(dim=-1).values``: the indices go at once."""
+    shape = (scores.shape[0], (t.dim("Eg", spec.groups),))
+    values = ops.constant(t, "max.values", scores, shape=shape)
+    with t.call("", ops.constant(t, "max.indices", scores, dtype=INT64, shape=shape)):
+        return values
+
+
+def _outside_groups(t: Trace, totals: Tensor, scores: Tensor, spec: ExpertsSpec, local: Frame) -> Tensor:
+    """Where `scores` are of experts outside the groups that have most of `totals`: bool ``[tokens, experts]``."""
     local("group_idx", _best(t, totals, (t.dim("Kg", spec.chosen_groups),)))
     mask = local("group_mask", ops.constant(t, "zeros_like.default", totals))
     if spec.groups > 1:  # one group's mask is expanded in a view
-        mask = local("score_mask", ops.constant(t, "clone.default", mask, shape=(rows, experts)))
-    with t.call("") as inner:
-        chosen = inner("chosen", ops.constant(t, "_to_copy.default", mask, dtype=BOOL, shape=(rows, experts)))
-        inverted = local("inverted", ops.constant(t, "bitwise_not.default", chosen))
-    corrected = local("scores_for_choice", ops.constant(t, "masked_fill.Scalar", inverted, dtype=FP32))
-    return _best(t, corrected, _chosen(t, spec))
+        mask = local("score_mask", ops.constant(t, "clone.default", mask, shape=scores.shape))
+    with t.call("", ops.constant(t, "_to_copy.default", mask, dtype=BOOL, shape=scores.shape)):
+        return ops.constant(t, "bitwise_not.default", mask, dtype=BOOL, shape=scores.shape)
 
 
 def _best(t: Trace, x: Tensor, kept: tuple[Dim, ...]) -> Tensor:

@@ -24,6 +24,7 @@ from simulator.ops.elementwise import constant as constant
 from simulator.ops.elementwise import div_into as div_into
 from simulator.ops.elementwise import div_scalar as div_scalar
 from simulator.ops.elementwise import gelu as gelu
+from simulator.ops.elementwise import masked_fill as masked_fill
 from simulator.ops.elementwise import mul as mul
 from simulator.ops.elementwise import mul_scalar as mul_scalar
 from simulator.ops.elementwise import neg as neg

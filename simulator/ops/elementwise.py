@@ -257,6 +257,19 @@ def _mul_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients:
     return [for_x, for_y]
 
 
+def masked_fill(t: Trace, x: Tensor, mask: Tensor) -> Tensor:
+    """``x.masked_fill(mask, number)``: the mask is saved, and fills the gradient with 0."""
+    out = t.fresh("masked_fill.Scalar", x.shape, x.dtype, x.memory)
+    t.emit("masked_fill.Scalar", [x, mask], [out], saves=[mask], backward=_masked_fill_backward)
+    return out
+
+
+def _masked_fill_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients:
+    (gradient,) = gradients
+    assert gradient is not None
+    return [engine.like("masked_fill.Scalar", gradient), None]
+
+
 def recomputed_gelu(t: Trace, x: Tensor) -> Tensor:
     """`GeLUFunction` (transformers models/bloom/modeling_bloom.py): spelled out in Python, saves its input only."""
     with t.call("") as local:
