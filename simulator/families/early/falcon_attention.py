@@ -8,7 +8,7 @@ from simulator import blocks, ops
 from simulator.graph import Tensor
 from simulator.model import AttentionSpec
 from simulator.sizes import Dim
-from simulator.trace import Trace
+from simulator.trace import Frame, Trace
 
 
 @attrs.frozen(kw_only=True)
@@ -32,7 +32,7 @@ def attention(
     """`FalconAttention`: keys and values of one head are broadcast by the matrix products."""
     heads, _, d = blocks.head_dims(t, spec) if isinstance(spec, GroupedAttentionSpec) else _flat_heads(t, spec)
     with t.call("self_attention", x) as local:
-        states = _states(t, x, heads, d, spec)
+        states = _states(t, x, heads, d, spec, local)
         query, key, value = (
             local(name, ops.transpose(t, part, 1, 2)) for name, part in zip("qkv", states, strict=True)
         )
@@ -55,45 +55,45 @@ def _flat_heads(t: Trace, spec: AttentionSpec) -> tuple[tuple[Dim, ...], tuple[D
     return heads, heads, t.dim("d", spec.head_dim)
 
 
-def _states(t: Trace, x: Tensor, heads: tuple[Dim, ...], d: str, spec: AttentionSpec) -> list[Tensor]:
-    """`_split_heads`: queries, keys and values ``[b, s, heads, d]``."""
+def _states(t: Trace, x: Tensor, heads: tuple[Dim, ...], d: str, spec: AttentionSpec, local: Frame) -> list[Tensor]:
+    """`_split_heads`: queries, keys and values ``[b, s, heads, d]``; `local` holds what they are parts of."""
     if isinstance(spec, GroupedAttentionSpec):
-        return _grouped_keys(t, x, heads, d, spec)
-    return _one_key(t, x, heads, d, spec) if spec.kv_heads < spec.heads else _key_per_head(t, x, heads, d, spec)
+        rows: tuple[Dim, ...] = (heads[0], t.dim("g+2", spec.groups + 2))
+        split = _grouped_keys
+    elif spec.kv_heads < spec.heads:
+        split, rows = _one_key, (t.dim("a+2", spec.heads + 2),)
+    else:
+        split, rows = _key_per_head, (*heads, 3)
+    fused = local("fused_qkv", linear(t, "query_key_value", x, (*rows, d), spec.bias))
+    return split(t, fused, heads, d)
 
 
-def _grouped_keys(t: Trace, x: Tensor, heads: tuple[Dim, ...], d: str, spec: AttentionSpec) -> list[Tensor]:
-    """``new_decoder_architecture``: keys and values are copied for every query head, queries are made contiguous."""
-    rows, key_heads = x.shape[:-1], (heads[0],)
-    group = (t.dim("g", spec.groups),)
-    joint = t.dim("g+2", spec.groups + 2)
+def _grouped_keys(t: Trace, fused: Tensor, heads: tuple[Dim, ...], d: str) -> list[Tensor]:
+    """``new_decoder_architecture``: queries are made contiguous, keys and values are copied for each of them."""
+    rows, key_heads, group = fused.shape[:-1], heads[0], t.dim("g", 1) if len(heads) == 1 else heads[1]
     with t.call("") as local:
-        fused = local("fused_qkv", linear(t, "query_key_value", x, (*key_heads, joint, d), spec.bias))
-        by_head = local("qkv", ops.view(t, fused, (*rows, key_heads, (joint,), (d,))))
-        parts = [local("query", ops.narrow(t, by_head, (*rows, key_heads, group, (d,)), axis=-2))]
-        parts += [local(name, ops.take_row(t, by_head, (*rows, key_heads, (), (d,)))) for name in ("key", "value")]
-        flat = (*rows, (*key_heads, *group), (d,))
-        copies = [local("flat_query", ops.view(t, ops.clone(t, parts[0]), flat))]
-        for name, part in zip(("flat_key", "flat_value"), parts[1:], strict=True):
-            copies.append(local(name, ops.view(t, ops.clone(t, part, parts[0].shape), flat)))
-        return copies
+        by_head = ops.view(t, fused, (*rows, (key_heads,), (fused.shape[-1][1],), (d,)))
+        shape = (*rows, (key_heads,), (group,), (d,))
+        query = local("query", ops.narrow(t, by_head, shape, axis=-2))
+        one = (*rows, (key_heads,), (), (d,))
+        key, value = (local(name, ops.take_row(t, by_head, one)) for name in ("key", "value"))
+        copies = [local("flat_query", ops.clone(t, query))]
+        copies += [local(f"flat_{index}", ops.clone(t, part, shape)) for index, part in enumerate((key, value))]
+        return [ops.view(t, each, (*rows, heads, (d,))) for each in copies]
 
 
-def _one_key(t: Trace, x: Tensor, heads: tuple[Dim, ...], d: str, spec: AttentionSpec) -> list[Tensor]:
-    """`_split_heads` with ``multi_query``: a slice of queries, copies of the one key and value."""
-    rows = x.shape[:-1]
-    joint = t.dim("a+2", spec.heads + 2)
-    fused = linear(t, "query_key_value", x, (joint, d), spec.bias)
-    by_head = ops.view(t, fused, (*rows, (joint,), (d,)))
+def _one_key(t: Trace, fused: Tensor, heads: tuple[Dim, ...], d: str) -> list[Tensor]:
+    """``multi_query``: a slice of queries, copies of the one key and value."""
+    rows = fused.shape[:-1]
+    by_head = ops.view(t, fused, (*rows, (fused.shape[-1][0],), (d,)))
     query = ops.narrow(t, by_head, (*rows, heads, (d,)), axis=-2)
     return [query, *(ops.take_row(t, by_head, (*rows, (), (d,))) for _ in range(2))]
 
 
-def _key_per_head(t: Trace, x: Tensor, heads: tuple[Dim, ...], d: str, spec: AttentionSpec) -> list[Tensor]:
-    """`_split_heads` without ``multi_query``."""
-    fused = linear(t, "query_key_value", x, (*heads, 3, d), spec.bias)
-    whole = ops.view(t, fused, (*x.shape[:-1], heads, (3,), (d,)))
-    return [ops.select(t, whole, (*x.shape[:-1], heads, (d,))) for _ in range(3)]
+def _key_per_head(t: Trace, fused: Tensor, heads: tuple[Dim, ...], d: str) -> list[Tensor]:
+    """A query, a key and a value of each head, side by side."""
+    whole = ops.view(t, fused, (*fused.shape[:-1], heads, (3,), (d,)))
+    return [ops.select(t, whole, (*fused.shape[:-1], heads, (d,))) for _ in range(3)]
 
 
 def _eager(t: Trace, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
