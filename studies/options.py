@@ -12,6 +12,7 @@ import attrs
 from hardware.dtypes import BF16, FP16, FP32, DType
 from hardware.errors import UnsupportedError, UsageError, unknown_name
 from hardware.units import parse
+from simulator.families import families
 from simulator.mesh import Mesh
 from simulator.model import ModelSpec
 from simulator.plan import Strategy
@@ -196,7 +197,7 @@ def _check_task(task: str) -> None:
 
 def _sequence(length: int, model: ModelSpec) -> int:
     """Learned positions end where their table ends; rotary ones only get worse."""
-    if model.family == "gpt2" and length > model.max_positions:
+    if families.get(model.family).learned_positions and length > model.max_positions:
         raise UsageError(f"'seq-len' must be at most the model's {model.max_positions} positions: {length}; shorten it")
     return length
 

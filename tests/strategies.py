@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import attrs
 from hypothesis import strategies as st
 
 from hardware.dtypes import BF16, FP16, FP32
@@ -222,3 +223,89 @@ def _dense_keys(draw: st.DrawFn, layers: int) -> dict[str, Any]:
         "resid_pdrop": draw(st.floats(0, 1)),
         "final_logit_softcapping": draw(st.none() | st.floats(1, 100)),
     }
+
+
+@attrs.frozen
+class Sketch:
+    """How small configs of a family are drawn: every combination is legal."""
+
+    sizes: dict[str, int]
+    """Keys whose values are a small multiple of the number given; whatever the others are, they may grow."""
+    choices: tuple[dict[str, Any], ...] = ({},)
+    """Keys that only go together, one of each set."""
+    fixed: dict[str, Any] = attrs.field(factory=dict)
+
+
+_GPT = Sketch({"n_embd": 24, "n_layer": 1, "vocab_size": 1}, ({"n_head": 1}, {"n_head": 2}, {"n_head": 4}))
+_HEADS = tuple({"num_attention_heads": q, "num_key_value_heads": k} for q, k in ((1, 1), (2, 1), (4, 2), (3, 3)))
+_DECODER = {"hidden_size": 24, "intermediate_size": 8, "num_hidden_layers": 1, "vocab_size": 1}
+_ROTARY = Sketch(_DECODER | {"head_dim": 8}, _HEADS)
+_EVEN = Sketch(_DECODER, _HEADS)
+_EVEN_ALONE = Sketch(_DECODER, tuple({"num_attention_heads": heads} for heads in (1, 2, 3)))
+_LOCAL = Sketch(_ROTARY.sizes | {"num_local_experts": 4}, tuple(h | {"num_experts_per_tok": 3} for h in _HEADS))
+_MANY = Sketch(
+    _DECODER | {"head_dim": 8, "moe_intermediate_size": 8, "num_experts": 4},
+    tuple(heads | {"num_experts_per_tok": chosen} for heads in _HEADS for chosen in (1, 4)),
+)
+_LATENT = Sketch(
+    _DECODER | {"moe_intermediate_size": 8, "kv_lora_rank": 1, "v_head_dim": 1, "qk_nope_head_dim": 1},
+    tuple({"q_lora_rank": rank, "n_shared_experts": shared} for rank in (None, 5) for shared in (1, 2)),
+    {
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "qk_rope_head_dim": 8,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "first_k_dense_replace": 1,
+        "n_group": 2,
+        "topk_group": 1,
+    },
+)
+_GLM = Sketch(
+    _DECODER | {"head_dim": 8, "moe_intermediate_size": 8, "n_routed_experts": 4},
+    tuple(heads | {"use_qk_norm": norm, "n_shared_experts": 1 + norm} for heads in _HEADS for norm in (False, True)),
+    {"num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "num_mtp_layers": 0},
+)
+_FALCON = Sketch(
+    {"hidden_size": 24, "num_hidden_layers": 1, "vocab_size": 1},
+    (
+        {"num_attention_heads": 3, "multi_query": True},
+        {"num_attention_heads": 2, "multi_query": False, "parallel_attn": False, "bias": True},
+        {"num_attention_heads": 4, "num_kv_heads": 2, "new_decoder_architecture": True},
+        {"num_attention_heads": 2, "num_kv_heads": 2, "new_decoder_architecture": True, "num_ln_in_parallel_attn": 1},
+    ),
+)
+#: One for every family that is simulated.
+SKETCHES: dict[str, Sketch] = {
+    **dict.fromkeys(("gpt2", "gpt_bigcode"), _GPT),
+    **dict.fromkeys(("cohere2", "exaone4", "gemma", "gemma2", "gemma3_text", "granite", "llama", "mistral"), _ROTARY),
+    **dict.fromkeys(("qwen3", "smollm3"), _ROTARY),
+    **dict.fromkeys(("olmo2", "phi3", "qwen2"), _EVEN),
+    "nemotron": attrs.evolve(_EVEN, sizes=_DECODER | {"hidden_size": 48}),
+    "bloom": Sketch({"hidden_size": 24, "n_layer": 1, "vocab_size": 1}, ({"n_head": 1}, {"n_head": 3}, {"n_head": 4})),
+    "opt": Sketch(
+        {"hidden_size": 24, "ffn_dim": 1, "num_hidden_layers": 1, "vocab_size": 1, "word_embed_proj_dim": 7},
+        ({"num_attention_heads": 3}, {"num_attention_heads": 4, "do_layer_norm_before": False}),
+    ),
+    "gpt_neox": attrs.evolve(_EVEN_ALONE, fixed={"rotary_pct": 0.5, "hidden_act": "gelu"}),
+    "falcon": _FALCON,
+    **dict.fromkeys(("mixtral", "minimax_m2", "gpt_oss"), _LOCAL),
+    "llama4_text": attrs.evolve(_LOCAL, sizes=_LOCAL.sizes | {"intermediate_size_mlp": 8}),
+    "olmoe": Sketch(_DECODER | {"num_experts": 4}, tuple(heads | {"num_experts_per_tok": 3} for heads in _HEADS)),
+    "qwen2_moe": Sketch(
+        _DECODER | {"moe_intermediate_size": 8, "shared_expert_intermediate_size": 8, "num_experts": 4},
+        tuple(heads | {"num_experts_per_tok": 2} for heads in _HEADS),
+    ),
+    "qwen3_moe": _MANY,
+    "glm4_moe": _GLM,
+    "deepseek_v2": attrs.evolve(_LATENT, fixed=_LATENT.fixed | {"topk_method": "group_limited_greedy"}),
+    **dict.fromkeys(("deepseek_v3", "kimi_k2"), _LATENT),
+}
+
+
+@st.composite
+def family_configs(draw: st.DrawFn, family: str) -> dict[str, Any]:
+    """A small config.json of `family`."""
+    sketch = SKETCHES[family]
+    sizes = {key: step * draw(st.integers(1, 3)) for key, step in sketch.sizes.items()}
+    return {"model_type": family, **sketch.fixed, **sizes, **draw(st.sampled_from(sketch.choices))}

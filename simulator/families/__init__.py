@@ -80,6 +80,8 @@ class Family:
     """Its configuration class; the text before `Config` also starts the names of its architectures."""
     aliases: Mapping[str, str] = attrs.field(factory=dict)
     """Other names of keys, other -> own (the class's `attribute_map`)."""
+    learned_positions: bool = False
+    """Whether positions are rows of a table, which ends a sequence where it ends."""
     forward: Callable[..., Any] | None = None
     """The graph recipe that follows transformers."""
     implementations: Mapping[str, str] = attrs.field(factory=dict)

@@ -99,5 +99,13 @@ _OTHERS = {
 }
 families.add(
     "gpt2",
-    Family("gpt2", read, forward=forward, config_class="GPT2Config", aliases=ALIASES, implementations=_OTHERS),
+    Family(
+        "gpt2",
+        read,
+        forward=forward,
+        config_class="GPT2Config",
+        aliases=ALIASES,
+        implementations=_OTHERS,
+        learned_positions=True,
+    ),
 )
