@@ -14,7 +14,7 @@ from hardware.errors import UnsupportedError, UsageError, unknown_name
 from hardware.units import parse
 from simulator.families import families
 from simulator.mesh import Mesh
-from simulator.model import ModelSpec
+from simulator.model import ExpertsSpec, ModelSpec
 from simulator.plan import Strategy
 from simulator.workload import LARGEST_ACCUMULATION, OPTIONS, PAGED, Optimizer, Training
 from strategies.checkpointing import FullCheckpointing
@@ -36,8 +36,8 @@ CHECKPOINTING = ("none", "full")
 _PERCENTAGE = re.compile(r"([0-9]{1,2}(?:\.[0-9]{1,9})?)\s*%")
 #: ``2.13``, or all that `torch.__version__` says, such as ``2.6.0+cu124``.
 _TORCH_VERSION = re.compile(r"([0-9]{1,3})\.([0-9]{1,3})(?:[.+a-z].{0,40})?")
-#: transformers refuses ``sdpa`` for a model with soft-capped scores.
-_DEFAULT_ATTENTION = {"gemma2": "eager"}
+#: transformers refuses ``sdpa`` for a model with soft-capped scores, and for one with sinks.
+_DEFAULT_ATTENTION = {"gemma2": "eager", "gpt_oss": "eager"}
 #: The newest version whose behaviour was compared with recordings, and the default.
 NEWEST_TORCH = (2, 13)
 
@@ -56,6 +56,7 @@ class TrainingOptions:
     attention: str | None = None
     sdpa_backend: str | None = None
     padding: str | None = None
+    experts: str | None = None
     checkpointing: str | None = None
     clip: float | None = None
     zero_grad: str | None = None
@@ -105,6 +106,7 @@ def resolve(options: TrainingOptions, model: ModelSpec, world: int = 1) -> Resol
         attention=chosen["attention"],
         sdpa_backend=chosen["sdpa_backend"],
         attention_mask=chosen["padding"],
+        experts=chosen["experts"],
         keep_outputs=options.keep_outputs,
         clip=options.clip,
         zero_grad=chosen["zero_grad"],
@@ -130,6 +132,7 @@ class _Chosen:
             "attention": _DEFAULT_ATTENTION.get(model.family, "sdpa"),
             "sdpa_backend": "auto",
             "padding": "none",
+            "experts": "grouped_mm",
             "checkpointing": "none",
             "zero_grad": "none",
             "torch": _dotted(NEWEST_TORCH),
@@ -137,13 +140,14 @@ class _Chosen:
             "loss": "default",
         }
         self._family = model.family
+        self._routed = any(isinstance(layer.channel_mixer, ExpertsSpec) for layer in model.layers)
 
     def __getitem__(self, name: str) -> Any:
         given = getattr(self._options, name)
         return self._defaults[name] if given is None else given
 
     def assumed(self, training: Training) -> list[str]:
-        left_out = [name for name in self._defaults if getattr(self._options, name) is None]
+        left_out = [name for name in self._defaults if getattr(self._options, name) is None and self._matters(name)]
         lines = [f"{_as_typed(name)} {self._defaults[name]}{self._why(name)}" for name in left_out]
         if self._options.global_batch is None and self._options.gradient_accumulation is None:
             lines.append("--gradient-accumulation 1")
@@ -158,6 +162,10 @@ class _Chosen:
         if training.torch > NEWEST_TORCH:
             lines.append(f"torch {_dotted(training.torch)} behaves as {_dotted(NEWEST_TORCH)}, the newest compared")
         return lines
+
+    def _matters(self, name: str) -> bool:
+        """Whether the model has what an option is about."""
+        return name != "experts" or self._routed
 
     def _why(self, name: str) -> str:
         """The reason of a default that is not the same for every model."""

@@ -40,6 +40,9 @@ def command(
     attention: Annotated[Text, typer.Option(help="eager, sdpa, flash_attention_2 or flex_attention.")] = None,
     sdpa_backend: Annotated[Text, typer.Option(help="auto, flash, efficient or math.")] = None,
     padding: Annotated[Text, typer.Option(help="Attention mask: none, full (nothing padded) or padded.")] = None,
+    experts: Annotated[
+        Text, typer.Option(help="How experts are run (experts_implementation): grouped_mm or batched_mm.")
+    ] = None,
     checkpointing: Annotated[Text, typer.Option(help="Activation checkpointing: none or full.")] = None,
     clip: Annotated[float | None, typer.Option(help="Largest global norm of the gradients.")] = None,
     zero_grad: Annotated[Text, typer.Option(help="none (set_to_none=True) or zero.")] = None,
