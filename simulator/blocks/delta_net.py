@@ -17,7 +17,7 @@ from simulator.blocks.linear import projection
 from simulator.graph import Tensor, flat
 from simulator.model import DeltaNetSpec
 from simulator.ops.matmul import Axis
-from simulator.sizes import Dim, ceil_div
+from simulator.sizes import ceil_div
 from simulator.trace import Frame, Trace
 
 #: Default ``chunk_size`` of `torch_chunk_gated_delta_rule`.
@@ -172,9 +172,8 @@ def _chunk_gated_delta_rule(
         query = local("query", ops.mul_scalar(t, query))
         chunks = t.dim("chunks", ceil_div(t.dimensions.bindings["s"], CHUNK))
         padded = (chunks, t.dim("chunk", CHUNK))
-        states = [ops.pad(t, x, (*x.shape[:2], padded, x.shape[3])) for x in (query, key, value)]
-        query, key, value = _bound(local, names[:3], states)
-        beta, decay = _bound(local, names[3:], [ops.pad(t, x, (*x.shape[:2], padded)) for x in (beta, decay)])
+        query, key, value = _bound(local, names[:3], [ops.pad(t, x, 2, padded) for x in (query, key, value)])
+        beta, decay = _bound(local, names[3:], [ops.pad(t, x, 2, padded) for x in (beta, decay)])
         out = _over_chunks(t, [query, key, value, beta, decay], local)
         out = local("core_attn_out", ops.reshape(t, out, (*value.shape[:2], padded, value.shape[3])))
         whole = t.dimensions.bindings["s"] % CHUNK == 0
@@ -232,10 +231,13 @@ def _over_chunks(t: Trace, padded: list[Tensor], local: Frame) -> Tensor:
         state = carried("last_recurrent_state", ops.constant(t, "zeros.default", values, shape=shape))
         out = local("core_attn_out", _zeros_like(t, values))
         query = local("query", ops.mul(t, query, _column(t, ops.exp(t, total))))
+        begin = len(t.graph.ops)
         last = ops.narrow(t, total, (*axes[:3], ()))
         key = local("key", ops.mul(t, key, _column(t, ops.exp(t, ops.sub(t, last, total)))))
         fades = ops.view(t, ops.exp(t, ops.pick(t, total, 3)), (*axes[:3], (), ()), "unsqueeze.default")
         fades = local("chunk_decay", fades)
+        if "chunks" in t.dimensions.ones:  # only the state after the last chunk, which nobody reads, comes from them
+            ops.unread(t, t.graph.ops[begin:], local)
         return _scan(t, Chunks(query, key, values, read, inside, fades), state, out, local, carried)
 
 
@@ -272,7 +274,7 @@ def _scan(t: Trace, chunks: Chunks, state: Tensor, out: Tensor, local: Frame, ca
         state = carried("last_recurrent_state", _next_state(t, chunks, state, local.held("v_new")))
     if others is not None:
         ops.repeat_turn(t, others, t.graph.ops[begins[1] : begins[2]], t.dim("other_chunks", count - built))
-    ops.unread(t, t.graph.ops[update:])
+    ops.unread(t, t.graph.ops[update:], carried)
     return out
 
 

@@ -37,7 +37,7 @@ def gated_attention(
         key = local("key_states", ops.transpose(t, norm(t, "k_norm", key), 1, 2))
         value = ops.view(t, projection(t, "v_proj", x, (*key_heads, d), spec.bias), (*rows, key_heads, (d,)))
         value = local("value_states", ops.transpose(t, value, 1, 2))
-        query, key = rotate_part(t, query, key, *tables, join_late=True)
+        query, key = rotate_part(t, query, key, *tables, join_late=True, rebind=True)
         local("query_states", query)
         local("key_states", key)
         out, weights = attention(t, query, key, value, mask, spec, fp32_softmax=True)

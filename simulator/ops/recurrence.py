@@ -10,8 +10,8 @@ from simulator.autograd import Autograd
 from simulator.graph import Op, Shape, Tensor, flat
 from simulator.ops.elementwise import autocast
 from simulator.ops.matmul import Axis
-from simulator.sizes import Dim, RepeatedSize, Size
-from simulator.trace import Trace
+from simulator.sizes import Dim, RepeatedSize, Size, product
+from simulator.trace import Frame, Trace
 
 Gradients = list[Tensor | None]
 
@@ -37,18 +37,27 @@ def _conv1d_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradient
     return [next(results) if x.requires_grad else None for x in op.inputs]
 
 
-def pad(t: Trace, x: Tensor, shape: Shape) -> Tensor:
-    """``F.pad`` of one axis to `shape`: always a contiguous copy, even where there is nothing to add; so is backward.
+def pad(t: Trace, x: Tensor, axis: int, longer: Axis) -> Tensor:
+    """``F.pad`` of an `axis` at its end: always a copy, contiguous but where there is nothing to add; so is backward.
 
-    Source: torch aten/src/ATen/native/PadNd.cpp `constant_pad_nd`.
+    Source: torch aten/src/ATen/native/PadNd.cpp `constant_pad_nd`, which clones where no padding is positive.
     """
-    out = t.fresh("constant_pad_nd.default", shape, x.dtype)
-    return t.emit("constant_pad_nd.default", [x], [out], backward=_pad_backward)[0]
+    shape = t.squeezed((*x.shape[:axis], longer, *x.shape[axis + 1 :]))
+    sizes = t.dimensions.bindings
+    same = product(shape[axis], sizes) == product(x.shape[axis], sizes)
+    memory = _replaced(x.memory, x.shape[axis], shape[axis]) if same else None
+    out = t.fresh("constant_pad_nd.default", shape, x.dtype, memory)
+    backward = _pad_backward
+    return t.emit("constant_pad_nd.default", [x], [out], backward=backward, axis=axis if same else None)[0]
 
 
 def _pad_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients:
-    (source,) = op.inputs
-    return [engine.fresh("constant_pad_nd.default", source.shape, source.dtype)]
+    """Padding of minus as many: a clone again where there was none."""
+    (gradient,) = gradients
+    assert gradient is not None
+    (source,), axis = op.inputs, op.attributes["axis"]
+    same = None if axis is None else _replaced(gradient.memory, gradient.shape[axis], source.shape[axis])
+    return [engine.fresh("constant_pad_nd.default", source.shape, source.dtype, same)]
 
 
 def cumulative_sum(t: Trace, x: Tensor) -> Tensor:
@@ -100,7 +109,10 @@ def solve_triangular(t: Trace, x: Tensor, y: Tensor) -> Tensor:
 
 
 def _solve_triangular_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients:
-    """Both gradients; that of `x` is a product, negated and cut (FunctionsManual.cpp `linalg_solve_triangular_backward`)."""
+    """Both gradients; that of `x` is a product, negated and cut to a triangle.
+
+    Source: torch/csrc/autograd/FunctionsManual.cpp `linalg_solve_triangular_backward`.
+    """
     x, y = op.inputs
     (result,) = op.outputs
     for_y = engine.fresh("linalg_solve_triangular.default", y.shape, y.dtype, result.memory)
@@ -212,11 +224,11 @@ def repeat_turn(t: Trace, others: Op, turn: Sequence[Op], count: Dim) -> None:
             edges.add_edge(rest, others, saves=True)
 
 
-def unread(t: Trace, built: Sequence[Op]) -> None:
-    """No gradient comes back through the ops `built`, whose last output has lost its last name: their nodes go."""
+def unread(t: Trace, built: Sequence[Op], local: Frame) -> None:
+    """No gradient comes back through the ops `built`: what they save goes with the names that lead to them."""
     edges = t.graph.edges
     for op in built:
         op.backward = None
-        for storage, edge in list(edges.pred[op].items()):
-            if edge.pop("saves", False) and not storage.persistent:
-                edges.add_edge(storage, t.graph.ops[-1], holds=True)
+        for tensor in (*op.inputs, *op.outputs):
+            if edges.get_edge_data(tensor.storage, op, {}).pop("saves", False):
+                local.keep(tensor)
