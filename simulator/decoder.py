@@ -11,8 +11,8 @@ from hardware.dtypes import FP32, INT64
 from simulator import ops
 from simulator.blocks import Norm, rotary_tables, token_embeddings, vocabulary_head, vocabulary_table
 from simulator.graph import Tensor
-from simulator.masks import causal_mask, positions
-from simulator.model import LayerSpec, ModelSpec
+from simulator.masks import causal_mask, positions, recurrent_mask
+from simulator.model import AttentionSpec, LayerSpec, ModelSpec
 from simulator.trace import Trace
 
 #: Slot and spec of every layer to build.
@@ -58,24 +58,30 @@ def rotary_decoder(
             mask = causal_mask(t, embeds, window, chunked=chunked)
             if mask is not None:
                 masks[window] = local(f"mask.{index}", mask)
+        padding = recurrent_mask(t) if len(attentions(spec)) < len(spec.layers) else None
         tables = {}
         for kind in _kinds(spec) if tables_by_kind else ("",):
-            tables[kind] = make_tables(t, spec.layers[0].attention, embeds, kind=kind)
+            tables[kind] = make_tables(t, attentions(spec)[0], embeds, kind=kind)
             for index, table in enumerate(tables[kind]):
                 local(f"{kind}table.{index}", table)
         hidden = local("hidden", embeds)
         for slot, one in layers:
             own = tables[_kind(one) if tables_by_kind else ""]
-            mask = masks.get(one.attention.window)
+            mask = masks.get(one.token_mixer.window) if isinstance(one.token_mixer, AttentionSpec) else padding
             with t.layer(slot, hidden, mask, *own, position_ids):
                 hidden = local("hidden", layer(t, hidden, own, mask, one))
         hidden = local("hidden", norm(t, "norm", hidden))
     language_head(t, hidden, labels, spec, vocabulary, scale_logits)
 
 
+def attentions(spec: ModelSpec) -> list[AttentionSpec]:
+    """The attention of the layers that have it."""
+    return [layer.token_mixer for layer in spec.layers if isinstance(layer.token_mixer, AttentionSpec)]
+
+
 def own_windows(spec: ModelSpec) -> list[int | None]:
     """The sliding windows that the layers of a model have, each once; None is that of layers without one."""
-    return list(dict.fromkeys(layer.attention.window for layer in spec.layers))
+    return list(dict.fromkeys(each.window for each in attentions(spec)))
 
 
 def full_and_own_windows(spec: ModelSpec) -> list[int | None]:

@@ -15,6 +15,19 @@ def positions(t: Trace, like: Tensor) -> Tensor:
         return ops.constant(t, "add.Tensor", ops.constant(t, "arange.default", like, dtype=INT64, shape=row))
 
 
+def recurrent_mask(t: Trace) -> Tensor | None:
+    """The padding mask ``[b, s]`` of layers without attention: the batch's own where there is real padding.
+
+    Source: masking_utils.py `create_recurrent_attention_mask`, which looks whether it is all ones.
+    """
+    if t.regime.attention_mask == "none":
+        return None
+    given = next(tensor for tensor in t.graph.inputs if tensor.storage.label == "attention_mask")
+    ones = ops.constant(t, "eq.Scalar", given, dtype=BOOL)
+    ops.constant(t, "all.default", ones, shape=())
+    return given if t.regime.attention_mask == "padded" else None
+
+
 def causal_mask(
     t: Trace, like: Tensor, window: int | None = None, *, skip: bool = True, chunked: bool = False
 ) -> Tensor | None:

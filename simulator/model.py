@@ -124,6 +124,39 @@ class TemperedAttentionSpec(AttentionSpec):
     tempered: bool = attrs.field(default=True, validator=_flag)
 
 
+@attrs.frozen(kw_only=True)
+class DeltaNetSpec(TokenMixerSpec):
+    """A gated delta net: linear attention whose state decays and is corrected token by token (arXiv:2412.06464)."""
+
+    key_heads: int = attrs.field(validator=_count(LARGEST_HEADS))
+    value_heads: int = attrs.field(validator=_count(LARGEST_HEADS))
+    key_dim: int = attrs.field(validator=_count(LARGEST_HIDDEN))
+    """Channels of a head of queries or keys."""
+    value_dim: int = attrs.field(validator=_count(LARGEST_HIDDEN))
+    kernel: int = attrs.field(default=4, validator=_count(LARGEST_HIDDEN))
+    """Length of the causal convolution over queries, keys and values, in tokens."""
+    activation: str = attrs.field(default="silu", validator=instance_of(str))
+    """What follows the convolution."""
+
+    def __attrs_post_init__(self) -> None:
+        if self.value_heads % self.key_heads:
+            raise UsageError(
+                f"value_heads must be a multiple of key_heads, not {self.value_heads} and {self.key_heads}"
+            )
+        if self.channels > LARGEST_WIDTH:
+            raise UsageError(f"heads x channels of queries, keys and values must be at most {LARGEST_WIDTH}")
+
+    @property
+    def groups(self) -> int:
+        """Value heads that share one head of queries and keys."""
+        return self.value_heads // self.key_heads
+
+    @property
+    def channels(self) -> int:
+        """Channels that the convolution runs over: queries, keys and values."""
+        return 2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim
+
+
 @attrs.frozen
 class FeedForwardSpec:
     """The MLP of one layer: gated (SwiGLU style) or plain."""

@@ -64,6 +64,10 @@ class Frame:
         """What local `name` is bound to."""
         return self._locals[name]
 
+    def keep(self, tensor: Tensor) -> None:
+        """Keep `tensor` until the frame ends: a node of autograd that a local leads to has saved it."""
+        self._arguments.append(tensor)
+
     def close(self) -> None:
         """Leave the function: every local and argument is dropped."""
         for tensor in (*self._arguments, *self._locals.values()):

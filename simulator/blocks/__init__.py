@@ -12,6 +12,8 @@ from simulator.blocks.attention import flash_attention_2 as flash_attention_2
 from simulator.blocks.attention import repeat_kv as repeat_kv
 from simulator.blocks.attention import rotary_attention as rotary_attention
 from simulator.blocks.attention import sdpa_attention as sdpa_attention
+from simulator.blocks.delta_net import fused_projections as fused_projections
+from simulator.blocks.delta_net import gated_delta_net as gated_delta_net
 from simulator.blocks.experts import experts_and_scores as experts_and_scores
 from simulator.blocks.experts import experts_and_shared_mlp as experts_and_shared_mlp
 from simulator.blocks.experts import experts_mlp as experts_mlp
@@ -25,6 +27,7 @@ from simulator.blocks.feed_forward import dropout_add as dropout_add
 from simulator.blocks.feed_forward import fused_gated_mlp as fused_gated_mlp
 from simulator.blocks.feed_forward import gated_mlp as gated_mlp
 from simulator.blocks.feed_forward import plain_mlp as plain_mlp
+from simulator.blocks.gated_attention import gated_attention as gated_attention
 from simulator.blocks.heads import PROJECTIONS as PROJECTIONS
 from simulator.blocks.heads import Norm as Norm
 from simulator.blocks.heads import fused_states as fused_states

@@ -9,11 +9,11 @@ from simulator.blocks.attention import rotary_attention
 from simulator.blocks.feed_forward import Feed, gated_mlp
 from simulator.blocks.heads import Norm
 from simulator.graph import Tensor
-from simulator.model import AttentionSpec, LayerSpec
+from simulator.model import LayerSpec
 from simulator.trace import Trace
 
-#: Hidden states, rotary tables and mask to attention's output and weights.
-Attend = Callable[[Trace, Tensor, tuple[Tensor, ...], Tensor | None, AttentionSpec], tuple[Tensor, Tensor | None]]
+#: Hidden states, rotary tables, mask and token mixer to its output, and to the weights that attention leaves.
+Attend = Callable[..., tuple[Tensor, Tensor | None]]
 
 #: Names of the norms in front of the two halves of a layer, and of those behind them.
 BEFORE = ("input_layernorm", "post_attention_layernorm")
@@ -49,7 +49,7 @@ def decoder_layer(
     """
     with t.call("layer", x) as local:
         hidden = local("hidden", norm(t, before[0], x)) if before[0] else x
-        hidden, weights = attend(t, hidden, tables, mask, layer.attention)
+        hidden, weights = attend(t, hidden, tables, mask, layer.token_mixer)
         local("hidden", hidden)
         if weights is not None:
             local("_", weights)

@@ -86,19 +86,23 @@ def _apply_to_halves(t: Trace, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def rotate_part(
-    t: Trace, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *, join_late: bool = False
+    t: Trace, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *, join_late: bool = False, rebind: bool = False
 ) -> tuple[Tensor, Tensor]:
     """`apply_rotary_pos_emb` of the leading channels of each head (models/phi3/modeling_phi3.py).
 
     Args:
         join_late: whether both are rotated before the rest is put behind them (models/nemotron/modeling_nemotron.py).
+        rebind: whether what is then joined takes the names of what was rotated (models/glm/modeling_glm.py).
     """
     with t.call("", query, key) as local:
         cut = [_cut(t, x, cos.shape[-1]) for x in (query, key)]
         if join_late:
             turned = [local(f"embed{i}", apply_rotary(t, first, cos, sin)) for i, (first, _) in enumerate(cut)]
-            query, key = (_join(t, x, rest, query) for x, (_, rest) in zip(turned, cut, strict=True))
-            return query, key
+            for i, (x, (_, rest)) in enumerate(zip(turned, cut, strict=True)):
+                turned[i] = _join(t, x, rest, query)
+                if rebind:
+                    local(f"embed{i}", turned[i])
+            return turned[0], turned[1]
         embeds: list[Tensor] = []
         for x, (first, rest) in zip((query, key), cut, strict=True):
             embeds.append(local(f"embed{len(embeds)}", _join(t, apply_rotary(t, first, cos, sin), rest, x)))

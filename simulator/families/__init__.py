@@ -63,7 +63,7 @@ BUILT_IN = {
     "qwen3_5": ("simulator.families.counted.delta_net", "Qwen3_5Config"),
     "qwen3_5_moe": ("simulator.families.counted.delta_net", "Qwen3_5MoeConfig"),
     "qwen3_moe": ("simulator.families.experts.qwen3_moe", "Qwen3MoeConfig"),
-    "qwen3_next": ("simulator.families.counted.delta_net", "Qwen3NextConfig"),
+    "qwen3_next": ("simulator.families.hybrid.qwen3_next", "Qwen3NextConfig"),
     "smollm3": ("simulator.families.dense.smollm3", "SmolLM3Config"),
 }
 _HEADS = re.compile(r"(Config|Model|LMHeadModel|DoubleHeadsModel|For[A-Z]\w*)$")

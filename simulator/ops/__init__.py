@@ -23,6 +23,7 @@ from simulator.ops.elementwise import clamp as clamp
 from simulator.ops.elementwise import constant as constant
 from simulator.ops.elementwise import div_into as div_into
 from simulator.ops.elementwise import div_scalar as div_scalar
+from simulator.ops.elementwise import exp as exp
 from simulator.ops.elementwise import gelu as gelu
 from simulator.ops.elementwise import masked_fill as masked_fill
 from simulator.ops.elementwise import mul as mul
@@ -34,6 +35,7 @@ from simulator.ops.elementwise import relu as relu
 from simulator.ops.elementwise import rsqrt as rsqrt
 from simulator.ops.elementwise import sigmoid as sigmoid
 from simulator.ops.elementwise import silu as silu
+from simulator.ops.elementwise import softplus as softplus
 from simulator.ops.elementwise import sub as sub
 from simulator.ops.elementwise import tanh as tanh
 from simulator.ops.elementwise import to as to
@@ -68,6 +70,18 @@ from simulator.ops.normalisation import layer_norm as layer_norm
 from simulator.ops.normalisation import mean as mean
 from simulator.ops.normalisation import mean_all as mean_all
 from simulator.ops.normalisation import rms_norm as rms_norm
+from simulator.ops.recurrence import conv1d as conv1d
+from simulator.ops.recurrence import crop as crop
+from simulator.ops.recurrence import cumulative_sum as cumulative_sum
+from simulator.ops.recurrence import mask_rows as mask_rows
+from simulator.ops.recurrence import other_turns as other_turns
+from simulator.ops.recurrence import outer_difference as outer_difference
+from simulator.ops.recurrence import pad as pad
+from simulator.ops.recurrence import renamed as renamed
+from simulator.ops.recurrence import repeat_turn as repeat_turn
+from simulator.ops.recurrence import solve_triangular as solve_triangular
+from simulator.ops.recurrence import unread as unread
+from simulator.ops.recurrence import write_row as write_row
 from simulator.ops.shape import as_complex as as_complex
 from simulator.ops.shape import as_real as as_real
 from simulator.ops.shape import cat as cat
@@ -76,6 +90,7 @@ from simulator.ops.shape import contiguous as contiguous
 from simulator.ops.shape import expand as expand
 from simulator.ops.shape import filled as filled
 from simulator.ops.shape import narrow as narrow
+from simulator.ops.shape import pick as pick
 from simulator.ops.shape import reshape as reshape
 from simulator.ops.shape import select as select
 from simulator.ops.shape import slices as slices

@@ -86,6 +86,16 @@ _COMPOSITE_SILU_BACKWARD = (
 )
 
 
+def exp(t: Trace, x: Tensor) -> Tensor:
+    """``torch.exp`` of fp32: its output is the factor of its gradient."""
+    return unary(t, "exp.default", x, ("mul.Tensor",), saves="output")
+
+
+def softplus(t: Trace, x: Tensor) -> Tensor:
+    """``torch.nn.functional.softplus`` of fp32."""
+    return unary(t, "softplus.default", x, ("softplus_backward.default",), saves="input")
+
+
 def silu(t: Trace, x: Tensor) -> Tensor:
     """``torch.nn.functional.silu``."""
     fused = t.regime.fused_activation_backward
@@ -139,14 +149,18 @@ def constant(t: Trace, name: str, x: Tensor, *, dtype: DType | None = None, shap
     return out
 
 
-def to(t: Trace, x: Tensor, dtype: DType) -> Tensor:
+def to(t: Trace, x: Tensor, dtype: DType, *, contiguous: bool = False) -> Tensor:
     """``x.to(dtype)``: nothing at all when `x` has that dtype already; a copy keeps the layout of a dense tensor only.
 
     Source: torch aten/src/ATen/native/TensorConversions.cpp `_to_copy`.
+
+    Args:
+        contiguous: whether a copy is contiguous anyhow (``memory_format=torch.contiguous_format``).
     """
     if x.dtype == dtype:
         return x
-    out = t.fresh("_to_copy.default", x.shape, dtype, x.memory if x.dense else flat(x.shape))
+    keeps = x.dense and not contiguous
+    out = t.fresh("_to_copy.default", x.shape, dtype, x.memory if keeps else flat(x.shape))
     if x.is_parameter:
         out.storage.role = Role.WEIGHT_CAST
     t.emit("_to_copy.default", [x], [out], backward=_to_backward)

@@ -138,6 +138,12 @@ def select(t: Trace, x: Tensor, shape: Shape) -> Tensor:
     return _cut_out(t, "select.int", x, shape, tuple(d for d in x.memory if d != 3))
 
 
+def pick(t: Trace, x: Tensor, axis: int) -> Tensor:
+    """One entry of an `axis` of `x`, which goes: its gradient is padded back to the whole of `x`."""
+    gone, shape = x.shape[axis], (*x.shape[:axis], *x.shape[axis + 1 :])
+    return _cut_out(t, "select.int", x, shape, tuple(d for d in x.memory if d not in gone))
+
+
 def _cut_out(t: Trace, name: str, x: Tensor, shape: Shape, memory: tuple[Dim, ...]) -> Tensor:
     out = t.view(x, shape, memory)
     out.dense = False

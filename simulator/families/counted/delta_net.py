@@ -16,13 +16,6 @@ from simulator.model import ModelSpec
 LINEAR = "linear_attention"
 
 
-def read_text(config: ConfigReader) -> ModelSpec:
-    """The parts of a Qwen3-Next config; defaults are those of Qwen3NextConfig in transformers 5.23.0."""
-    hidden = read_hidden(config, 2048)
-    layers = _layers(config, hidden, _experts)
-    return counted_decoder(config, config, hidden, layers, vocab=151936, positions=32768)
-
-
 def _read_wrapped(config: ConfigReader, text_class: str, mixer: Callable[[ConfigReader, int], int]) -> ModelSpec:
     text = config.section("text_config", text_class)
     hidden = read_hidden(text, 4096)
@@ -87,7 +80,6 @@ def _experts(config: ConfigReader, hidden: int) -> int:
 
 
 for _name, _class, _read in (
-    ("qwen3_next", "Qwen3NextConfig", read_text),
     ("qwen3_5", "Qwen3_5Config", read_dense),
     ("qwen3_5_moe", "Qwen3_5MoeConfig", read_sparse),
 ):
