@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from hardware.dtypes import BOOL, FP32, INT64
+from hardware.errors import UnsupportedError
 from simulator import ops
 from simulator.blocks import Norm, rotary_tables, token_embeddings, vocabulary_head, vocabulary_table
 from simulator.graph import Shape, Tensor
@@ -94,6 +95,14 @@ def _kinds(spec: ModelSpec) -> list[str]:
     return list(dict.fromkeys(map(_kind, spec.layers)))
 
 
+def only_eager(t: Trace, spec: ModelSpec) -> None:
+    """Refuse every attention but ``eager`` for a family whose others are not there or not modelled."""
+    if t.regime.attention != "eager":
+        raise UnsupportedError(
+            f"'attention' must be eager with {spec.family}, the only one modelled, not {t.regime.attention!r}"
+        )
+
+
 def batch(t: Trace) -> tuple[Tensor, Tensor]:
     """The micro-batch: token ids, labels and, where the workload has one, a padding mask; all int64."""
     ids, labels = (t.input(name, "b", "s", dtype=INT64) for name in ("input_ids", "labels"))
@@ -109,7 +118,9 @@ def positions(t: Trace, like: Tensor) -> Tensor:
         return ops.constant(t, "add.Tensor", ops.constant(t, "arange.default", like, dtype=INT64, shape=row))
 
 
-def causal_mask(t: Trace, like: Tensor, window: int | None = None, *, skip: bool = True) -> Tensor | None:
+def causal_mask(
+    t: Trace, like: Tensor, window: int | None = None, *, skip: bool = True, ones: bool = False
+) -> Tensor | None:
     """The 4-D mask ``[b, 1, s, s]``: additive for eager attention, boolean for SDPA with real padding or a window.
 
     Without either SDPA and flash attention are told ``is_causal`` instead (masking_utils.py
@@ -118,6 +129,7 @@ def causal_mask(t: Trace, like: Tensor, window: int | None = None, *, skip: bool
     Args:
         window: length of the sliding window in tokens; None for a plain causal mask.
         skip: whether the model lets SDPA go without a mask.
+        ones: whether the model makes a padding mask of ones where the workload has none.
     """
     eager, padded = t.regime.attention == "eager", t.regime.attention_mask == "padded"
     windowed = window is not None and bool(t.dimensions.bindings["s"] >= window)
@@ -130,7 +142,7 @@ def causal_mask(t: Trace, like: Tensor, window: int | None = None, *, skip: bool
         for name in ("query", "key"):
             local(name, positions(t, like))
         allowed = local("allowed", _allowed(t, like, window))
-        if t.regime.attention_mask != "none":  # a mask of ones counts, too
+        if ones or t.regime.attention_mask != "none":  # a mask of ones counts, too
             allowed = local("allowed", _and(t, local("causal", _and(t, allowed)), full))
         if not eager:
             return ops.expand(t, allowed, full) if allowed.shape != t.squeezed(full) else allowed
@@ -163,10 +175,22 @@ def language_head(
     spec: ModelSpec,
     vocabulary: Tensor,
     scale: Callable[[Trace, Tensor], Tensor] | None = None,
+    *,
+    name: str = "lm_head",
+    bias: bool = False,
 ) -> None:
-    """``lm_head``, scale, soft cap and loss of `...ForCausalLM.forward`; leaves loss and logits in the graph."""
+    """The head, scale, soft cap and loss of `...ForCausalLM.forward`; leaves loss and logits in the graph.
+
+    Args:
+        hidden: hidden states ``[b, s, h]``.
+        vocabulary: the table that the head shares where embeddings are tied.
+        scale: what happens to the logits first.
+        name: of the head's module.
+        bias: whether the head has one.
+    """
+    tied = vocabulary if spec.tied_embeddings else None
     with t.call("", hidden) as local, t.loss_head():
-        logits = local("logits", vocabulary_head(t, "lm_head", hidden, vocabulary if spec.tied_embeddings else None))
+        logits = local("logits", vocabulary_head(t, name, hidden, tied, bias=bias))
         if scale is not None:
             logits = local("logits", scale(t, logits))
         if spec.final_softcap is not None:

@@ -74,6 +74,8 @@ class AttentionSpec(TokenMixerSpec):
     """Whether queries and keys are rotated (SmolLM3 and others leave it out in some layers)."""
     rotary_dim: int | None = attrs.field(default=None, validator=optional(_count(LARGEST_HIDDEN)))
     """Leading channels of a head that are rotated; None rotates all."""
+    causal: bool = attrs.field(default=True, validator=_flag)
+    """Whether a token sees only those before it; an encoder's see all."""
 
     def __attrs_post_init__(self) -> None:
         if self.heads % self.kv_heads:
@@ -125,6 +127,8 @@ class FeedForwardSpec:
     activation: str = attrs.field(default="silu", validator=instance_of(str))
     gated: bool = attrs.field(default=True, validator=_flag)
     bias: bool = attrs.field(default=False, validator=_flag)
+    dropout: float = attrs.field(default=0.0, validator=_rate)
+    """Rate on what comes out of the activation (BioGPT)."""
 
 
 @attrs.frozen

@@ -33,6 +33,7 @@ from simulator.blocks.heads import PROJECTIONS as PROJECTIONS
 from simulator.blocks.heads import Norm as Norm
 from simulator.blocks.heads import fused_states as fused_states
 from simulator.blocks.heads import head_dims as head_dims
+from simulator.blocks.heads import merge_heads as merge_heads
 from simulator.blocks.heads import separate_states as separate_states
 from simulator.blocks.latent_attention import complex_rotary_table as complex_rotary_table
 from simulator.blocks.latent_attention import latent_attention as latent_attention

@@ -41,6 +41,7 @@ BUILT_IN = {
     "glm_moe_dsa": ("simulator.families.counted.sparse_attention", "GlmMoeDsaConfig"),
     "gpt2": ("simulator.families.early.gpt2", "GPT2Config"),
     "gpt_bigcode": ("simulator.families.early.gpt_bigcode", "GPTBigCodeConfig"),
+    "gpt_neo": ("simulator.families.early.gpt_neo", "GPTNeoConfig"),
     "gpt_neox": ("simulator.families.early.gpt_neox", "GPTNeoXConfig"),
     "gpt_oss": ("simulator.families.counted.gpt_oss", "GptOssConfig"),
     "granite": ("simulator.families.dense.granite", "GraniteConfig"),

@@ -14,6 +14,9 @@ from simulator.ops.collective import all_reduce as all_reduce
 from simulator.ops.collective import gather_output as gather_output
 from simulator.ops.collective import reduce_scatter as reduce_scatter
 from simulator.ops.collective import replicated_input as replicated_input
+from simulator.ops.conditional import clamp as clamp
+from simulator.ops.conditional import masked_fill as masked_fill
+from simulator.ops.conditional import where as where
 from simulator.ops.dropout import dropout as dropout
 from simulator.ops.elementwise import add as add
 from simulator.ops.elementwise import add_into as add_into
@@ -73,6 +76,7 @@ from simulator.ops.shape import narrow as narrow
 from simulator.ops.shape import reshape as reshape
 from simulator.ops.shape import select as select
 from simulator.ops.shape import slices as slices
+from simulator.ops.shape import pairs as pairs
 from simulator.ops.shape import split as split
 from simulator.ops.shape import split_with_sizes as split_with_sizes
 from simulator.ops.shape import transpose as transpose
