@@ -76,6 +76,8 @@ class AttentionSpec(TokenMixerSpec):
     """Leading channels of a head that are rotated; None rotates all."""
     causal: bool = attrs.field(default=True, validator=_flag)
     """Whether a token sees only those before it; an encoder's see all."""
+    clipped: bool = attrs.field(default=False, validator=_flag)
+    """Whether queries, keys and values are clipped (MPT)."""
 
     def __attrs_post_init__(self) -> None:
         if self.heads % self.kv_heads:

@@ -51,6 +51,9 @@ from simulator.blocks.norms import layer_norm as layer_norm
 from simulator.blocks.norms import layer_norm_1p as layer_norm_1p
 from simulator.blocks.norms import llama_rms_norm as llama_rms_norm
 from simulator.blocks.rotary import apply_rotary as apply_rotary
+from simulator.blocks.rotary import cut_rotated as cut_rotated
+from simulator.blocks.rotary import half as half
+from simulator.blocks.rotary import join_rotated as join_rotated
 from simulator.blocks.rotary import rotary_tables as rotary_tables
 from simulator.blocks.rotary import rotate as rotate
 from simulator.blocks.rotary import rotate_in as rotate_in

@@ -24,7 +24,9 @@ ENTRY_POINTS = "vramsim.families"
 
 # model_type -> (module that registers it, its configuration class in transformers 5.23.0)
 BUILT_IN = {
+    "biogpt": ("simulator.families.early.biogpt", "BioGptConfig"),
     "bloom": ("simulator.families.early.bloom", "BloomConfig"),
+    "codegen": ("simulator.families.early.codegen", "CodeGenConfig"),
     "cohere2": ("simulator.families.dense.cohere2", "Cohere2Config"),
     "deepseek_v2": ("simulator.families.experts.deepseek_v2", "DeepseekV2Config"),
     "deepseek_v3": ("simulator.families.experts.deepseek_v3", "DeepseekV3Config"),
@@ -51,6 +53,7 @@ BUILT_IN = {
     "minimax_m2": ("simulator.families.experts.minimax_m2", "MiniMaxM2Config"),
     "mistral": ("simulator.families.dense.mistral", "MistralConfig"),
     "mixtral": ("simulator.families.experts.mixtral", "MixtralConfig"),
+    "mpt": ("simulator.families.early.mpt", "MptConfig"),
     "nemotron": ("simulator.families.dense.nemotron", "NemotronConfig"),
     "nemotron_h": ("simulator.families.counted.nemotron_h", "NemotronHConfig"),
     "olmo2": ("simulator.families.dense.olmo2", "Olmo2Config"),
