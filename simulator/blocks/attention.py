@@ -114,9 +114,7 @@ def attention(
 ) -> tuple[Tensor, Tensor | None]:
     """The attention interface that ``attn_implementation`` names; returns output ``[b, s, a, d]`` and weights."""
     if t.regime.attention == "eager":
-        return eager_attention(
-            t, query, key, value, mask, spec, fp32_softmax=fp32_softmax, cast_weights=cast_weights
-        )
+        return eager_attention(t, query, key, value, mask, spec, fp32_softmax=fp32_softmax, cast_weights=cast_weights)
     if t.regime.attention == "flash_attention_2":
         return flash_attention_2(t, query, key, value), None
     if t.regime.attention != "sdpa":

@@ -73,10 +73,10 @@ from simulator.ops.shape import contiguous as contiguous
 from simulator.ops.shape import expand as expand
 from simulator.ops.shape import filled as filled
 from simulator.ops.shape import narrow as narrow
+from simulator.ops.shape import pairs as pairs
 from simulator.ops.shape import reshape as reshape
 from simulator.ops.shape import select as select
 from simulator.ops.shape import slices as slices
-from simulator.ops.shape import pairs as pairs
 from simulator.ops.shape import split as split
 from simulator.ops.shape import split_with_sizes as split_with_sizes
 from simulator.ops.shape import transpose as transpose

@@ -1,4 +1,4 @@
-"""BioGPT (Luo et al. 2022, doi:10.1093/bib/bbac409): scaled embeddings, learned positions, a padding mask of its own."""
+"""BioGPT (Luo et al. 2022, doi:10.1093/bib/bbac409): scaled embeddings, learned positions, a mask of ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""CodeGen (Nijkamp et al., arXiv:2203.13474): GPT-J's layers, positions turned in pairs and in fp32, a head with bias."""
+"""CodeGen (Nijkamp et al., arXiv:2203.13474): layers of GPT-J, positions turned in fp32, a head with a bias."""
 
 from __future__ import annotations
 
@@ -153,9 +153,7 @@ def _twice(t: Trace, table: Tensor, channels: tuple[Dim, ...]) -> Tensor:
     return ops.constant(t, "clone.default", table, shape=(*table.shape[:-1], (), channels))
 
 
-def _attend(
-    t: Trace, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, rate: float
-) -> tuple[Tensor, Tensor]:
+def _attend(t: Trace, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, rate: float) -> tuple[Tensor, Tensor]:
     """`CodeGenAttention._attn`: scores are divided when the mask has been added."""
     with t.call("", query, key, value) as local:
         query, key = (local(name, ops.to(t, x, FP32)) for name, x in (("query", query), ("key", key)))

@@ -30,9 +30,7 @@ def read(config: ConfigReader) -> ModelSpec:
     feed_forward = FeedForwardSpec(width, config.activation("activation_function", "gelu_new"), gated=False, bias=True)
     window = config.size("window_size", 256, LARGEST_POSITIONS)
     layers = [
-        LayerSpec(
-            AttentionSpec(heads, heads, head_dim, dropout=dropout, output_bias=True, window=own), feed_forward
-        )
+        LayerSpec(AttentionSpec(heads, heads, head_dim, dropout=dropout, output_bias=True, window=own), feed_forward)
         for own in (window if kind == LOCAL else None for kind in _kinds(config))
     ]
     spec = read_decoder(config, hidden, layers, vocab=50257, tied=True)
@@ -107,9 +105,7 @@ def _block(t: Trace, x: Tensor, mask: Tensor, spec: ModelSpec, layer: LayerSpec)
         return ops.add(t, residual, mixed), weights
 
 
-def _attention(
-    t: Trace, x: Tensor, mask: Tensor, spec: ModelSpec, layer: AttentionSpec
-) -> tuple[Tensor, Tensor]:
+def _attention(t: Trace, x: Tensor, mask: Tensor, spec: ModelSpec, layer: AttentionSpec) -> tuple[Tensor, Tensor]:
     """`GPTNeoSelfAttention`: each layer has a mask of its own, as wide as the positions, beside the causal one."""
     heads, _, d = blocks.head_dims(t, layer)
     with t.call("attn", x) as local:

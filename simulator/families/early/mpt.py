@@ -12,7 +12,7 @@ from simulator.families.reader import ConfigReader
 from simulator.graph import Tensor
 from simulator.limits import LARGEST_HIDDEN, LARGEST_LAYERS, LARGEST_POSITIONS
 from simulator.model import AttentionSpec, FeedForwardSpec, LayerSpec, ModelSpec
-from simulator.trace import Trace
+from simulator.trace import Frame, Trace
 
 _ALIASES = {"num_attention_heads": "n_heads", "hidden_size": "d_model", "num_hidden_layers": "n_layers"}
 """attribute_map of MptConfig."""
@@ -69,26 +69,24 @@ def _alibi(t: Trace, like: Tensor, spec: ModelSpec) -> Tensor:
     positions = (t.dim("P", spec.max_positions),)
     with t.call("") as local:
         local("alibi", ops.constant(t, "arange.start", like, dtype=INT32, shape=(positions,)))
-        local("slopes", _slopes(t, like, spec.layers[0].attention.heads))
+        _slopes(t, like, spec.layers[0].attention.heads, local)
         return ops.constant(t, "mul.Tensor", like, dtype=FP32, shape=(heads, (), positions))
 
 
-def _slopes(t: Trace, like: Tensor, heads: int) -> Tensor:
+def _slopes(t: Trace, like: Tensor, heads: int, local: Frame) -> None:
     """One per head, picked from those of the next power of two."""
     power = 1 << (heads - 1).bit_length()
     shape = ((t.dim("a_power", power),),)
-    with t.call("") as local:
-        with t.call("") as inner:
-            inner("arange", ops.constant(t, "arange.start", like, dtype=INT64, shape=shape))
-            local("base", ops.constant(t, "_to_copy.default", like, dtype=FP32, shape=shape))
-        local("base", ops.constant(t, "mul.Tensor", like, dtype=FP32, shape=shape))
-        with t.call("") as inner:
-            inner("power", ops.constant(t, "pow.Scalar", like, dtype=FP32, shape=shape))
-            inner("reciprocal", ops.constant(t, "reciprocal.default", like, dtype=FP32, shape=shape))
-            slopes = local("slopes", ops.constant(t, "mul.Tensor", like, dtype=FP32, shape=shape))
-        if power == heads:
-            return slopes
-        return ops.constant(t, "cat.default", like, dtype=FP32, shape=shape)
+    with t.call("") as inner:
+        inner("arange", ops.constant(t, "arange.start", like, dtype=INT64, shape=shape))
+        local("base", ops.constant(t, "_to_copy.default", like, dtype=FP32, shape=shape))
+    local("base", ops.constant(t, "mul.Tensor", like, dtype=FP32, shape=shape))
+    with t.call("") as inner:
+        inner("power", ops.constant(t, "pow.Scalar", like, dtype=FP32, shape=shape))
+        inner("reciprocal", ops.constant(t, "reciprocal.default", like, dtype=FP32, shape=shape))
+        local("slopes", ops.constant(t, "mul.Tensor", like, dtype=FP32, shape=shape))
+    if power != heads:
+        local("slopes", ops.constant(t, "cat.default", like, dtype=FP32, shape=shape))
 
 
 def _block(t: Trace, x: Tensor, alibi: Tensor, mask: Tensor, layer: LayerSpec) -> tuple[Tensor, Tensor]:
@@ -114,9 +112,7 @@ def _mlp(t: Trace, x: Tensor, residual: Tensor, spec: FeedForwardSpec) -> Tensor
         return ops.add(t, out, residual)
 
 
-def _attention(
-    t: Trace, x: Tensor, alibi: Tensor, mask: Tensor, spec: AttentionSpec
-) -> tuple[Tensor, Tensor]:
+def _attention(t: Trace, x: Tensor, alibi: Tensor, mask: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
     """`MptAttention`: the bias, which is fp32, is added, and what the mask hides is filled."""
     heads, _, d = blocks.head_dims(t, spec)
     with t.call("attn", x) as local:
