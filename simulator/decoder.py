@@ -103,9 +103,14 @@ def only_eager(t: Trace, spec: ModelSpec) -> None:
         )
 
 
-def batch(t: Trace) -> tuple[Tensor, Tensor]:
-    """The micro-batch: token ids, labels and, where the workload has one, a padding mask; all int64."""
-    ids, labels = (t.input(name, "b", "s", dtype=INT64) for name in ("input_ids", "labels"))
+def batch(t: Trace, *, labelled: str = "tokens") -> tuple[Tensor, Tensor]:
+    """The micro-batch: token ids, labels and, where the workload has one, a padding mask; all int64.
+
+    Args:
+        labelled: what has a label, each of the ``tokens`` or each of the ``sequences``.
+    """
+    ids = t.input("input_ids", "b", "s", dtype=INT64)
+    labels = t.input("labels", *{"tokens": ("b", "s"), "sequences": ("b",)}[labelled], dtype=INT64)
     if t.regime.attention_mask != "none":
         t.input("attention_mask", "b", "s", dtype=INT64)
     return ids, labels

@@ -184,6 +184,15 @@ class LayerSpec:
 
 
 @attrs.frozen
+class ClassifierSpec:
+    """A head that sorts whole sequences into classes."""
+
+    classes: int = attrs.field(validator=_count(LARGEST_VOCAB))
+    dropout: float = attrs.field(default=0.0, validator=_rate)
+    """Rate on what the classifier reads."""
+
+
+@attrs.frozen
 class Part:
     """A part of a checkpoint whose parameters are counted but not simulated (a vision tower)."""
 
@@ -214,6 +223,10 @@ class ModelSpec:
     """Whether a norm follows the last layer."""
     parallel_blocks: bool = attrs.field(default=False, validator=_flag)
     """Whether attention and MLP of a layer read the same hidden states."""
+    token_types: int | None = attrs.field(default=None, validator=optional(_count(LARGEST_VOCAB)))
+    """Kinds of tokens (first and second sentence) with embeddings of their own; None without them."""
+    classifier: ClassifierSpec | None = attrs.field(default=None, validator=optional(instance_of(ClassifierSpec)))
+    """The head of a sequence classifier; None for a language model's."""
     parts: tuple[Part, ...] = ()
     """What the checkpoint holds beside the simulated decoder."""
     assumptions: tuple[str, ...] = ()

@@ -24,6 +24,7 @@ ENTRY_POINTS = "vramsim.families"
 
 # model_type -> (module that registers it, its configuration class in transformers 5.23.0)
 BUILT_IN = {
+    "bert": ("simulator.families.encoder.bert", "BertConfig"),
     "biogpt": ("simulator.families.early.biogpt", "BioGptConfig"),
     "bloom": ("simulator.families.early.bloom", "BloomConfig"),
     "codegen": ("simulator.families.early.codegen", "CodeGenConfig"),

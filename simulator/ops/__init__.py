@@ -72,6 +72,7 @@ from simulator.ops.shape import clone as clone
 from simulator.ops.shape import contiguous as contiguous
 from simulator.ops.shape import expand as expand
 from simulator.ops.shape import filled as filled
+from simulator.ops.shape import first as first
 from simulator.ops.shape import narrow as narrow
 from simulator.ops.shape import pairs as pairs
 from simulator.ops.shape import reshape as reshape

@@ -138,6 +138,12 @@ def select(t: Trace, x: Tensor, shape: Shape) -> Tensor:
     return _cut_out(t, "select.int", x, shape, tuple(d for d in x.memory if d != 3))
 
 
+def first(t: Trace, x: Tensor, axis: int) -> Tensor:
+    """``x.select(axis, 0)``: the first row of an `axis`; its gradient is padded back to the whole of `x`."""
+    shape = tuple(group for i, group in enumerate(x.shape) if i != axis % len(x.shape))
+    return _cut_out(t, "select.int", x, shape, tuple(d for d in x.memory if d not in x.shape[axis]))
+
+
 def _cut_out(t: Trace, name: str, x: Tensor, shape: Shape, memory: tuple[Dim, ...]) -> Tensor:
     out = t.view(x, shape, memory)
     out.dense = False
