@@ -125,7 +125,8 @@ def _attention(t: Trace, x: Tensor, alibi: Tensor, mask: Tensor, spec: Attention
             for name, part in zip("qkv", parts, strict=True)
         )
         scores = local("scores", ops.mul_scalar(t, ops.matmul(t, query, ops.transpose(t, key, 2, 3))))
-        scores = local("scores", ops.add(t, scores, alibi))
+        bias = ops.narrow(t, alibi, (heads, (), x.shape[1]))
+        scores = local("scores", ops.add(t, scores, bias))
         scores = local("scores", ops.masked_fill(t, scores, mask))
         with t.call("") as inner:
             probabilities = inner("softmax", ops.softmax(t, inner("float", ops.to(t, scores, FP32))))
