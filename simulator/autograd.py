@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from hardware.dtypes import FP32, DType
+from hardware.dtypes import DType
 from simulator.graph import ForwardGraph, Op, Shape, Storage, Tensor, flat, make_storage, make_tensor
 from simulator.recorder import Recorder
 from simulator.roles import Phase, Role
@@ -70,7 +70,7 @@ class Autograd:
         assert loss is not None
         assert loss.producer is not None
         self.recorder.phase = Phase.BACKWARD
-        seed = self.fresh("ones_like.default", loss.shape, FP32)
+        seed = self.fresh("ones_like.default", loss.shape, loss.dtype)
         self._made.clear()
         self.recorder.retain(seed.storage)  # the caller of backward() holds it to the end
         self._pending[loss.producer] = [seed]

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from hardware.dtypes import FP32, INT64
+from hardware.errors import UnsupportedError
 from simulator import ops
 from simulator.blocks import Norm, rotary_tables, token_embeddings, vocabulary_head, vocabulary_table
 from simulator.graph import Tensor
@@ -103,9 +104,22 @@ def _kinds(spec: ModelSpec) -> list[str]:
     return list(dict.fromkeys(map(_kind, spec.layers)))
 
 
-def batch(t: Trace) -> tuple[Tensor, Tensor]:
-    """The micro-batch: token ids, labels and, where the workload has one, a padding mask; all int64."""
-    ids, labels = (t.input(name, "b", "s", dtype=INT64) for name in ("input_ids", "labels"))
+def only_eager(t: Trace, spec: ModelSpec) -> None:
+    """Refuse every attention but ``eager`` for a family whose others are not there or not modelled."""
+    if t.regime.attention != "eager":
+        raise UnsupportedError(
+            f"'attention' must be eager with {spec.family}, the only one modelled, not {t.regime.attention!r}"
+        )
+
+
+def batch(t: Trace, *, labelled: str = "tokens") -> tuple[Tensor, Tensor]:
+    """The micro-batch: token ids, labels and, where the workload has one, a padding mask; all int64.
+
+    Args:
+        labelled: what has a label, each of the ``tokens`` or each of the ``sequences``.
+    """
+    ids = t.input("input_ids", "b", "s", dtype=INT64)
+    labels = t.input("labels", *{"tokens": ("b", "s"), "sequences": ("b",)}[labelled], dtype=INT64)
     if t.regime.attention_mask != "none":
         t.input("attention_mask", "b", "s", dtype=INT64)
     return ids, labels
@@ -118,10 +132,22 @@ def language_head(
     spec: ModelSpec,
     vocabulary: Tensor,
     scale: Callable[[Trace, Tensor], Tensor] | None = None,
+    *,
+    name: str = "lm_head",
+    bias: bool = False,
 ) -> None:
-    """``lm_head``, scale, soft cap and loss of `...ForCausalLM.forward`; leaves loss and logits in the graph."""
+    """The head, scale, soft cap and loss of `...ForCausalLM.forward`; leaves loss and logits in the graph.
+
+    Args:
+        hidden: hidden states ``[b, s, h]``.
+        vocabulary: the table that the head shares where embeddings are tied.
+        scale: what happens to the logits first.
+        name: of the head's module.
+        bias: whether the head has one.
+    """
+    tied = vocabulary if spec.tied_embeddings else None
     with t.call("", hidden) as local, t.loss_head():
-        logits = local("logits", vocabulary_head(t, "lm_head", hidden, vocabulary if spec.tied_embeddings else None))
+        logits = local("logits", vocabulary_head(t, name, hidden, tied, bias=bias))
         if scale is not None:
             logits = local("logits", scale(t, logits))
         if spec.final_softcap is not None:

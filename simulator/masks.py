@@ -29,7 +29,7 @@ def recurrent_mask(t: Trace) -> Tensor | None:
 
 
 def causal_mask(
-    t: Trace, like: Tensor, window: int | None = None, *, skip: bool = True, chunked: bool = False
+    t: Trace, like: Tensor, window: int | None = None, *, skip: bool = True, ones: bool = False, chunked: bool = False
 ) -> Tensor | None:
     """The 4-D mask ``[b, 1, s, s]``: additive for eager attention, boolean for SDPA with real padding or a window.
 
@@ -39,6 +39,7 @@ def causal_mask(
     Args:
         window: length of the sliding window in tokens; None for a plain causal mask.
         skip: whether the model lets SDPA go without a mask.
+        ones: whether the model makes a padding mask of ones where the workload has none.
         chunked: whether the window is a chunk.
     """
     eager, padded = t.regime.attention == "eager", t.regime.attention_mask == "padded"
@@ -56,7 +57,7 @@ def causal_mask(
             allowed = local("allowed", _allowed_in_chunks(t, like))
         else:
             allowed = local("allowed", _allowed(t, like, window))
-        if t.regime.attention_mask != "none":  # a mask of ones counts, too
+        if ones or t.regime.attention_mask != "none":  # a mask of ones counts, too
             allowed = local("allowed", _and(t, local("causal", _and(t, allowed)), full))
         if not eager:
             return ops.expand(t, allowed, full) if allowed.shape != t.squeezed(full) else allowed

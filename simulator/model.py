@@ -74,6 +74,10 @@ class AttentionSpec(TokenMixerSpec):
     """Whether queries and keys are rotated (SmolLM3 and others leave it out in some layers)."""
     rotary_dim: int | None = attrs.field(default=None, validator=optional(_count(LARGEST_HIDDEN)))
     """Leading channels of a head that are rotated; None rotates all."""
+    causal: bool = attrs.field(default=True, validator=_flag)
+    """Whether a token sees only those before it; an encoder's see all."""
+    clipped: bool = attrs.field(default=False, validator=_flag)
+    """Whether queries, keys and values are clipped (MPT)."""
 
     def __attrs_post_init__(self) -> None:
         if self.heads % self.kv_heads:
@@ -165,6 +169,8 @@ class FeedForwardSpec:
     activation: str = attrs.field(default="silu", validator=instance_of(str))
     gated: bool = attrs.field(default=True, validator=_flag)
     bias: bool = attrs.field(default=False, validator=_flag)
+    dropout: float = attrs.field(default=0.0, validator=_rate)
+    """Rate on what comes out of the activation (BioGPT)."""
 
 
 @attrs.frozen
@@ -218,6 +224,15 @@ class LayerSpec:
 
 
 @attrs.frozen
+class ClassifierSpec:
+    """A head that sorts whole sequences into classes."""
+
+    classes: int = attrs.field(validator=_count(LARGEST_VOCAB))
+    dropout: float = attrs.field(default=0.0, validator=_rate)
+    """Rate on what the classifier reads."""
+
+
+@attrs.frozen
 class Part:
     """A part of a checkpoint whose parameters are counted but not simulated (a vision tower)."""
 
@@ -248,6 +263,10 @@ class ModelSpec:
     """Whether a norm follows the last layer."""
     parallel_blocks: bool = attrs.field(default=False, validator=_flag)
     """Whether attention and MLP of a layer read the same hidden states."""
+    token_types: int | None = attrs.field(default=None, validator=optional(_count(LARGEST_VOCAB)))
+    """Kinds of tokens (first and second sentence) with embeddings of their own; None without them."""
+    classifier: ClassifierSpec | None = attrs.field(default=None, validator=optional(instance_of(ClassifierSpec)))
+    """The head of a sequence classifier; None for a language model's."""
     parts: tuple[Part, ...] = ()
     """What the checkpoint holds beside the simulated decoder."""
     assumptions: tuple[str, ...] = ()

@@ -36,8 +36,8 @@ CHECKPOINTING = ("none", "full")
 _PERCENTAGE = re.compile(r"([0-9]{1,2}(?:\.[0-9]{1,9})?)\s*%")
 #: ``2.13``, or all that `torch.__version__` says, such as ``2.6.0+cu124``.
 _TORCH_VERSION = re.compile(r"([0-9]{1,3})\.([0-9]{1,3})(?:[.+a-z].{0,40})?")
-#: transformers refuses ``sdpa`` for a model with soft-capped scores, and for one with sinks.
-_DEFAULT_ATTENTION = {"gemma2": "eager", "gpt_oss": "eager"}
+#: transformers refuses ``sdpa`` for a model with soft-capped scores or sinks, and some classes have none.
+_DEFAULT_ATTENTION = dict.fromkeys(("bloom", "codegen", "gemma2", "gpt_neo", "gpt_oss", "mpt"), "eager")
 #: The newest version whose behaviour was compared with recordings, and the default.
 NEWEST_TORCH = (2, 13)
 
@@ -205,7 +205,7 @@ def _check_task(task: str) -> None:
 
 def _sequence(length: int, model: ModelSpec) -> int:
     """Learned positions end where their table ends; rotary ones only get worse."""
-    if families.get(model.family).learned_positions and length > model.max_positions:
+    if families.get(model.family).bounded_positions and length > model.max_positions:
         raise UsageError(f"'seq-len' must be at most the model's {model.max_positions} positions: {length}; shorten it")
     return length
 

@@ -32,6 +32,7 @@ from simulator.blocks.heads import PROJECTIONS as PROJECTIONS
 from simulator.blocks.heads import Norm as Norm
 from simulator.blocks.heads import fused_states as fused_states
 from simulator.blocks.heads import head_dims as head_dims
+from simulator.blocks.heads import merge_heads as merge_heads
 from simulator.blocks.heads import separate_states as separate_states
 from simulator.blocks.latent_attention import complex_rotary_table as complex_rotary_table
 from simulator.blocks.latent_attention import latent_attention as latent_attention
@@ -52,6 +53,9 @@ from simulator.blocks.norms import llama4_norm as llama4_norm
 from simulator.blocks.norms import llama_rms_norm as llama_rms_norm
 from simulator.blocks.norms import unit_norm as unit_norm
 from simulator.blocks.rotary import apply_rotary as apply_rotary
+from simulator.blocks.rotary import cut_rotated as cut_rotated
+from simulator.blocks.rotary import half as half
+from simulator.blocks.rotary import join_rotated as join_rotated
 from simulator.blocks.rotary import rotary_tables as rotary_tables
 from simulator.blocks.rotary import rotate as rotate
 from simulator.blocks.rotary import rotate_halves as rotate_halves

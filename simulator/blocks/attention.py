@@ -32,9 +32,22 @@ def repeat_kv(t: Trace, x: Tensor, heads: tuple[Dim, ...]) -> Tensor:
 
 
 def eager_attention(
-    t: Trace, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, spec: AttentionSpec, *, fp32_softmax: bool
+    t: Trace,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    spec: AttentionSpec,
+    *,
+    fp32_softmax: bool,
+    cast_weights: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """`eager_attention_forward` of the llama family (``fp32_softmax``) and of gpt2; returns output and weights."""
+    """`eager_attention_forward`; returns output and weights.
+
+    Args:
+        fp32_softmax: whether the softmax is in fp32 and the output made contiguous (the llama family), or not (gpt2).
+        cast_weights: whether weights go to the dtype of the values; else the output is made contiguous (bert, biogpt).
+    """
     with t.call("", query, key, value) as local:
         key = local("key", repeat_kv(t, key, query.shape[1]))
         value = local("value", repeat_kv(t, value, query.shape[1]))
@@ -49,10 +62,10 @@ def eager_attention(
             weights = local("weights", ops.to(t, ops.softmax(t, weights, FP32), query.dtype))
         else:
             weights = local("weights", ops.softmax(t, weights))
-            weights = local("weights", ops.to(t, weights, value.dtype))
+            weights = local("weights", ops.to(t, weights, value.dtype) if cast_weights else weights)
         weights = local("weights", ops.dropout(t, weights, spec.dropout))
         output = ops.transpose(t, ops.matmul(t, weights, value), 1, 2)
-        return (ops.contiguous(t, output) if fp32_softmax else output), weights
+        return (output if cast_weights and not fp32_softmax else ops.contiguous(t, output)), weights
 
 
 def sdpa_attention(
@@ -67,7 +80,10 @@ def sdpa_attention(
     if not grouped:
         key, value = (repeat_kv(t, x, query.shape[1]) for x in (key, value))
     with t.call("", query, key, value) as local:
-        out = local("out", ops.scaled_dot_product_attention(t, query, key, value, mask, spec.dropout, spec.head_dim))
+        out = ops.scaled_dot_product_attention(
+            t, query, key, value, mask, spec.dropout, spec.head_dim, causal=spec.causal
+        )
+        local("out", out)
         return ops.contiguous(t, ops.transpose(t, out, 1, 2))
 
 
@@ -92,11 +108,19 @@ def flash_attention_2(t: Trace, query: Tensor, key: Tensor, value: Tensor) -> Te
 
 
 def attention(
-    t: Trace, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, spec: AttentionSpec, *, fp32_softmax: bool
+    t: Trace,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    spec: AttentionSpec,
+    *,
+    fp32_softmax: bool,
+    cast_weights: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """The attention interface that ``attn_implementation`` names; returns output ``[b, s, a, d]`` and weights."""
     if t.regime.attention == "eager":
-        return eager_attention(t, query, key, value, mask, spec, fp32_softmax=fp32_softmax)
+        return eager_attention(t, query, key, value, mask, spec, fp32_softmax=fp32_softmax, cast_weights=cast_weights)
     if t.regime.attention == "flash_attention_2":
         return flash_attention_2(t, query, key, value), None
     if t.regime.attention != "sdpa":

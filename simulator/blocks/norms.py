@@ -54,10 +54,11 @@ def unit_norm(t: Trace, x: Tensor) -> Tensor:
     return ops.to(t, output, x.dtype)
 
 
-def layer_norm(t: Trace, name: str, x: Tensor) -> Tensor:
+def layer_norm(t: Trace, name: str, x: Tensor, *, bias: bool = True) -> Tensor:
     """An `nn.LayerNorm` over the last axis."""
     with t.call(name, x):
-        return ops.layer_norm(t, x, t.parameter("weight", *x.shape[-1]), t.parameter("bias", *x.shape[-1]))
+        weight = t.parameter("weight", *x.shape[-1])
+        return ops.layer_norm(t, x, weight, t.parameter("bias", *x.shape[-1]) if bias else None)
 
 
 def cohere_layer_norm(t: Trace, name: str, x: Tensor) -> Tensor:

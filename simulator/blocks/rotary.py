@@ -95,21 +95,27 @@ def rotate_part(
         rebind: whether what is then joined takes the names of what was rotated (models/glm/modeling_glm.py).
     """
     with t.call("", query, key) as local:
-        cut = [_cut(t, x, cos.shape[-1]) for x in (query, key)]
+        cut = [cut_rotated(t, x, cos.shape[-1]) for x in (query, key)]
         if join_late:
             turned = [local(f"embed{i}", apply_rotary(t, first, cos, sin)) for i, (first, _) in enumerate(cut)]
             for i, (x, (_, rest)) in enumerate(zip(turned, cut, strict=True)):
-                turned[i] = _join(t, x, rest, query)
+                turned[i] = join_rotated(t, x, rest, query)
                 if rebind:
                     local(f"embed{i}", turned[i])
             return turned[0], turned[1]
         embeds: list[Tensor] = []
         for x, (first, rest) in zip((query, key), cut, strict=True):
-            embeds.append(local(f"embed{len(embeds)}", _join(t, apply_rotary(t, first, cos, sin), rest, x)))
+            embeds.append(local(f"embed{len(embeds)}", join_rotated(t, apply_rotary(t, first, cos, sin), rest, x)))
         return embeds[0], embeds[1]
 
 
-def _cut(t: Trace, x: Tensor, rotated: tuple[Dim, ...]) -> tuple[Tensor, Tensor]:
+def half(t: Trace, axis: tuple[Dim, ...]) -> tuple[Dim, ...]:
+    """Half of an axis of one dimension."""
+    (d,) = axis
+    return (t.dim(f"{d}/2", t.dimensions.bindings[str(d)] // 2),)
+
+
+def cut_rotated(t: Trace, x: Tensor, rotated: tuple[Dim, ...]) -> tuple[Tensor, Tensor]:
     """Leading channels and the rest, which is empty where all are rotated: its gradient is whole all the same."""
     sizes = t.dimensions.bindings
     rest = t.dim("d_passed", product(x.shape[-1], sizes) - product(rotated, sizes))
@@ -117,7 +123,8 @@ def _cut(t: Trace, x: Tensor, rotated: tuple[Dim, ...]) -> tuple[Tensor, Tensor]
     return first, ops.narrow(t, x, (*x.shape[:-1], (rest,)))
 
 
-def _join(t: Trace, first: Tensor, rest: Tensor, like: Tensor) -> Tensor:
+def join_rotated(t: Trace, first: Tensor, rest: Tensor, like: Tensor) -> Tensor:
+    """Rotated channels and the rest behind them, as many as `like` has."""
     shape = (*first.shape[:-1], like.shape[-1])
     return ops.cat(t, [first, rest], shape, flat(shape))
 
@@ -131,7 +138,6 @@ def apply_rotary(t: Trace, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def _rotate_half(t: Trace, x: Tensor) -> Tensor:
     with t.call("", x) as local:
-        d = x.shape[-1][0]
-        half = (*x.shape[:-1], (t.dim(f"{d}/2", t.dimensions.bindings[str(d)] // 2),))
-        first, second = (local(n, part) for n, part in zip(("x1", "x2"), ops.slices(t, x, half, 2), strict=True))
+        parts = ops.slices(t, x, (*x.shape[:-1], half(t, x.shape[-1])), 2)
+        first, second = (local(n, part) for n, part in zip(("x1", "x2"), parts, strict=True))
         return ops.cat(t, [ops.neg(t, second), first], x.shape, x.memory)

@@ -24,7 +24,10 @@ ENTRY_POINTS = "vramsim.families"
 
 # model_type -> (module that registers it, its configuration class in transformers 5.23.0)
 BUILT_IN = {
+    "bert": ("simulator.families.encoder.bert", "BertConfig"),
+    "biogpt": ("simulator.families.early.biogpt", "BioGptConfig"),
     "bloom": ("simulator.families.early.bloom", "BloomConfig"),
+    "codegen": ("simulator.families.early.codegen", "CodeGenConfig"),
     "cohere2": ("simulator.families.dense.cohere2", "Cohere2Config"),
     "deepseek_v2": ("simulator.families.experts.deepseek_v2", "DeepseekV2Config"),
     "deepseek_v3": ("simulator.families.experts.deepseek_v3", "DeepseekV3Config"),
@@ -41,6 +44,7 @@ BUILT_IN = {
     "glm_moe_dsa": ("simulator.families.counted.sparse_attention", "GlmMoeDsaConfig"),
     "gpt2": ("simulator.families.early.gpt2", "GPT2Config"),
     "gpt_bigcode": ("simulator.families.early.gpt_bigcode", "GPTBigCodeConfig"),
+    "gpt_neo": ("simulator.families.early.gpt_neo", "GPTNeoConfig"),
     "gpt_neox": ("simulator.families.early.gpt_neox", "GPTNeoXConfig"),
     "gpt_oss": ("simulator.families.experts.gpt_oss", "GptOssConfig"),
     "granite": ("simulator.families.dense.granite", "GraniteConfig"),
@@ -51,6 +55,7 @@ BUILT_IN = {
     "minimax_m2": ("simulator.families.experts.minimax_m2", "MiniMaxM2Config"),
     "mistral": ("simulator.families.dense.mistral", "MistralConfig"),
     "mixtral": ("simulator.families.experts.mixtral", "MixtralConfig"),
+    "mpt": ("simulator.families.early.mpt", "MptConfig"),
     "nemotron": ("simulator.families.dense.nemotron", "NemotronConfig"),
     "nemotron_h": ("simulator.families.counted.nemotron_h", "NemotronHConfig"),
     "olmo2": ("simulator.families.dense.olmo2", "Olmo2Config"),
@@ -80,8 +85,8 @@ class Family:
     """Its configuration class; the text before `Config` also starts the names of its architectures."""
     aliases: Mapping[str, str] = attrs.field(factory=dict)
     """Other names of keys, other -> own (the class's `attribute_map`)."""
-    learned_positions: bool = False
-    """Whether positions are rows of a table, which ends a sequence where it ends."""
+    bounded_positions: bool = False
+    """Whether a table or a mask as long as `max_positions` ends every sequence."""
     forward: Callable[..., Any] | None = None
     """The graph recipe that follows transformers."""
     implementations: Mapping[str, str] = attrs.field(factory=dict)

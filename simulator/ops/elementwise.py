@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from hardware.dtypes import BOOL, FP32, DType
+from hardware.dtypes import FP32, DType
 from simulator.autograd import Autograd
 from simulator.graph import BackwardRule, Op, Shape, Tensor, flat
 from simulator.roles import Role
@@ -121,25 +121,6 @@ def div_scalar(t: Trace, x: Tensor) -> Tensor:
 def add_scalar(t: Trace, x: Tensor) -> Tensor:
     """``x + number``: the gradient passes through untouched."""
     return unary(t, "add.Tensor", x, ())
-
-
-def clamp(t: Trace, x: Tensor, *, bounds: int = 2) -> Tensor:
-    """``torch.clamp`` between `bounds` numbers, 1 or 2: its input says where the gradient passes."""
-    out = t.fresh("clamp.default", x.shape, x.dtype, x.memory)
-    t.emit("clamp.default", [x], [out], saves=[x], backward=_clamp_backward, bounds=bounds)
-    return out
-
-
-def _clamp_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients:
-    """``where(x >= smallest and x <= largest, grad, 0)`` (torch/csrc/autograd/FunctionsManual.cpp `clamp_backward`)."""
-    (gradient,) = gradients
-    assert gradient is not None
-    (x,) = op.inputs
-    used = [engine.fresh("scalar_tensor.default", (), gradient.dtype)]
-    used += [engine.fresh("le.Scalar", x.shape, BOOL, x.memory) for _ in range(op.attributes["bounds"])]
-    result = engine.like("where.self", gradient)
-    engine.free(*used)
-    return [result]
 
 
 def constant(t: Trace, name: str, x: Tensor, *, dtype: DType | None = None, shape: Shape | None = None) -> Tensor:
@@ -269,19 +250,6 @@ def _mul_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients:
     for_y = engine.like("mul.Tensor", gradient, promote(gradient, x)) if y.requires_grad else None
     for_x = engine.like("mul.Tensor", gradient, promote(gradient, y)) if x.requires_grad else None
     return [for_x, for_y]
-
-
-def masked_fill(t: Trace, x: Tensor, mask: Tensor) -> Tensor:
-    """``x.masked_fill(mask, number)``: the mask is saved, and fills the gradient with 0."""
-    out = t.fresh("masked_fill.Scalar", x.shape, x.dtype, x.memory)
-    t.emit("masked_fill.Scalar", [x, mask], [out], saves=[mask], backward=_masked_fill_backward)
-    return out
-
-
-def _masked_fill_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients:
-    (gradient,) = gradients
-    assert gradient is not None
-    return [engine.like("masked_fill.Scalar", gradient), None]
 
 
 def recomputed_gelu(t: Trace, x: Tensor) -> Tensor:

@@ -169,6 +169,13 @@ def _cat_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients:
     return [engine.view(gradient, x.shape, x.memory) for x in op.inputs]
 
 
+def pairs(t: Trace, first: Tensor, second: Tensor, shape: Shape) -> Tensor:
+    """``torch.stack((first, second), -1).flatten(-2)``, elements of both in turn: backward takes the gradient apart."""
+    out = t.fresh("stack.default", shape, first.dtype)
+    t.emit("stack.default", [first, second], [out], backward=_cat_backward)
+    return out
+
+
 def filled(t: Trace, parts: list[Tensor], shape: Shape) -> Tensor:
     """``x.new_empty(shape)`` into whose last axis `parts` are copied one after the other (`CopySlices`)."""
     out = t.fresh("new_empty.default", shape, parts[0].dtype)

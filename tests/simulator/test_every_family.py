@@ -54,7 +54,7 @@ def test_nothing_shrinks_when_a_size_grows(family, data):
 def test_the_smallest_model_and_the_longest_sequence(family):
     """One layer, few heads, a vocabulary of one; one token, and a million or as many as there are positions."""
     sketch = SKETCHES[family]
-    longest = 1024 if families.get(family).learned_positions else 10**6
+    longest = 1024 if families.get(family).bounded_positions else 10**6
     smallest = {**sketch.fixed, **sketch.sizes, **sketch.choices[0]}
     config = {"model_type": family, "max_position_embeddings": longest, **smallest}
     model = spec_from_config(config, "smallest")

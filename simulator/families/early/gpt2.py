@@ -106,6 +106,6 @@ families.add(
         config_class="GPT2Config",
         aliases=ALIASES,
         implementations=_OTHERS,
-        learned_positions=True,
+        bounded_positions=True,
     ),
 )

@@ -92,6 +92,6 @@ def _key_per_head(t: Trace, x: Tensor, spec: AttentionSpec) -> list[Tensor]:
 families.add(
     "gpt_bigcode",
     Family(
-        "gpt_bigcode", read, forward=forward, config_class="GPTBigCodeConfig", aliases=ALIASES, learned_positions=True
+        "gpt_bigcode", read, forward=forward, config_class="GPTBigCodeConfig", aliases=ALIASES, bounded_positions=True
     ),
 )

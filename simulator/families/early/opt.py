@@ -137,4 +137,4 @@ def _attention(t: Trace, x: Tensor, mask: Tensor | None, spec: AttentionSpec) ->
         return blocks.projection(t, "out_proj", out, ("h",), spec.bias), weights
 
 
-families.add("opt", Family("opt", read, forward=forward, config_class="OPTConfig", learned_positions=True))
+families.add("opt", Family("opt", read, forward=forward, config_class="OPTConfig", bounded_positions=True))
