@@ -48,21 +48,27 @@ def _update(step: OptimizerStep, parameter: Parameter) -> None:
     clamped = _matrix(step, parameter, "clamp.default", ())
     step.free([norm])
     step.free([clamped])
-    for _ in range(NEWTON_SCHULZ_STEPS):
-        _newton_schulz(step, parameter)
+    for iteration in range(NEWTON_SCHULZ_STEPS):
+        _newton_schulz(step, parameter, iteration)
     orthogonal = step.unbind("ortho_grad")
     for name in ("gram_matrix", "gram_update"):
         step.local(name, None)
     step.local("update", orthogonal)
 
 
-def _newton_schulz(step: OptimizerStep, parameter: Parameter) -> None:
-    """One iteration: the Gram matrix of the shorter side, a polynomial of it, and the product with the update."""
+def _newton_schulz(step: OptimizerStep, parameter: Parameter, iteration: int) -> None:
+    """The Gram matrix of the shorter side, a polynomial of it, and the product with the update.
+
+    Each lives until the next iteration's is there, so that their names need its number.
+    """
     rows, columns = step.sides(parameter)
     side = min((rows, columns), key=step.count)
-    step.local("gram_matrix", _matrix(step, parameter, "mm.default", (*side, *side)))
-    step.local("gram_update", _matrix(step, parameter, "addmm.default", (*side, *side), "gram_update"))
-    step.local("ortho_grad", _matrix(step, parameter, "addmm.default", parameter.dims, "ortho_grad"))
+    for name, op, dims in (
+        ("gram_matrix", "mm.default", (*side, *side)),
+        ("gram_update", "addmm.default", (*side, *side)),
+        ("ortho_grad", "addmm.default", parameter.dims),
+    ):
+        step.local(name, _matrix(step, parameter, op, dims, f"{name}.{iteration}"))
 
 
 def _matrix(
