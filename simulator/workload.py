@@ -151,6 +151,8 @@ class Training:
     """``none`` (``set_to_none=True``) or ``zero``."""
     experts: str = "grouped_mm"
     """transformers' ``experts_implementation`` of models with mixtures of experts."""
+    optimizer_in_backward: bool = False
+    """Whether a hook runs each parameter's own optimizer as soon as its gradient is there, and frees the gradient."""
     implementation: str = "transformers"
     """Whose code of the model is run; each family has some of `MODEL_IMPLEMENTATIONS`."""
     loss: str = "default"
@@ -186,8 +188,20 @@ class Training:
             )
         if self.clip is not None and not 0 < self.clip < float("inf"):
             raise UsageError(f"'clip' must be a finite number > 0: {self.clip}; leave it out not to clip")
+        if self.optimizer_in_backward:
+            self._check_optimizer_in_backward()
         if self.autocast is not None and self.weights != FP32:
             raise UsageError(f"'autocast' goes with fp32 weights, not {self.weights}: choose one of the two")
+
+    def _check_optimizer_in_backward(self) -> None:
+        """Each gradient is gone before the next is there: nothing can be summed over or kept."""
+        fails = "'optimizer_in_backward' frees each gradient within backward"
+        if self.gradient_accumulation > 1:
+            raise UsageError(f"{fails}, so none can accumulate: set 'gradient_accumulation' to 1")
+        if self.clip is not None:
+            raise UsageError(f"{fails}, so there is no global norm: leave 'clip' out")
+        if self.zero_grad != "none":
+            raise UsageError(f"{fails}, so none is set to zero: leave 'zero_grad' at none")
 
 
 def _check_count(field: str, value: object, largest: int) -> None:

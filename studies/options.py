@@ -59,6 +59,7 @@ class TrainingOptions:
     clip: float | None = None
     zero_grad: str | None = None
     keep_outputs: bool = False
+    optimizer_in_backward: bool = False
     torch: str | None = None
     implementation: str | None = None
     loss: str | None = None
@@ -105,6 +106,7 @@ def resolve(options: TrainingOptions, model: ModelSpec, world: int = 1) -> Resol
         sdpa_backend=chosen["sdpa_backend"],
         attention_mask=chosen["padding"],
         keep_outputs=options.keep_outputs,
+        optimizer_in_backward=options.optimizer_in_backward,
         clip=options.clip,
         zero_grad=chosen["zero_grad"],
         torch=_version(chosen["torch"]),

@@ -150,11 +150,12 @@ class OptimizerStep:
 
     def shared_state(self, name: str, dims: Iterable[Dim], dtype: DType, op: str) -> None:
         """Make a state that all parameters share with kernel `op`, unless an earlier step made it."""
-        key = (self.parameters[0].storage, name)
-        if key not in self._states:
-            made = make_storage(f"optimizer.{name}", tuple(dims), dtype, Role.OPTIMIZER_STATE)
-            self._states[key] = made
-            self._record(op, None, [made])
+        first = self.parameters[0].storage
+        slot = first.slot if len(self.parameters) == 1 else None
+        if (first, name) not in self._states:
+            made = make_storage(f"optimizer.{name}", tuple(dims), dtype, Role.OPTIMIZER_STATE, slot)
+            self._states[first, name] = made
+            self._record(op, slot, [made])
 
     def constructed_state(self, parameter: Parameter, name: str, dims: Iterable[Dim], dtype: DType) -> None:
         """State `name` of `parameter` is made by the optimizer's constructor, as loading is."""

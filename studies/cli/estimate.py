@@ -46,6 +46,9 @@ def command(
     keep_outputs: Annotated[
         bool, typer.Option("--keep-outputs", help="The outputs are held through backward.")
     ] = False,
+    optimizer_in_backward: Annotated[
+        bool, typer.Option("--optimizer-in-backward", help="Each weight is updated as soon as its gradient is there.")
+    ] = False,
     torch: Annotated[Text, typer.Option(help="PyTorch version whose behaviour is simulated.")] = None,
     implementation: Annotated[
         Text,
