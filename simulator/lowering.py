@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import attrs
 
 from hardware.errors import UnsupportedError
+from simulator.grad_scaler import GradScaler
 from simulator.graph import Storage
 from simulator.micro_batch import AfterForward, MicroBatch
 from simulator.optimizer_in_backward import OptimizerInBackward
@@ -50,6 +51,12 @@ class _Lowering:
             if plan.hooks or plan.tensor_parallel:
                 raise UnsupportedError("'optimizer_in_backward' with a strategy is not modelled: leave one of them out")
             self.runtimes.append(OptimizerInBackward(self.job, self._update))
+        if self.training.grad_scaler:
+            if plan.tensor_parallel or not all(runtime.unscales for runtime in self.runtimes):
+                raise UnsupportedError(
+                    "'grad_scaler' with a strategy other than ddp is not modelled: leave one of them out"
+                )
+            self.runtimes.insert(0, GradScaler(self.job))
         self._cold_differs = any(runtime.cold_differs for runtime in self.runtimes)
         self._second_differs = any(runtime.second_differs for runtime in self.runtimes)
         self._first_differs = any(runtime.first_differs for runtime in self.runtimes)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import attrs
 
-from hardware.dtypes import FP32, DType
-from hardware.errors import UsageError, unknown_name
+from hardware.dtypes import FP16, FP32, DType
+from hardware.errors import UnsupportedError, UsageError, unknown_name
 
 #: Optimizers, and the ways torch (or transformers) can run each; the first is its default on a GPU.
 IMPLEMENTATIONS = {
@@ -151,6 +151,8 @@ class Training:
     """``none`` (``set_to_none=True``) or ``zero``."""
     experts: str = "grouped_mm"
     """transformers' ``experts_implementation`` of models with mixtures of experts."""
+    grad_scaler: bool = False
+    """Whether ``torch.amp.GradScaler`` scales the loss and unscales the gradients, which goes with fp16."""
     optimizer_in_backward: bool = False
     """Whether a hook runs each parameter's own optimizer as soon as its gradient is there, and frees the gradient."""
     implementation: str = "transformers"
@@ -188,10 +190,25 @@ class Training:
             )
         if self.clip is not None and not 0 < self.clip < float("inf"):
             raise UsageError(f"'clip' must be a finite number > 0: {self.clip}; leave it out not to clip")
+        if self.grad_scaler:
+            self._check_grad_scaler()
         if self.optimizer_in_backward:
             self._check_optimizer_in_backward()
         if self.autocast is not None and self.weights != FP32:
             raise UsageError(f"'autocast' goes with fp32 weights, not {self.weights}: choose one of the two")
+
+    def _check_grad_scaler(self) -> None:
+        """What `GradScaler` refuses (torch/amp/grad_scaler.py `_unscale_grads_`), and what is not modelled of it."""
+        if FP16 not in (self.autocast, self.weights):
+            raise UsageError("'grad_scaler' is for fp16: set 'autocast' to fp16, or leave it out")
+        if self.weights == FP16 and (self.optimizer.implementation != "fused" or self.clip is not None):
+            way_out = "set 'autocast' to fp16 with fp32 weights, or 'implementation' to fused and no 'clip'"
+            raise UsageError(f"'grad_scaler' does not unscale the gradients of fp16 weights: {way_out}")
+        if self.optimizer_in_backward:
+            raise UsageError("'grad_scaler' unscales gradients after backward: leave 'optimizer_in_backward' out")
+        if self.optimizer.name == "muon" or self.implementation in MEGATRON:
+            with_what = "muon" if self.optimizer.name == "muon" else self.implementation
+            raise UnsupportedError(f"'grad_scaler' with {with_what} is not modelled: leave it out")
 
     def _check_optimizer_in_backward(self) -> None:
         """Each gradient is gone before the next is there: nothing can be summed over or kept."""
