@@ -31,8 +31,12 @@ def mixed(**changes):
 @settings(max_examples=25, deadline=None)
 @given(model_specs(max_layers=4), trainings())
 def test_it_keeps_two_scalars_and_no_more_than_a_few_others_at_a_time(model, training):
-    assume(training.autocast == FP16 and training.optimizer.name != "muon")
-    without, scaled = (simulate(model, attrs.evolve(training, grad_scaler=flag), []) for flag in (False, True))
+    training = attrs.evolve(training, weights=FP32, autocast=FP16)
+    assume(training.optimizer.name != "muon")
+    try:
+        without, scaled = (simulate(model, attrs.evolve(training, grad_scaler=flag), []) for flag in (False, True))
+    except UnsupportedError:
+        return
     assert scaled.steady.start_bytes - without.steady.start_bytes == 2 * ALLOCATION_GRANULARITY
     assert scaled.steady.end_bytes == scaled.steady.start_bytes
     for one, other in ((scaled.cold, without.cold), (scaled.steady, without.steady)):
