@@ -10,10 +10,11 @@ from hardware.errors import UnsupportedError
 from simulator.grad_scaler import GradScaler
 from simulator.graph import Storage
 from simulator.micro_batch import AfterForward, MicroBatch
+from simulator.model import AttentionSpec, ModelSpec
 from simulator.optimizer_in_backward import OptimizerInBackward
 from simulator.optimizers import optimizers
 from simulator.optimizers.clipping import clip_gradient_norm
-from simulator.optimizers.step import OptimizerStep, Parameter
+from simulator.optimizers.step import OptimizerStep, Parameter, Surroundings
 from simulator.plan import TRAINABLE_TENSORS, Plan
 from simulator.program import Node, Repeat, Seq, TreeBuilder
 from simulator.recorder import Step
@@ -148,8 +149,13 @@ class _Lowering:
 
     def _optimizer_step(self, updated: Sequence[Parameter], held: Sequence[Parameter]) -> OptimizerStep:
         self._check_whole(updated)
-        dimensions = self.plan.dimensions
-        return OptimizerStep(self.training.optimizer, updated, TRAINABLE_TENSORS, self._states, dimensions, held)
+        surroundings = Surroundings(
+            tensors=TRAINABLE_TENSORS,
+            dimensions=self.plan.dimensions,
+            heads=_heads(self.plan.model),
+            kernel_workspace=self.training.kernel_workspace,
+        )
+        return OptimizerStep(self.training.optimizer, updated, self._states, surroundings, held)
 
     def _run(self, step: OptimizerStep) -> None:
         """Record the optimizer's work on all of its groups."""
@@ -180,3 +186,9 @@ class _Lowering:
         for runtime in self.runtimes:
             runtime.after_step(step)
         return [self.builder.tree(step.steps)] if step.steps else []  # plain SGD allocates nothing at all
+
+
+def _heads(model: ModelSpec) -> int:
+    """Attention heads of the first layer that has any."""
+    mixers = (layer.token_mixer for layer in model.layers)
+    return next((mixer.heads for mixer in mixers if isinstance(mixer, AttentionSpec)), 1)

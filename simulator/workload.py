@@ -22,6 +22,7 @@ IMPLEMENTATIONS = {
     "adamw_paged": ("for-loop",),
     "adamw_8bit_paged": ("for-loop",),
     "lion_8bit": ("for-loop",),
+    "adam_mini": ("for-loop",),
 }
 #: Options that some optimizers have, and those that have them; every optimizer has the others.
 OPTIONS = {
@@ -32,7 +33,7 @@ OPTIONS = {
     "maximize": ("adam", "adamw", "sgd", "adagrad", "rmsprop"),
 }
 #: Optimizers whose rule needs each weight as the model has it.
-WHOLE_WEIGHTS = ("adagrad", "muon", "adamw_8bit", "adamw_paged", "adamw_8bit_paged", "lion_8bit")
+WHOLE_WEIGHTS = ("adagrad", "muon", "adamw_8bit", "adamw_paged", "adamw_8bit_paged", "lion_8bit", "adam_mini")
 #: Optimizers whose big states are managed memory, which the driver moves between host and device.
 PAGED = ("adamw_paged", "adamw_8bit_paged")
 #: Weight decay when none is given (the defaults of the classes' constructors); what matters is whether it is zero.
