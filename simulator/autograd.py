@@ -73,7 +73,7 @@ class Autograd:
         seed = self.fresh("ones_like.default", loss.shape, loss.dtype)
         self._made.clear()
         self.recorder.retain(seed.storage)  # the caller of backward() holds it to the end
-        self._pending[loss.producer] = [seed]
+        self._pending[loss.producer] = [self._loss_gradient(seed)]
         for index in range(loss.producer, -1, -1):
             gradients = self._pending.pop(index, None)
             if gradients is not None:
@@ -81,6 +81,14 @@ class Autograd:
         for runtime in self._runtimes:
             runtime.end_backward()
         self.recorder.release(seed.storage)
+
+    def _loss_gradient(self, seed: Tensor) -> Tensor:
+        gradient = seed
+        for runtime in self._runtimes:
+            given, gradient = gradient, runtime.seed(self, gradient)
+            if gradient is not given:
+                self._replace(given, gradient)
+        return gradient
 
     # what rules call -----------------------------------------------------------------------------------------------
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import attrs
 
-from hardware.dtypes import FP32, DType
-from hardware.errors import UsageError, unknown_name
+from hardware.dtypes import FP16, FP32, DType
+from hardware.errors import UnsupportedError, UsageError, unknown_name
 
 #: Optimizers, and the ways torch (or transformers) can run each; the first is its default on a GPU.
 IMPLEMENTATIONS = {
@@ -22,6 +22,7 @@ IMPLEMENTATIONS = {
     "adamw_paged": ("for-loop",),
     "adamw_8bit_paged": ("for-loop",),
     "lion_8bit": ("for-loop",),
+    "adam_mini": ("for-loop",),
 }
 #: Options that some optimizers have, and those that have them; every optimizer has the others.
 OPTIONS = {
@@ -32,7 +33,7 @@ OPTIONS = {
     "maximize": ("adam", "adamw", "sgd", "adagrad", "rmsprop"),
 }
 #: Optimizers whose rule needs each weight as the model has it.
-WHOLE_WEIGHTS = ("adagrad", "muon", "adamw_8bit", "adamw_paged", "adamw_8bit_paged", "lion_8bit")
+WHOLE_WEIGHTS = ("adagrad", "muon", "adamw_8bit", "adamw_paged", "adamw_8bit_paged", "lion_8bit", "adam_mini")
 #: Optimizers whose big states are managed memory, which the driver moves between host and device.
 PAGED = ("adamw_paged", "adamw_8bit_paged")
 #: Weight decay when none is given (the defaults of the classes' constructors); what matters is whether it is zero.
@@ -151,6 +152,10 @@ class Training:
     """``none`` (``set_to_none=True``) or ``zero``."""
     experts: str = "grouped_mm"
     """transformers' ``experts_implementation`` of models with mixtures of experts."""
+    grad_scaler: bool = False
+    """Whether ``torch.amp.GradScaler`` scales the loss and unscales the gradients, which goes with fp16."""
+    optimizer_in_backward: bool = False
+    """Whether a hook runs each parameter's own optimizer as soon as its gradient is there, and frees the gradient."""
     implementation: str = "transformers"
     """Whose code of the model is run; each family has some of `MODEL_IMPLEMENTATIONS`."""
     loss: str = "default"
@@ -186,8 +191,35 @@ class Training:
             )
         if self.clip is not None and not 0 < self.clip < float("inf"):
             raise UsageError(f"'clip' must be a finite number > 0: {self.clip}; leave it out not to clip")
+        if self.grad_scaler:
+            self._check_grad_scaler()
+        if self.optimizer_in_backward:
+            self._check_optimizer_in_backward()
         if self.autocast is not None and self.weights != FP32:
             raise UsageError(f"'autocast' goes with fp32 weights, not {self.weights}: choose one of the two")
+
+    def _check_grad_scaler(self) -> None:
+        """What `GradScaler` refuses (torch/amp/grad_scaler.py `_unscale_grads_`), and what is not modelled of it."""
+        if FP16 not in (self.autocast, self.weights):
+            raise UsageError("'grad_scaler' is for fp16: set 'autocast' to fp16, or leave it out")
+        if self.weights == FP16 and (self.optimizer.implementation != "fused" or self.clip is not None):
+            way_out = "set 'autocast' to fp16 with fp32 weights, or 'implementation' to fused and no 'clip'"
+            raise UsageError(f"'grad_scaler' does not unscale the gradients of fp16 weights: {way_out}")
+        if self.optimizer_in_backward:
+            raise UsageError("'grad_scaler' unscales gradients after backward: leave 'optimizer_in_backward' out")
+        if self.optimizer.name == "muon" or self.implementation in MEGATRON:
+            with_what = "muon" if self.optimizer.name == "muon" else self.implementation
+            raise UnsupportedError(f"'grad_scaler' with {with_what} is not modelled: leave it out")
+
+    def _check_optimizer_in_backward(self) -> None:
+        """Each gradient is gone before the next is there: nothing can be summed over or kept."""
+        fails = "'optimizer_in_backward' frees each gradient within backward"
+        if self.gradient_accumulation > 1:
+            raise UsageError(f"{fails}, so none can accumulate: set 'gradient_accumulation' to 1")
+        if self.clip is not None:
+            raise UsageError(f"{fails}, so there is no global norm: leave 'clip' out")
+        if self.zero_grad != "none":
+            raise UsageError(f"{fails}, so none is set to zero: leave 'zero_grad' at none")
 
 
 def _check_count(field: str, value: object, largest: int) -> None:

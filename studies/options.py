@@ -16,7 +16,7 @@ from simulator.families import families
 from simulator.mesh import Mesh
 from simulator.model import ExpertsSpec, ModelSpec
 from simulator.plan import Strategy
-from simulator.workload import LARGEST_ACCUMULATION, OPTIONS, PAGED, Optimizer, Training
+from simulator.workload import LARGEST_ACCUMULATION, MEGATRON, OPTIONS, PAGED, Optimizer, Training
 from strategies.checkpointing import FullCheckpointing
 from studies.parallelism import Degrees, parallelise
 
@@ -61,6 +61,8 @@ class TrainingOptions:
     clip: float | None = None
     zero_grad: str | None = None
     keep_outputs: bool = False
+    grad_scaler: bool | None = None
+    optimizer_in_backward: bool = False
     torch: str | None = None
     implementation: str | None = None
     loss: str | None = None
@@ -96,18 +98,22 @@ def resolve(options: TrainingOptions, model: ModelSpec, world: int = 1) -> Resol
     weights, autocast = _look_up("dtype", chosen["dtype"], DTYPES)
     degrees = Degrees(**{field.name: getattr(options, field.name) for field in attrs.fields(Degrees)})
     mesh, strategies, assumed = parallelise(options.strategy, degrees, world)
+    optimizer = parse_optimizer(chosen["optimizer"])
+    scaled, why_scaled = _grad_scaler(options, autocast, optimizer, strategies)
     training = Training(
         micro_batch=chosen["micro_batch"],
         seq_len=_sequence(chosen["seq_len"], model),
         gradient_accumulation=_accumulation(options, chosen, mesh.dp),
         weights=weights,
         autocast=autocast,
-        optimizer=parse_optimizer(chosen["optimizer"]),
+        optimizer=optimizer,
         attention=chosen["attention"],
         sdpa_backend=chosen["sdpa_backend"],
         attention_mask=chosen["padding"],
         experts=chosen["experts"],
         keep_outputs=options.keep_outputs,
+        grad_scaler=scaled,
+        optimizer_in_backward=options.optimizer_in_backward,
         clip=options.clip,
         zero_grad=chosen["zero_grad"],
         torch=_version(chosen["torch"]),
@@ -115,7 +121,7 @@ def resolve(options: TrainingOptions, model: ModelSpec, world: int = 1) -> Resol
         loss=chosen["loss"],
     )
     strategies = (*_strategies(chosen["checkpointing"]), *strategies)
-    return Resolved(training, mesh, strategies, (*chosen.assumed(training), *assumed, *model.assumptions))
+    return Resolved(training, mesh, strategies, (*chosen.assumed(training), *why_scaled, *assumed, *model.assumptions))
 
 
 class _Chosen:
@@ -201,6 +207,26 @@ def _check_task(task: str) -> None:
         raise UnsupportedError(f"'task' {task} is not modelled yet; modelled: {', '.join(TASKS)}")
     if task not in TASKS:
         raise unknown_name("task", task, (*TASKS, *UNMODELLED_TASKS))
+
+
+def _grad_scaler(
+    options: TrainingOptions, autocast: DType | None, optimizer: Optimizer, strategies: Sequence[Strategy]
+) -> tuple[bool, list[str]]:
+    """Whether gradients are scaled and, where that is not said, the assumption: as transformers' Trainer does it.
+
+    Its ``fp16=True`` is autocast with a scaler (accelerate's `Accelerator` makes it for ``mixed_precision="fp16"``).
+    """
+    if options.grad_scaler is not None:
+        return options.grad_scaler, []
+    if autocast != FP16:
+        return False, []
+    others = [strategy.name for strategy in strategies if strategy.name != "ddp"]
+    others += [options.implementation] if options.implementation in MEGATRON else []
+    others += [optimizer.name] if optimizer.name == "muon" else []
+    others += ["--optimizer-in-backward"] if options.optimizer_in_backward else []
+    if others:
+        return False, [f"--no-grad-scaler: the scaler of fp16 with {others[0]} is not modelled"]
+    return True, ["--grad-scaler (torch.amp.GradScaler, as with the fp16=True of transformers' Trainer)"]
 
 
 def _sequence(length: int, model: ModelSpec) -> int:

@@ -327,13 +327,14 @@ SKETCHES: dict[str, Sketch] = {
     "deepseek_v2": attrs.evolve(_LATENT, fixed=_LATENT.fixed | {"topk_method": "group_limited_greedy"}),
     **dict.fromkeys(("deepseek_v3", "kimi_k2"), _LATENT),
     "qwen3_next": Sketch(
-        _MANY.sizes
+        {key: size for key, size in _MANY.sizes.items() if key != "num_hidden_layers"}
         | {"head_dim": 32, "shared_expert_intermediate_size": 8, "linear_key_head_dim": 8, "linear_value_head_dim": 8},
         tuple(
             heads | {"linear_num_key_heads": keys, "linear_num_value_heads": 4, "num_experts_per_tok": 2}
             for heads in _HEADS
             for keys in (1, 4)
         ),
+        {"num_hidden_layers": 4},
     ),
 }
 

@@ -59,15 +59,28 @@ class Parameter:
         return self.storage.dtype
 
 
+@attrs.frozen(kw_only=True)
+class Surroundings:
+    """What an optimizer may have to know of the run besides its weights."""
+
+    tensors: str
+    """Name of the dimension that counts the trainable tensors of the whole model."""
+    dimensions: Dimensions
+    """The dimension table, for states and temporaries whose size is derived from a weight's."""
+    heads: int = 1
+    """Attention heads, for optimizers that treat heads apart."""
+    kernel_workspace: bool = True
+    """Whether to count what kernels allocate for themselves."""
+
+
 class OptimizerStep:
     """Records one optimizer step.
 
     Args:
         optimizer: the options.
         parameters: the weights to update, in the order of ``model.parameters()``.
-        tensors: name of the dimension that counts the trainable tensors of the whole model.
         states: what earlier steps left, by parameter and name; a cold step starts with none and fills it.
-        dimensions: the dimension table, for states and temporaries whose size is derived from a weight's.
+        surroundings: what else there is.
         held: all that have a gradient on this rank, if those are more than it updates.
     """
 
@@ -75,19 +88,19 @@ class OptimizerStep:
         self,
         optimizer: Optimizer,
         parameters: Sequence[Parameter],
-        tensors: str,
         states: dict[tuple[Storage, str], Storage],
-        dimensions: Dimensions,
+        surroundings: Surroundings,
         held: Sequence[Parameter] | None = None,
     ) -> None:
         self.optimizer = optimizer
         self.parameters = parameters
         self.held = parameters if held is None else held
-        self.tensors = tensors
+        self.tensors = surroundings.tensors
         self.steps: list[Step] = []
         self.constructed: list[Storage] = []
         """States that the optimizer's constructor makes, before the first micro-batch."""
-        self._dimensions = dimensions
+        self.surroundings = surroundings
+        self._dimensions = surroundings.dimensions
         self._states = states
         self._locals: dict[str, Storage] = {}
 
@@ -111,7 +124,7 @@ class OptimizerStep:
 
     def part(self, parameters: Sequence[Parameter], optimizer: Optimizer) -> OptimizerStep:
         """What `optimizer` does with some of the parameters, recorded here."""
-        step = OptimizerStep(optimizer, parameters, self.tensors, self._states, self._dimensions)
+        step = OptimizerStep(optimizer, parameters, self._states, self.surroundings)
         step.steps, step.constructed = self.steps, self.constructed
         return step
 
@@ -148,13 +161,18 @@ class OptimizerStep:
             self._states[key] = made
             self._record(op, parameter.storage.slot, [made])
 
+    def has_state(self, parameter: Parameter, name: str) -> bool:
+        """Whether an earlier step made state `name` of `parameter`."""
+        return (parameter.storage, name) in self._states
+
     def shared_state(self, name: str, dims: Iterable[Dim], dtype: DType, op: str) -> None:
         """Make a state that all parameters share with kernel `op`, unless an earlier step made it."""
-        key = (self.parameters[0].storage, name)
-        if key not in self._states:
-            made = make_storage(f"optimizer.{name}", tuple(dims), dtype, Role.OPTIMIZER_STATE)
-            self._states[key] = made
-            self._record(op, None, [made])
+        first = self.parameters[0].storage
+        slot = first.slot if len(self.parameters) == 1 else None
+        if (first, name) not in self._states:
+            made = make_storage(f"optimizer.{name}", tuple(dims), dtype, Role.OPTIMIZER_STATE, slot)
+            self._states[first, name] = made
+            self._record(op, slot, [made])
 
     def constructed_state(self, parameter: Parameter, name: str, dims: Iterable[Dim], dtype: DType) -> None:
         """State `name` of `parameter` is made by the optimizer's constructor, as loading is."""
@@ -194,6 +212,14 @@ class OptimizerStep:
         made = make_storage(label, tuple(dims), dtype, Role.OPTIMIZER, parameter.storage.slot)
         self._record(op, parameter.storage.slot, [made])
         return made
+
+    def workspace(self, parameter: Parameter, op: str, dims: Iterable[Dim], dtype: DType) -> list[Storage]:
+        """What kernel `op` allocates for itself, unseen by the dispatcher, as far as that is counted."""
+        if not self.surroundings.kernel_workspace:
+            return []
+        made = self.temporary(parameter, f"{op} (workspace)", dims, dtype)
+        made.role = Role.WORKSPACE
+        return [made]
 
     def like(self, parameter: Parameter, op: str, name: str | None = None) -> Storage:
         """A temporary with the shape and dtype of `parameter`."""

@@ -49,6 +49,13 @@ def command(
     keep_outputs: Annotated[
         bool, typer.Option("--keep-outputs", help="The outputs are held through backward.")
     ] = False,
+    grad_scaler: Annotated[
+        bool | None,
+        typer.Option("--grad-scaler/--no-grad-scaler", help="torch.amp.GradScaler; by default with amp-fp16."),
+    ] = None,
+    optimizer_in_backward: Annotated[
+        bool, typer.Option("--optimizer-in-backward", help="Each weight is updated as soon as its gradient is there.")
+    ] = False,
     torch: Annotated[Text, typer.Option(help="PyTorch version whose behaviour is simulated.")] = None,
     implementation: Annotated[
         Text,

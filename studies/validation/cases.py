@@ -29,7 +29,7 @@ _DROPOUT_RATES = {
 }
 #: Options of a case that change memory and that we simulate with one value only -> that value.
 _FIXED = {"mode": "train", "lora": None, "device": "cuda", "fake": True, "emulate": True}
-_SWITCHES = ("checkpointing", "attention_mask", "keep_outputs", "dropout_off")
+_SWITCHES = ("checkpointing", "attention_mask", "keep_outputs", "dropout_off", "optimizer_in_backward", "grad_scaler")
 _SIMULATED = {"dtype", "autocast", "attn", "sdpa_backend", "experts", "batch", "seq", "grad_accum", "optimizer", "clip"}
 _SIMULATED |= {"zero_grad", *_SWITCHES}
 #: Options that leave dense training as it is: where to record, inference, the model's name (its line has it).
@@ -147,6 +147,8 @@ def _training(case: Mapping[str, Any]) -> Training:
         attention_mask="full" if case.get("attention_mask") else "none",
         keep_outputs=bool(case.get("keep_outputs")),
         clip=case.get("clip") or None,
+        grad_scaler=bool(case.get("grad_scaler")),
+        optimizer_in_backward=bool(case.get("optimizer_in_backward")),
         zero_grad=case.get("zero_grad", "none"),
         # the oracle runs a CPU build of torch: it has no fused silu_backward, and cannot see inside kernels
         fused_activation_backward=False,
