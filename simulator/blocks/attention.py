@@ -122,8 +122,11 @@ def rotary_attention(
             made.append(local(name, ops.transpose(t, split, 1, 2)))
         query, key, value = made
         with t.call("", query, key) as inner:
-            query = inner("q_embed", apply_rotary(t, query, *tables))
-            key = apply_rotary(t, key, *tables)
+            if t.regime.kernels.rotary == "liger":
+                query, key = ops.liger_rotary(t, query, key, tables[0], tables[1])
+            else:
+                query = inner("q_embed", apply_rotary(t, query, *tables))
+                key = apply_rotary(t, key, *tables)
         local("q", query)
         local("k", key)
         out, weights = attention(t, query, key, value, mask, spec, fp32_softmax=True)

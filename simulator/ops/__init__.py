@@ -17,6 +17,7 @@ from simulator.ops.dropout import dropout as dropout
 from simulator.ops.elementwise import add as add
 from simulator.ops.elementwise import add_scalar as add_scalar
 from simulator.ops.elementwise import constant as constant
+from simulator.ops.elementwise import div_constant as div_constant
 from simulator.ops.elementwise import div_scalar as div_scalar
 from simulator.ops.elementwise import gelu as gelu
 from simulator.ops.elementwise import mul as mul
@@ -32,6 +33,10 @@ from simulator.ops.elementwise import tanh as tanh
 from simulator.ops.elementwise import to as to
 from simulator.ops.embedding import embedding as embedding
 from simulator.ops.embedding import vocabulary_embedding as vocabulary_embedding
+from simulator.ops.fused_loss import liger_linear_cross_entropy as liger_linear_cross_entropy
+from simulator.ops.liger import liger_rms_norm as liger_rms_norm
+from simulator.ops.liger import liger_rotary as liger_rotary
+from simulator.ops.liger import liger_silu_mul as liger_silu_mul
 from simulator.ops.loss import log_softmax as log_softmax
 from simulator.ops.loss import nll_loss as nll_loss
 from simulator.ops.loss import parallel_cross_entropy as parallel_cross_entropy

@@ -50,6 +50,12 @@ def command(
     implementation: Annotated[
         Text, typer.Option(help="Whose code the model is: transformers, torchtitan, plain (nn.Module) or megatron.")
     ] = None,
+    kernels: Annotated[
+        Text, typer.Option(help="eager, liger, or PART=liger[,...] of norm, rotary, swiglu and loss.")
+    ] = None,
+    items_in_batch: Annotated[
+        bool, typer.Option("--items-in-batch", help="num_items_in_batch is passed, as transformers' Trainer does.")
+    ] = False,
     strategy: Annotated[
         list[str] | None, typer.Option(help="NAME[,option=value...] (see vramsim strategies); may be repeated.")
     ] = None,
