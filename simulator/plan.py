@@ -9,6 +9,7 @@ from typing import Protocol
 import attrs
 
 from hardware.dtypes import DType
+from hardware.errors import UnsupportedError
 from simulator.families import families
 from simulator.graph import ForwardGraph
 from simulator.layout import Layout, layout_of, unrolled_layout
@@ -87,6 +88,7 @@ class Plan:
 
     @cached_property
     def _trace(self) -> Trace:
+        _check_kernels(self)
         model, training = self.model, self.training
         values = {"b": training.micro_batch, "s": training.seq_len, "h": model.hidden, "V": model.vocab}
         trace = Trace(_regime(self), Dimensions(values))
@@ -176,6 +178,20 @@ def apply(plan: Plan, strategies: Sequence[Strategy]) -> Plan:
     return plan
 
 
+def _check_kernels(plan: Plan) -> None:
+    """Refuse replaced kernels where they were not compared with recordings."""
+    training, family = plan.training, plan.model.family
+    if training.kernels.replaced and family != "llama":
+        raise UnsupportedError(f"'kernels' other than eager are modelled for llama, not for {family}: leave them out")
+    if not (training.kernels.replaced or training.items_in_batch):
+        return
+    field = "kernels" if training.kernels.replaced else "items_in_batch"
+    if plan.hooks or plan.tensor_parallel:
+        raise UnsupportedError(
+            f"{field!r} cannot be combined with {', '.join(plan.applied)} yet: leave one of them out"
+        )
+
+
 def _regime(plan: Plan) -> Regime:
     training = plan.training
     return Regime(
@@ -191,11 +207,13 @@ def _regime(plan: Plan) -> Regime:
         tensor_subclasses=training.tensor_subclasses,
         implementation=training.implementation,
         loss=training.loss,
-        loss_division=training.gradient_accumulation > 1 and not plan.scaled_loss,
+        loss_division=training.gradient_accumulation > 1 and not (plan.scaled_loss or training.items_in_batch),
         scaled_loss=plan.scaled_loss,
         keep_inputs=training.keep_inputs,
         any_sdpa_backend=training.any_sdpa_backend,
         cast_inputs=plan.cast_inputs,
         tensor_parallel=plan.tensor_parallel,
+        kernels=training.kernels,
+        items_in_batch=training.items_in_batch,
         memory_efficient_linear=plan.memory_efficient_linear,
     )

@@ -12,6 +12,7 @@ import attrs
 from hardware.dtypes import BF16, FP16, FP32, DType
 from hardware.errors import UnsupportedError, UsageError, unknown_name
 from hardware.units import parse
+from simulator.kernels import LIGER, PARTS, Kernels
 from simulator.mesh import Mesh
 from simulator.model import ModelSpec
 from simulator.plan import Strategy
@@ -37,6 +38,8 @@ _PERCENTAGE = re.compile(r"([0-9]{1,2}(?:\.[0-9]{1,9})?)\s*%")
 _TORCH_VERSION = re.compile(r"([0-9]{1,3})\.([0-9]{1,3})(?:[.+a-z].{0,40})?")
 #: transformers refuses ``sdpa`` for a model with soft-capped scores.
 _DEFAULT_ATTENTION = {"gemma2": "eager"}
+#: ``--kernels``: every part from one library.
+_KERNELS = {"eager": Kernels(), "liger": LIGER}
 #: The newest version whose behaviour was compared with recordings, and the default.
 NEWEST_TORCH = (2, 13)
 
@@ -62,6 +65,9 @@ class TrainingOptions:
     torch: str | None = None
     implementation: str | None = None
     loss: str | None = None
+    kernels: str | None = None
+    """``eager``, ``liger`` or ``PART=liger[,...]``."""
+    items_in_batch: bool = False
     strategy: Sequence[str] = ()
     """Each ``NAME[,option=value...]``, applied in order after checkpointing."""
     tp: int | None = None
@@ -110,6 +116,8 @@ def resolve(options: TrainingOptions, model: ModelSpec, world: int = 1) -> Resol
         torch=_version(chosen["torch"]),
         implementation=chosen["implementation"],
         loss=chosen["loss"],
+        kernels=parse_kernels(chosen["kernels"]),
+        items_in_batch=options.items_in_batch,
     )
     strategies = (*_strategies(chosen["checkpointing"]), *strategies)
     return Resolved(training, mesh, strategies, (*chosen.assumed(training), *assumed, *model.assumptions))
@@ -134,6 +142,7 @@ class _Chosen:
             "torch": _dotted(NEWEST_TORCH),
             "implementation": "transformers",
             "loss": "default",
+            "kernels": "eager",
         }
         self._family = model.family
 
@@ -150,6 +159,9 @@ class _Chosen:
             lines.append("gradients are not clipped (--clip)")
         if not self._options.keep_outputs:
             lines.append("the model's outputs are dropped before backward (--keep-outputs holds them)")
+        if training.kernels.norm == "liger" and "multiprocessors" not in str(self._options.kernels):
+            count = training.kernels.multiprocessors
+            lines.append(f"--kernels multiprocessors={count} (an H100 SXM's; of the norms' backward)")
         defaults = _optimizer_defaults(self["optimizer"], training.optimizer)
         lines += [f"options of --optimizer: {','.join(defaults)}"] if defaults else []
         if training.optimizer.name in PAGED:
@@ -249,6 +261,31 @@ def parse_optimizer(text: str) -> Optimizer:
             raise UsageError(f"'optimizer' must name {key!r} once: {text!r}")
         values[key] = _typed(key, value)
     return Optimizer(name=name, **values)
+
+
+def parse_kernels(text: str) -> Kernels:
+    """``eager``, ``liger`` or ``PART=LIBRARY[,...]``, for instance ``norm=liger,loss=liger``; options may follow."""
+    first, *others = text.split(",")
+    base, settings = (_KERNELS[first], others) if first in _KERNELS else (Kernels(), [first, *others])
+    values: dict[str, Any] = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise unknown_name("kernels", setting, (*_KERNELS, *(f"{part}=liger" for part in PARTS)))
+        if key in values:
+            raise UsageError(f"'kernels' must name {key!r} once: {text!r}")
+        values[key] = _kernel_value(key, value)
+    return attrs.evolve(base, **values)
+
+
+def _kernel_value(key: str, value: str) -> Any:
+    if key not in (*PARTS, "multiprocessors"):
+        raise unknown_name("part of --kernels", key, (*PARTS, "multiprocessors"))
+    if key in PARTS:
+        return value
+    if not re.fullmatch("[0-9]{1,9}", value):
+        raise UsageError(f"'multiprocessors' must be a whole number: {value!r}")
+    return int(value)
 
 
 def _typed(key: str, value: str) -> Any:

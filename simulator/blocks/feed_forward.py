@@ -27,6 +27,9 @@ def gated_mlp(
     with t.call(names[0], x) as local:
         x = local("x", module_input(t, names[0], x))
         gate = projection(t, names[1], x, width, spec.bias)
+        if t.regime.kernels.swiglu == "liger":
+            up = projection(t, names[2], x, width, spec.bias)
+            return projection(t, names[3], _fused_swiglu(t, gate, up, spec), ("h",), spec.bias)
         with t.call("act_fn", gate):
             active = activation(t, spec.activation, gate)
         up = projection(t, names[2], x, width, spec.bias)
@@ -50,6 +53,13 @@ def fused_gated_mlp(t: Trace, x: Tensor, spec: FeedForwardSpec) -> Tensor:
             active = activation(t, spec.activation, gate)
         states = local("up_states", ops.mul(t, up, active))
         return projection(t, "down_proj", states, ("h",), spec.bias)
+
+
+def _fused_swiglu(t: Trace, gate: Tensor, up: Tensor, spec: FeedForwardSpec) -> Tensor:
+    """`LigerSwiGLUMLP` (liger_kernel/transformers/swiglu.py), whose projections have no biases."""
+    if spec.activation not in SILU or spec.bias:
+        raise UnsupportedError("'kernels' of swiglu must be eager unless the activation is silu and nothing has a bias")
+    return ops.liger_silu_mul(t, gate, up)
 
 
 def dropout_add(t: Trace, x: Tensor, residual: Tensor, rate: float) -> Tensor:

@@ -16,6 +16,8 @@ def llama_rms_norm(t: Trace, name: str, x: Tensor, *, weight_in_fp32: bool = Fal
     """
     with t.call(name, x) as local:
         weight = t.vector("weight", x.shape[-1])
+        if t.regime.kernels.norm == "liger":
+            return ops.liger_rms_norm(t, x, weight)
         hidden = local("hidden", ops.to(t, x, FP32))
         variance = local("variance", ops.mean(t, ops.power(t, hidden)))
         hidden = local("hidden", ops.mul(t, hidden, ops.rsqrt(t, ops.add_scalar(t, variance))))

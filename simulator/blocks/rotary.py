@@ -45,6 +45,9 @@ def rotary_tables(
 def rotate(t: Trace, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """`apply_rotary_pos_emb` (models/llama/modeling_llama.py)."""
     with t.call("", query, key) as local:
+        if t.regime.kernels.rotary == "liger":
+            query, key = ops.liger_rotary(t, query, key, cos, sin)
+            return query, key
         return local("q_embed", apply_rotary(t, query, cos, sin)), apply_rotary(t, key, cos, sin)
 
 

@@ -20,6 +20,7 @@ from simulator.ops.elementwise import add_into as add_into
 from simulator.ops.elementwise import add_scalar as add_scalar
 from simulator.ops.elementwise import constant as constant
 from simulator.ops.elementwise import div_into as div_into
+from simulator.ops.elementwise import div_constant as div_constant
 from simulator.ops.elementwise import div_scalar as div_scalar
 from simulator.ops.elementwise import gelu as gelu
 from simulator.ops.elementwise import mul as mul
@@ -49,6 +50,10 @@ from simulator.ops.indexing import take_row as take_row
 from simulator.ops.indexing import top_k as top_k
 from simulator.ops.indexing import top_k_constant as top_k_constant
 from simulator.ops.loss import compiled_cross_entropy as compiled_cross_entropy
+from simulator.ops.fused_loss import liger_linear_cross_entropy as liger_linear_cross_entropy
+from simulator.ops.liger import liger_rms_norm as liger_rms_norm
+from simulator.ops.liger import liger_rotary as liger_rotary
+from simulator.ops.liger import liger_silu_mul as liger_silu_mul
 from simulator.ops.loss import log_softmax as log_softmax
 from simulator.ops.loss import nll_loss as nll_loss
 from simulator.ops.loss import parallel_cross_entropy as parallel_cross_entropy

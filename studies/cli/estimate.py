@@ -56,6 +56,12 @@ def command(
     loss: Annotated[
         Text, typer.Option(help="default, te_fused (megatron), chunked or chunked_compiled (torchtune).")
     ] = None,
+    kernels: Annotated[
+        Text, typer.Option(help="eager, liger, or PART=liger[,...] of norm, rotary, swiglu and loss.")
+    ] = None,
+    items_in_batch: Annotated[
+        bool, typer.Option("--items-in-batch", help="num_items_in_batch is passed, as transformers' Trainer does.")
+    ] = False,
     strategy: Annotated[
         list[str] | None, typer.Option(help="NAME[,option=value...] (see vramsim strategies); may be repeated.")
     ] = None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import attrs
 
 from hardware.dtypes import TRAINING_DTYPES, DType, dtype
 from hardware.errors import UnsupportedError, UsageError
+from simulator.kernels import PARTS, Kernels
 from simulator.model import ModelSpec
 from simulator.plan import Strategy
 from simulator.reading import spec_from_class
@@ -29,9 +30,9 @@ _DROPOUT_RATES = {
 }
 #: Options of a case that change memory and that we simulate with one value only -> that value.
 _FIXED = {"mode": "train", "lora": None, "device": "cuda", "fake": True, "emulate": True}
-_SWITCHES = ("checkpointing", "attention_mask", "keep_outputs", "dropout_off")
+_SWITCHES = ("checkpointing", "attention_mask", "keep_outputs", "dropout_off", "items_in_batch")
 _SIMULATED = {"dtype", "autocast", "attn", "sdpa_backend", "experts", "batch", "seq", "grad_accum", "optimizer", "clip"}
-_SIMULATED |= {"zero_grad", *_SWITCHES}
+_SIMULATED |= {"zero_grad", "kernels", *_SWITCHES}
 #: Options that leave dense training as it is: where to record, inference, the model's name (its line has it).
 _HARMLESS = {"timeline", "layers", "logits_to_keep_prefill", "new_tokens"}
 _HARMLESS |= {"model", "config_override", "config_class", "config", "tags", "id"}
@@ -148,11 +149,20 @@ def _training(case: Mapping[str, Any]) -> Training:
         keep_outputs=bool(case.get("keep_outputs")),
         clip=case.get("clip") or None,
         zero_grad=case.get("zero_grad", "none"),
+        kernels=_kernels(case.get("kernels") or ()),
+        items_in_batch=bool(case.get("items_in_batch")),
         # the oracle runs a CPU build of torch: it has no fused silu_backward, and cannot see inside kernels
         fused_activation_backward=False,
         kernel_workspace=False,
         tensor_subclasses=True,
     )
+
+
+def _kernels(parts: Iterable[str]) -> Kernels:
+    unknown = sorted(set(parts) - set(PARTS))
+    if unknown:
+        raise UnsupportedError(f"kernels of {unknown[0]!r} are not simulated")
+    return Kernels(**{part: "liger" for part in parts})
 
 
 def _dtype(name: Any) -> DType:
