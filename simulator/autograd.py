@@ -124,14 +124,17 @@ class Autograd:
         return self.fresh(name, tensor.shape, dtype or tensor.dtype, tensor.memory)
 
     def overwritten(self, name: str, tensor: Tensor) -> Tensor:
-        """A gradient that kernel `name` writes over `tensor`, which the node saved and nobody else holds.
+        """A gradient that kernel `name` writes over `tensor`, which the node saved.
 
-        The memory stays; it gets a name of backward's own, under which it outlives the next micro-batch's forward.
+        The memory stays. Unless somebody else holds it (the caller's frame the logits), it gets a name of backward's
+        own, under which it outlives the next micro-batch's forward.
         """
         assert self._node is not None
         saved, early = self._found
         storage = (early or saved)[self.graph.uses(self._node).saves.index(tensor.storage)]
-        assert self.recorder.references(storage) == 1, "somebody else reads what is overwritten"
+        if self.recorder.references(storage) > 1:
+            self.recorder.run(name, [])
+            return Tensor(storage, tensor.shape, tensor.memory, tensor.dtype)
         self._overwritten.append(storage)
         self.recorder.release(storage)
         return self.like(name, tensor)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from hardware.dtypes import BOOL, FP32, INT64
 from simulator import ops
 from simulator.blocks import Norm, rotary_tables, token_embeddings, vocabulary_head, vocabulary_table
-from simulator.graph import Shape, Tensor
+from simulator.graph import ForwardGraph, Shape, Tensor
 from simulator.model import LayerSpec, ModelSpec
 from simulator.trace import Frame, Trace
 
@@ -171,7 +171,7 @@ def language_head(
     scale: Callable[[Trace, Tensor], Tensor] | None = None,
 ) -> None:
     """``lm_head``, scale, soft cap and loss of `...ForCausalLM.forward`; leaves loss and logits in the graph."""
-    if t.regime.kernels.loss == "liger":
+    if t.regime.liger.fused_linear_cross_entropy:
         _fused_language_head(t, hidden, labels, spec, vocabulary)
         return
     with t.call("", hidden) as local, t.loss_head():
@@ -235,6 +235,8 @@ def causal_lm_loss(t: Trace, logits: Tensor, labels: Tensor) -> Tensor:
         logits = local("logits", ops.to(t, logits, FP32))
         shifted = shifted_labels(t, labels, local)
         flat = ops.reshape(t, logits, (("b", "s"), logits.shape[-1]))
+        if t.regime.liger.cross_entropy:
+            return divided_by_items(t, ops.liger_cross_entropy(t, flat, shifted))
         return divided_by_items(t, ops.nll_loss(t, ops.log_softmax(t, flat), shifted))
 
 
@@ -251,5 +253,10 @@ def divided_by_items(t: Trace, loss: Tensor) -> Tensor:
     """`fixed_cross_entropy` (loss/loss_utils.py): a summed loss is divided by ``num_items_in_batch``, if given."""
     if not t.regime.items_in_batch:
         return loss
-    (items,) = (x for x in t.graph.inputs if x.storage.label == _ITEMS)
+    (items,) = items_of(t.graph)
     return ops.div_constant(t, loss, items)
+
+
+def items_of(graph: ForwardGraph) -> list[Tensor]:
+    """The input ``num_items_in_batch`` of a forward graph, if it has one."""
+    return [x for x in graph.inputs if x.storage.label == _ITEMS]

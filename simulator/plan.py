@@ -10,9 +10,11 @@ import attrs
 
 from hardware.dtypes import DType
 from hardware.errors import UnsupportedError
+from simulator.decoder import items_of
 from simulator.families import families
 from simulator.graph import ForwardGraph
 from simulator.layout import Layout, layout_of, unrolled_layout
+from simulator.liger import check_family
 from simulator.mesh import Mesh
 from simulator.model import ModelSpec
 from simulator.runtime import Hooks
@@ -88,7 +90,7 @@ class Plan:
 
     @cached_property
     def _trace(self) -> Trace:
-        _check_kernels(self)
+        _check_patches(self)
         model, training = self.model, self.training
         values = {"b": training.micro_batch, "s": training.seq_len, "h": model.hidden, "V": model.vocab}
         trace = Trace(_regime(self), Dimensions(values))
@@ -97,6 +99,7 @@ class Plan:
         recipe = families.get(model.family).recipe(training.implementation)
         recipe(trace, model, self.layout.built(model.layers))
         trace.end_autocast()
+        _check_items(trace)
         trace.dim(TRAINABLE_TENSORS, _trainable_tensors(trace.graph, self.layout))
         return trace
 
@@ -178,18 +181,21 @@ def apply(plan: Plan, strategies: Sequence[Strategy]) -> Plan:
     return plan
 
 
-def _check_kernels(plan: Plan) -> None:
-    """Refuse replaced kernels where they were not compared with recordings."""
-    training, family = plan.training, plan.model.family
-    if training.kernels.replaced and family != "llama":
-        raise UnsupportedError(f"'kernels' other than eager are modelled for llama, not for {family}: leave them out")
-    if not (training.kernels.replaced or training.items_in_batch):
-        return
-    field = "kernels" if training.kernels.replaced else "items_in_batch"
-    if plan.hooks or plan.tensor_parallel:
-        raise UnsupportedError(
-            f"{field!r} cannot be combined with {', '.join(plan.applied)} yet: leave one of them out"
-        )
+def _check_patches(plan: Plan) -> None:
+    """Refuse what was not compared with recordings: Liger's kernels and a divided loss inside a framework."""
+    training = plan.training
+    check_family(training.liger, plan.model.family)
+    for field, given in (("liger", training.liger.kernels), ("items_in_batch", training.items_in_batch)):
+        if given and (plan.hooks or plan.tensor_parallel):
+            raise UnsupportedError(
+                f"{field!r} is not modelled together with {', '.join(plan.applied)} yet: leave one of them out"
+            )
+
+
+def _check_items(trace: Trace) -> None:
+    """Refuse ``num_items_in_batch`` where the model's loss does not take it."""
+    if trace.regime.items_in_batch and not any(x in op.inputs for op in trace.graph.ops for x in items_of(trace.graph)):
+        raise UnsupportedError("'items_in_batch' is not taken by the loss of this model: leave it out")
 
 
 def _regime(plan: Plan) -> Regime:
@@ -213,7 +219,7 @@ def _regime(plan: Plan) -> Regime:
         any_sdpa_backend=training.any_sdpa_backend,
         cast_inputs=plan.cast_inputs,
         tensor_parallel=plan.tensor_parallel,
-        kernels=training.kernels,
+        liger=training.liger,
         items_in_batch=training.items_in_batch,
         memory_efficient_linear=plan.memory_efficient_linear,
     )

@@ -6,7 +6,7 @@ import attrs
 
 from hardware.dtypes import FP32, DType
 from hardware.errors import UnsupportedError, UsageError, unknown_name
-from simulator.kernels import Kernels
+from simulator.liger import Liger
 
 #: Optimizers, and the ways torch (or transformers) can run each; the first is its default on a GPU.
 IMPLEMENTATIONS = {
@@ -167,8 +167,8 @@ class Training:
     """False for torch builds without CUDA's fused `rms_norm` (as above)."""
     tensor_subclasses: bool = False
     """True for fake-tensor runs: some of torch's backward formulas spare tensor subclasses their in-place ops."""
-    kernels: Kernels = attrs.field(factory=Kernels)
-    """Which library's kernels the parts of the model run."""
+    liger: Liger = attrs.field(factory=Liger)
+    """Kernels of Liger-Kernel that the model runs in place of PyTorch's ops."""
     items_in_batch: bool = False
     """Whether ``num_items_in_batch`` is passed (transformers' Trainer since 4.46): the summed loss is divided by it."""
     kernel_workspace: bool = True
@@ -191,16 +191,16 @@ class Training:
             )
         if self.clip is not None and not 0 < self.clip < float("inf"):
             raise UsageError(f"'clip' must be a finite number > 0: {self.clip}; leave it out not to clip")
-        self._check_kernels()
+        self._check_patches()
         if self.autocast is not None and self.weights != FP32:
             raise UsageError(f"'autocast' goes with fp32 weights, not {self.weights}: choose one of the two")
 
-    def _check_kernels(self) -> None:
-        for field, given in (("kernels", self.kernels.replaced), ("items_in_batch", self.items_in_batch)):
+    def _check_patches(self) -> None:
+        for field, given in (("liger", self.liger.kernels), ("items_in_batch", self.items_in_batch)):
             if given and self.implementation != "transformers":
-                raise UnsupportedError(f"{field!r} needs implementation transformers, not {self.implementation!r}")
-        if self.autocast is not None and self.kernels.loss != "eager":
-            raise UnsupportedError("'kernels' of loss must be eager with autocast: liger's is not modelled there")
+                raise UnsupportedError(
+                    f"{field!r} goes with implementation transformers, not {self.implementation!r}: leave one out"
+                )
 
 
 def _check_count(field: str, value: object, largest: int) -> None:

@@ -12,7 +12,7 @@ import attrs
 from hardware.dtypes import BF16, FP16, FP32, DType
 from hardware.errors import UnsupportedError, UsageError, unknown_name
 from hardware.units import parse
-from simulator.kernels import LIGER, PARTS, Kernels
+from simulator.liger import KERNELS, Liger, default_kernels, liger
 from simulator.mesh import Mesh
 from simulator.model import ModelSpec
 from simulator.plan import Strategy
@@ -38,8 +38,6 @@ _PERCENTAGE = re.compile(r"([0-9]{1,2}(?:\.[0-9]{1,9})?)\s*%")
 _TORCH_VERSION = re.compile(r"([0-9]{1,3})\.([0-9]{1,3})(?:[.+a-z].{0,40})?")
 #: transformers refuses ``sdpa`` for a model with soft-capped scores.
 _DEFAULT_ATTENTION = {"gemma2": "eager"}
-#: ``--kernels``: every part from one library.
-_KERNELS = {"eager": Kernels(), "liger": LIGER}
 #: The newest version whose behaviour was compared with recordings, and the default.
 NEWEST_TORCH = (2, 13)
 
@@ -65,8 +63,12 @@ class TrainingOptions:
     torch: str | None = None
     implementation: str | None = None
     loss: str | None = None
-    kernels: str | None = None
-    """``eager``, ``liger`` or ``PART=liger[,...]``."""
+    liger: bool = False
+    """What ``use_liger_kernel`` of transformers' Trainer patches."""
+    liger_kernels: str | None = None
+    """``KERNEL[,...]``: these of Liger's and no others."""
+    multiprocessors: int | None = None
+    """Of the GPU; the backward of Liger's norm allocates by them."""
     items_in_batch: bool = False
     strategy: Sequence[str] = ()
     """Each ``NAME[,option=value...]``, applied in order after checkpointing."""
@@ -116,7 +118,7 @@ def resolve(options: TrainingOptions, model: ModelSpec, world: int = 1) -> Resol
         torch=_version(chosen["torch"]),
         implementation=chosen["implementation"],
         loss=chosen["loss"],
-        kernels=parse_kernels(chosen["kernels"]),
+        liger=_liger(options, model.family),
         items_in_batch=options.items_in_batch,
     )
     strategies = (*_strategies(chosen["checkpointing"]), *strategies)
@@ -142,7 +144,6 @@ class _Chosen:
             "torch": _dotted(NEWEST_TORCH),
             "implementation": "transformers",
             "loss": "default",
-            "kernels": "eager",
         }
         self._family = model.family
 
@@ -159,9 +160,10 @@ class _Chosen:
             lines.append("gradients are not clipped (--clip)")
         if not self._options.keep_outputs:
             lines.append("the model's outputs are dropped before backward (--keep-outputs holds them)")
-        if training.kernels.norm == "liger" and "multiprocessors" not in str(self._options.kernels):
-            count = training.kernels.multiprocessors
-            lines.append(f"--kernels multiprocessors={count} (an H100 SXM's; of the norms' backward)")
+        if self._options.liger:
+            lines.append(f"--liger-kernels {','.join(training.liger.kernels)}")
+        if training.liger.rms_norm and self._options.multiprocessors is None:
+            lines.append(f"--multiprocessors {training.liger.multiprocessors} (of an H100 SXM; Liger's norms use them)")
         defaults = _optimizer_defaults(self["optimizer"], training.optimizer)
         lines += [f"options of --optimizer: {','.join(defaults)}"] if defaults else []
         if training.optimizer.name in PAGED:
@@ -263,29 +265,17 @@ def parse_optimizer(text: str) -> Optimizer:
     return Optimizer(name=name, **values)
 
 
-def parse_kernels(text: str) -> Kernels:
-    """``eager``, ``liger`` or ``PART=LIBRARY[,...]``, for instance ``norm=liger,loss=liger``; options may follow."""
-    first, *others = text.split(",")
-    base, settings = (_KERNELS[first], others) if first in _KERNELS else (Kernels(), [first, *others])
-    values: dict[str, Any] = {}
-    for setting in settings:
-        key, equals, value = setting.partition("=")
-        if not equals:
-            raise unknown_name("kernels", setting, (*_KERNELS, *(f"{part}=liger" for part in PARTS)))
-        if key in values:
-            raise UsageError(f"'kernels' must name {key!r} once: {text!r}")
-        values[key] = _kernel_value(key, value)
-    return attrs.evolve(base, **values)
-
-
-def _kernel_value(key: str, value: str) -> Any:
-    if key not in (*PARTS, "multiprocessors"):
-        raise unknown_name("part of --kernels", key, (*PARTS, "multiprocessors"))
-    if key in PARTS:
-        return value
-    if not re.fullmatch("[0-9]{1,9}", value):
-        raise UsageError(f"'multiprocessors' must be a whole number: {value!r}")
-    return int(value)
+def _liger(options: TrainingOptions, family: str) -> Liger:
+    if options.liger and options.liger_kernels is not None:
+        raise UsageError("'liger' switches the usual kernels on, 'liger_kernels' those it names: give one of the two")
+    names = default_kernels(family) if options.liger else tuple(filter(None, (options.liger_kernels or "").split(",")))
+    if options.liger_kernels is not None and not names:
+        raise UsageError(f"'liger_kernels' must name some of {', '.join(KERNELS)}: {options.liger_kernels!r}")
+    if options.multiprocessors is None:
+        return liger(names)
+    if "rms_norm" not in names:
+        raise UsageError("'multiprocessors' matter to Liger's rms_norm alone: switch it on, or leave them out")
+    return liger(names, multiprocessors=options.multiprocessors)
 
 
 def _typed(key: str, value: str) -> Any:

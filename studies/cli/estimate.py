@@ -56,8 +56,14 @@ def command(
     loss: Annotated[
         Text, typer.Option(help="default, te_fused (megatron), chunked or chunked_compiled (torchtune).")
     ] = None,
-    kernels: Annotated[
-        Text, typer.Option(help="eager, liger, or PART=liger[,...] of norm, rotary, swiglu and loss.")
+    liger: Annotated[
+        bool, typer.Option("--liger", help="Fused kernels of Liger-Kernel, as transformers' use_liger_kernel.")
+    ] = False,
+    liger_kernels: Annotated[
+        Text, typer.Option(help="Some of them: KERNEL[,...], for instance rms_norm,fused_linear_cross_entropy.")
+    ] = None,
+    multiprocessors: Annotated[
+        int | None, typer.Option(help="Streaming multiprocessors of the GPU, for Liger's rms_norm.")
     ] = None,
     items_in_batch: Annotated[
         bool, typer.Option("--items-in-batch", help="num_items_in_batch is passed, as transformers' Trainer does.")
