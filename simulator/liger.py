@@ -23,6 +23,7 @@ _LOSSES = ("cross_entropy", "fused_linear_cross_entropy")
 FAMILIES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("llama", "qwen2", "qwen3", "olmo2", "phi3", "smollm3", "exaone4"), (*_LAYER, *_LOSSES)),
     **dict.fromkeys(("gemma", "gemma2", "gemma3_text"), (*_GEMMA, *_LOSSES)),
+    **dict.fromkeys(("mixtral", "qwen3_moe"), (*_LAYER, *_LOSSES)),
     "mistral": (*_LAYER, "fused_linear_cross_entropy"),
     "nemotron": ("relu_squared", "fused_linear_cross_entropy"),
     "granite": (*_LAYER, "cross_entropy"),

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from hardware.dtypes import BOOL, FP32, DType
+from hardware.dtypes import BOOL, FP32, INT32, DType
 from hardware.errors import UnsupportedError
 from simulator import ops
-from simulator.blocks.feed_forward import Feed, activation, gated_mlp
+from simulator.blocks.feed_forward import SILU, Feed, activation, gated_mlp
 from simulator.graph import Tensor, flat
 from simulator.model import ExpertsSpec, FeedForwardSpec
 from simulator.sizes import Dim, product
@@ -204,6 +204,8 @@ def grouped_experts(t: Trace, x: Tensor, weights: Tensor, indices: Tensor, spec:
 
     How many tokens an expert is sent decides no size: all copies together are tokens times `per_token`.
     """
+    if t.regime.liger.swiglu:
+        return _fused_experts(t, x, weights, indices, spec)
     if t.regime.experts != "grouped_mm":
         raise UnsupportedError(f"'experts' must be grouped_mm: {t.regime.experts!r} is not modelled yet")
     _check_aligned(t, x, spec)
@@ -232,6 +234,18 @@ def grouped_experts(t: Trace, x: Tensor, weights: Tensor, indices: Tensor, spec:
         parts = ops.reshape(t, weighted, (x.shape[0], indices.shape[1], x.shape[-1]))
         out = local("final_hidden_states", ops.sum_axis(t, parts, 1))
         return ops.to(t, out, x.dtype)
+
+
+def _fused_experts(t: Trace, x: Tensor, weights: Tensor, indices: Tensor, spec: ExpertsSpec) -> Tensor:
+    """`LigerExperts` (liger_kernel/transformers/swiglu.py)."""
+    if spec.activation not in SILU:
+        raise UnsupportedError(f"'liger' swiglu computes silu, not {spec.activation} as this model: leave swiglu out")
+    experts, width = (t.dim("E", spec.experts),), t.dim("f", spec.width)
+    with t.call("experts", x, indices, weights) as local:
+        up = t.weights("gate_up_proj", experts, (2, width), x.shape[-1])
+        down = t.weights("down_proj", experts, x.shape[-1], (width,))
+        indices = local("top_k_index_2d", ops.constant(t, "_to_copy.default", indices, dtype=INT32))
+        return local("out", ops.liger_experts(t, x, up, down, indices, weights))
 
 
 def _check_aligned(t: Trace, x: Tensor, spec: ExpertsSpec) -> None:

@@ -55,6 +55,7 @@ from simulator.ops.liger import liger_gate as liger_gate
 from simulator.ops.liger import liger_relu_squared as liger_relu_squared
 from simulator.ops.liger import liger_rms_norm as liger_rms_norm
 from simulator.ops.liger import liger_rotary as liger_rotary
+from simulator.ops.liger_experts import liger_experts as liger_experts
 from simulator.ops.loss import compiled_cross_entropy as compiled_cross_entropy
 from simulator.ops.loss import log_softmax as log_softmax
 from simulator.ops.loss import nll_loss as nll_loss
