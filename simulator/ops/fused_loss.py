@@ -65,10 +65,12 @@ def _sum(t: Trace, inputs: list[Tensor], gradients: list[Tensor]) -> Tensor:
 
 
 def _backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients:
-    """Hands out what forward saved, scaled in place unless the gradient of the loss is one."""
+    """Hands out what forward saved, scaled in place unless the gradient of the loss is one.
+
+    It was detached, so it is no view: a tied weight's other gradient is added to it in place.
+    """
     engine.free(engine.fresh("lift_fresh.default", (), FP32))
-    found = [engine.overwritten("element_mul", x) for x in op.attributes["gradients"]]
-    return [*(engine.view(x, x.shape) for x in found), None]
+    return [*(engine.overwritten("element_mul", x) for x in op.attributes["gradients"]), None]
 
 
 def _chunks(t: Trace, tokens: tuple[Dim, ...], weight: Tensor) -> list[str]:
@@ -96,10 +98,12 @@ def _chunk(t: Trace, local: Frame, x: Tensor, weight: Tensor, chunk: str) -> Non
     local("grad_logits_chunk", logits)  # the kernel overwrites the logits
     _keep_cast(t, weight)
     constant(t, "mm.default", logits, shape=rows)  # copied into the rows of grad_input
-    if low != x.dtype:
+    if low != weight.dtype and t.regime.torch >= (2, 8):
         local("input_chunk", _low(t, x, rows))
-        return  # ``torch.addmm(..., out=grad_weight)`` in fp32
-    share = constant(t, "mm.default", logits, shape=weight.shape)
+        return  # ``torch.addmm(..., out_dtype=torch.float32, out=grad_weight)``
+    with t.call("") as matmul:
+        matmul("input", _low(t, x, rows))
+        share = constant(t, "mm.default", logits, shape=weight.shape)
     if share.dtype != FP32:  # ``grad_weight += torch.mm(...).float()``
         constant(t, "_to_copy.default", share, dtype=FP32)
 
