@@ -11,10 +11,10 @@ from hardware.dtypes import FP32, INT64
 from hardware.errors import UnsupportedError
 from simulator import ops
 from simulator.blocks import Norm, rotary_tables, token_embeddings, vocabulary_head, vocabulary_table
-from simulator.graph import Tensor
+from simulator.graph import ForwardGraph, Tensor
 from simulator.masks import causal_mask, positions, recurrent_mask
 from simulator.model import AttentionSpec, LayerSpec, ModelSpec
-from simulator.trace import Trace
+from simulator.trace import Frame, Trace
 
 #: Slot and spec of every layer to build.
 BuiltLayers = Sequence[tuple[int, LayerSpec]]
@@ -22,6 +22,10 @@ BuiltLayers = Sequence[tuple[int, LayerSpec]]
 Embed = Callable[[Trace, Tensor, Tensor], Tensor]
 #: Hidden states, rotary tables and mask through one layer.
 Layer = Callable[[Trace, Tensor, tuple[Tensor, ...], Tensor | None, LayerSpec], Tensor]
+
+
+#: What transformers' Trainer counts over the micro-batches of a step: the labels that are not ignored.
+_ITEMS = "num_items_in_batch"
 
 
 def rotary_decoder(
@@ -122,6 +126,8 @@ def batch(t: Trace, *, labelled: str = "tokens") -> tuple[Tensor, Tensor]:
     labels = t.input("labels", *{"tokens": ("b", "s"), "sequences": ("b",)}[labelled], dtype=INT64)
     if t.regime.attention_mask != "none":
         t.input("attention_mask", "b", "s", dtype=INT64)
+    if t.regime.items_in_batch:
+        t.input(_ITEMS, dtype=INT64)
     return ids, labels
 
 
@@ -145,6 +151,9 @@ def language_head(
         name: of the head's module.
         bias: whether the head has one.
     """
+    if t.regime.liger.fused_linear_cross_entropy:
+        _fused_language_head(t, hidden, labels, spec, vocabulary)
+        return
     tied = vocabulary if spec.tied_embeddings else None
     with t.call("", hidden) as local, t.loss_head():
         logits = local("logits", vocabulary_head(t, name, hidden, tied, bias=bias))
@@ -157,6 +166,18 @@ def language_head(
         loss = causal_lm_loss(t, logits, labels)
         set_loss(t, loss)
     t.graph.outputs = (logits, loss) if t.regime.loss_division else (logits,)
+
+
+def _fused_language_head(t: Trace, hidden: Tensor, labels: Tensor, spec: ModelSpec, vocabulary: Tensor) -> None:
+    """`lce_forward` (liger_kernel/transformers/model/llama.py) in training: the head's module never runs."""
+    with t.call("", hidden), t.loss_head():
+        weight = vocabulary if spec.tied_embeddings else t.matrix("lm_head.weight", ("V",), hidden.shape[-1])
+        with t.call("loss_function", hidden) as local:  # `LigerForCausalLMLoss`
+            shifted = shifted_labels(t, labels, local)
+            flat = ops.reshape(t, hidden, (("b", "s"), hidden.shape[-1]))
+            loss = divided_by_items(t, ops.liger_linear_cross_entropy(t, flat, weight, shifted))
+        set_loss(t, loss)
+    t.graph.outputs = (loss,) if t.regime.loss_division else ()
 
 
 def set_loss(t: Trace, loss: Tensor) -> None:
@@ -193,10 +214,30 @@ def causal_lm_loss(t: Trace, logits: Tensor, labels: Tensor) -> Tensor:
     """`ForCausalLMLoss` (loss/loss_utils.py): fp32 logits, padded and shifted labels, mean cross-entropy."""
     with t.call("loss_function", logits) as local:
         logits = local("logits", ops.to(t, logits, FP32))
-        longer = t.dim("s+1", t.dimensions.bindings["s"] + 1)
-        padded = local("labels", ops.constant(t, "constant_pad_nd.default", labels, shape=(("b",), (longer,))))
-        shifted = padded  # shifting one row leaves it contiguous; of several rows `contiguous` makes a copy
-        if "b" not in t.dimensions.ones:
-            shifted = local("shifted", ops.constant(t, "clone.default", padded, shape=labels.shape))
+        shifted = shifted_labels(t, labels, local)
         flat = ops.reshape(t, logits, (("b", "s"), logits.shape[-1]))
-        return ops.nll_loss(t, ops.log_softmax(t, flat), shifted)
+        if t.regime.liger.cross_entropy:
+            return divided_by_items(t, ops.liger_cross_entropy(t, flat, shifted))
+        return divided_by_items(t, ops.nll_loss(t, ops.log_softmax(t, flat), shifted))
+
+
+def shifted_labels(t: Trace, labels: Tensor, local: Frame) -> Tensor:
+    """Labels padded by one column and shifted; both live in the loss function's frame."""
+    longer = t.dim("s+1", t.dimensions.bindings["s"] + 1)
+    padded = local("labels", ops.constant(t, "constant_pad_nd.default", labels, shape=(("b",), (longer,))))
+    if "b" in t.dimensions.ones:
+        return padded  # shifting one row leaves it contiguous; of several rows `contiguous` makes a copy
+    return local("shifted", ops.constant(t, "clone.default", padded, shape=labels.shape))
+
+
+def divided_by_items(t: Trace, loss: Tensor) -> Tensor:
+    """`fixed_cross_entropy` (loss/loss_utils.py): a summed loss is divided by ``num_items_in_batch``, if given."""
+    if not t.regime.items_in_batch:
+        return loss
+    (items,) = items_of(t.graph)
+    return ops.div_constant(t, loss, items)
+
+
+def items_of(graph: ForwardGraph) -> list[Tensor]:
+    """The input ``num_items_in_batch`` of a forward graph, if it has one."""
+    return [x for x in graph.inputs if x.storage.label == _ITEMS]

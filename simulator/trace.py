@@ -9,6 +9,7 @@ import attrs
 
 from hardware.dtypes import DType
 from simulator.graph import BackwardRule, ForwardGraph, Op, Shape, Tensor, flat, make_storage, make_tensor
+from simulator.liger import Liger
 from simulator.roles import Role
 from simulator.sizes import Dim, Dimensions, Value, product, size_of
 from simulator.tensor_parallel import AXIS, DTENSOR, Style, TensorParallelism
@@ -42,6 +43,10 @@ class Regime:
     loss: str = "default"
     memory_efficient_linear: bool = False
     """Whether a framework replaces ``torch.nn.functional.linear`` by one that saves the weight itself."""
+    liger: Liger = attrs.field(factory=Liger)
+    """Kernels of Liger-Kernel in place of torch's ops."""
+    items_in_batch: bool = False
+    """Whether the caller passes ``num_items_in_batch``, by which the model divides a summed loss."""
 
 
 class Frame:

@@ -191,6 +191,7 @@ def _training_dict(training: Training) -> dict[str, Any]:
     data["autocast"] = None if training.autocast is None else training.autocast.name
     data["torch"] = ".".join(map(str, training.torch))
     data["optimizer"] = attrs.asdict(training.optimizer)
+    data["liger"] = {"kernels": training.liger.kernels, "multiprocessors": training.liger.multiprocessors}
     return data
 
 

@@ -13,6 +13,7 @@ from hardware.dtypes import BF16, FP16, FP32, DType
 from hardware.errors import UnsupportedError, UsageError, unknown_name
 from hardware.units import parse
 from simulator.families import families
+from simulator.liger import KERNELS, Liger, default_kernels, liger
 from simulator.mesh import Mesh
 from simulator.model import ExpertsSpec, ModelSpec
 from simulator.plan import Strategy
@@ -66,6 +67,13 @@ class TrainingOptions:
     torch: str | None = None
     implementation: str | None = None
     loss: str | None = None
+    liger: bool = False
+    """What ``use_liger_kernel`` of transformers' Trainer patches."""
+    liger_kernels: str | None = None
+    """``KERNEL[,...]``: these of Liger's and no others."""
+    multiprocessors: int | None = None
+    """Of the GPU; the backward of Liger's norm allocates by them."""
+    items_in_batch: bool = False
     strategy: Sequence[str] = ()
     """Each ``NAME[,option=value...]``, applied in order after checkpointing."""
     tp: int | None = None
@@ -119,6 +127,8 @@ def resolve(options: TrainingOptions, model: ModelSpec, world: int = 1) -> Resol
         torch=_version(chosen["torch"]),
         implementation=chosen["implementation"],
         loss=chosen["loss"],
+        liger=_liger(options, model.family),
+        items_in_batch=options.items_in_batch,
     )
     strategies = (*_strategies(chosen["checkpointing"]), *strategies)
     return Resolved(training, mesh, strategies, (*chosen.assumed(training), *why_scaled, *assumed, *model.assumptions))
@@ -161,6 +171,10 @@ class _Chosen:
             lines.append("gradients are not clipped (--clip)")
         if not self._options.keep_outputs:
             lines.append("the model's outputs are dropped before backward (--keep-outputs holds them)")
+        if self._options.liger:
+            lines.append(f"--liger-kernels {','.join(training.liger.kernels)}")
+        if training.liger.rms_norm and self._options.multiprocessors is None:
+            lines.append(f"--multiprocessors {training.liger.multiprocessors} (of an H100 SXM; Liger's norms use them)")
         defaults = _optimizer_defaults(self["optimizer"], training.optimizer)
         lines += [f"options of --optimizer: {','.join(defaults)}"] if defaults else []
         if training.optimizer.name in PAGED:
@@ -284,6 +298,19 @@ def parse_optimizer(text: str) -> Optimizer:
             raise UsageError(f"'optimizer' must name {key!r} once: {text!r}")
         values[key] = _typed(key, value)
     return Optimizer(name=name, **values)
+
+
+def _liger(options: TrainingOptions, family: str) -> Liger:
+    if options.liger and options.liger_kernels is not None:
+        raise UsageError("'liger' switches the usual kernels on, 'liger_kernels' those it names: give one of the two")
+    names = default_kernels(family) if options.liger else tuple(filter(None, (options.liger_kernels or "").split(",")))
+    if options.liger_kernels is not None and not names:
+        raise UsageError(f"'liger_kernels' must name some of {', '.join(KERNELS)}: {options.liger_kernels!r}")
+    if options.multiprocessors is None:
+        return liger(names)
+    if "rms_norm" not in names:
+        raise UsageError("'multiprocessors' matter to Liger's rms_norm alone: switch it on, or leave them out")
+    return liger(names, multiprocessors=options.multiprocessors)
 
 
 def _typed(key: str, value: str) -> Any:

@@ -8,6 +8,8 @@ import attrs
 from hypothesis import strategies as st
 
 from hardware.dtypes import BF16, FP16, FP32
+from simulator.liger import FAMILIES as LIGER_FAMILIES
+from simulator.liger import default_kernels, liger
 from simulator.mesh import Mesh
 from simulator.model import AttentionSpec, FeedForwardSpec, LayerSpec, ModelSpec
 from simulator.reading import spec_from_config
@@ -127,6 +129,18 @@ def trainings(draw: st.DrawFn) -> Training:
         zero_grad=draw(st.sampled_from(["none", "zero"])),
         kernel_workspace=draw(st.booleans()),
     )
+
+
+@st.composite
+def liger_runs(draw: st.DrawFn) -> tuple[ModelSpec, Training]:
+    """Models that Liger patches, in every regime, with some of its kernels."""
+    model = draw(model_specs(tuple(family for family in sorted(LIGER_FAMILIES) if family in FAMILIES), max_layers=5))
+    known = LIGER_FAMILIES[model.family]
+    chosen = draw(st.just(default_kernels(model.family)) | st.lists(st.sampled_from(known), unique=True).map(tuple))
+    if {"cross_entropy", "fused_linear_cross_entropy"} <= set(chosen):
+        chosen = tuple(name for name in chosen if name != "cross_entropy")
+    switches = liger(chosen, multiprocessors=draw(st.integers(1, 200)))
+    return model, attrs.evolve(draw(trainings()), liger=switches, items_in_batch=draw(st.booleans()))
 
 
 @st.composite

@@ -10,7 +10,7 @@ from hardware.errors import UnsupportedError
 from simulator import ops
 from simulator.blocks.heads import States, head_dims, separate_states
 from simulator.blocks.linear import projection
-from simulator.blocks.rotary import Rotate, rotate
+from simulator.blocks.rotary import Rotate, liger_rotate, rotate
 from simulator.graph import Tensor
 from simulator.model import AttentionSpec
 from simulator.sizes import Dim
@@ -152,7 +152,8 @@ def rotary_attention(
     with t.call("self_attn", x) as local:
         query, key, value = states(t, x, spec, local)
         if spec.rotary:
-            query, key = rotate(t, query, key, *tables)
+            turn = liger_rotate if t.regime.liger.rope else rotate
+            query, key = turn(t, query, key, *tables)
             local("q", query)
             local("k", key)
         attend = interface or partial(attention, fp32_softmax=True)

@@ -5,17 +5,23 @@ from __future__ import annotations
 from hardware.dtypes import FP32
 from simulator import ops
 from simulator.graph import Tensor
+from simulator.liger import NormPatch
 from simulator.trace import Trace
 
 
-def llama_rms_norm(t: Trace, name: str, x: Tensor, *, weight_in_fp32: bool = False) -> Tensor:
+def llama_rms_norm(
+    t: Trace, name: str, x: Tensor, *, weight_in_fp32: bool = False, liger: NormPatch = NormPatch.IN_PLACE
+) -> Tensor:
     """`LlamaRMSNorm` (models/llama/modeling_llama.py): statistics in fp32, weight applied in the input's dtype.
 
     Args:
         weight_in_fp32: whether the weight is applied before the cast back (`Olmo2RMSNorm`).
+        liger: what Liger makes of this norm.
     """
     with t.call(name, x) as local:
         weight = t.vector("weight", x.shape[-1])
+        if _patched(t, liger):
+            return ops.liger_rms_norm(t, x, weight, in_place=liger is NormPatch.IN_PLACE)
         hidden = local("hidden", ops.to(t, x, FP32))
         variance = local("variance", ops.mean(t, ops.power(t, hidden)))
         hidden = local("hidden", ops.mul(t, hidden, ops.rsqrt(t, ops.add_scalar(t, variance))))
@@ -24,10 +30,16 @@ def llama_rms_norm(t: Trace, name: str, x: Tensor, *, weight_in_fp32: bool = Fal
         return ops.mul(t, weight, ops.to(t, hidden, x.dtype))
 
 
-def gemma_rms_norm(t: Trace, name: str, x: Tensor) -> Tensor:
-    """`Gemma2RMSNorm` (models/gemma2/modeling_gemma2.py): all in fp32, weight stored minus one."""
+def gemma_rms_norm(t: Trace, name: str, x: Tensor, *, liger: NormPatch = NormPatch.APART) -> Tensor:
+    """`Gemma2RMSNorm` (models/gemma2/modeling_gemma2.py): all in fp32, weight stored minus one.
+
+    Args:
+        liger: what Liger makes of this norm.
+    """
     with t.call(name, x) as local:
         weight = t.vector("weight", x.shape[-1])
+        if _patched(t, liger):
+            return ops.liger_rms_norm(t, x, weight, in_place=liger is NormPatch.IN_PLACE)
         upcast = ops.to(t, x, FP32)
         with t.call("", upcast):
             scale = ops.rsqrt(t, ops.add_scalar(t, ops.mean(t, ops.power(t, upcast))))
@@ -35,6 +47,10 @@ def gemma_rms_norm(t: Trace, name: str, x: Tensor) -> Tensor:
         output = local("output", normalised)
         output = local("output", ops.mul(t, output, ops.add_scalar(t, ops.to(t, weight, FP32))))
         return ops.to(t, output, x.dtype)
+
+
+def _patched(t: Trace, liger: NormPatch) -> bool:
+    return t.regime.liger.rms_norm and liger is not NormPatch.NONE
 
 
 def llama4_norm(t: Trace, name: str, x: Tensor) -> Tensor:

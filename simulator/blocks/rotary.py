@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from hardware.dtypes import FP32, DType
+from hardware.errors import UnsupportedError
 from simulator import ops
 from simulator.graph import Tensor, flat
 from simulator.model import AttentionSpec
@@ -47,6 +48,19 @@ def rotate(t: Trace, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tu
     """`apply_rotary_pos_emb` (models/llama/modeling_llama.py)."""
     with t.call("", query, key) as local:
         return local("q_embed", apply_rotary(t, query, cos, sin)), apply_rotary(t, key, cos, sin)
+
+
+def liger_rotate(t: Trace, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """`liger_rotary_pos_emb` (liger_kernel/transformers/rope.py), whichever `apply_rotary_pos_emb` it replaces.
+
+    Raises:
+        UnsupportedError: rotary positions on a part of each head, which it cannot do.
+    """
+    if cos.shape[-1] != query.shape[-1]:
+        raise UnsupportedError("'liger' rope turns whole heads, and this model a part of each: leave rope out")
+    with t.call("", query, key):
+        query, key = ops.liger_rotary(t, query, key, cos, sin)
+        return query, key
 
 
 def rotate_in(

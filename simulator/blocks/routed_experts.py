@@ -6,9 +6,10 @@ from collections.abc import Callable
 
 import attrs
 
+from hardware.dtypes import INT32
 from hardware.errors import UnsupportedError
 from simulator import ops
-from simulator.blocks.feed_forward import activation
+from simulator.blocks.feed_forward import SILU, activation
 from simulator.graph import Tensor, flat
 from simulator.model import ExpertsSpec
 from simulator.sizes import Dim, product
@@ -57,10 +58,22 @@ def routed_experts(
     t: Trace, x: Tensor, weights: Tensor, indices: Tensor, spec: ExpertsSpec, form: Form = PLAIN
 ) -> Tensor:
     """Tokens ``[tokens, h]`` through the experts `indices` ``[tokens, K]``, as ``experts_implementation`` names."""
+    if t.regime.liger.swiglu:
+        return _fused_experts(t, x, weights, indices, spec)
     run = {"grouped_mm": _grouped_experts, "batched_mm": _batched_experts}.get(t.regime.experts)
     if run is None:
         raise UnsupportedError(f"'experts' must be grouped_mm or batched_mm: {t.regime.experts!r} is not modelled yet")
     return run(t, x, weights, indices, spec, form)
+
+
+def _fused_experts(t: Trace, x: Tensor, weights: Tensor, indices: Tensor, spec: ExpertsSpec) -> Tensor:
+    """`LigerExperts` (liger_kernel/transformers/swiglu.py)."""
+    if spec.activation not in SILU:
+        raise UnsupportedError(f"'liger' swiglu computes silu, not {spec.activation} as this model: leave swiglu out")
+    with t.call("experts", x, indices, weights) as local:
+        up, down = (_expert_weights(t, name, sizes, spec, PLAIN) for name, sizes in _projections(t, x, spec))
+        indices = local("top_k_index_2d", ops.constant(t, "_to_copy.default", indices, dtype=INT32))
+        return local("out", ops.liger_experts(t, x, up, down, indices, weights))
 
 
 def _grouped_experts(t: Trace, x: Tensor, weights: Tensor, indices: Tensor, spec: ExpertsSpec, form: Form) -> Tensor:

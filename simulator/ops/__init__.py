@@ -23,6 +23,7 @@ from simulator.ops.elementwise import add_into as add_into
 from simulator.ops.elementwise import add_into_view as add_into_view
 from simulator.ops.elementwise import add_scalar as add_scalar
 from simulator.ops.elementwise import constant as constant
+from simulator.ops.elementwise import div_constant as div_constant
 from simulator.ops.elementwise import div_into as div_into
 from simulator.ops.elementwise import div_scalar as div_scalar
 from simulator.ops.elementwise import exp as exp
@@ -49,6 +50,8 @@ from simulator.ops.experts import inverse_permutation as inverse_permutation
 from simulator.ops.experts import sort as sort
 from simulator.ops.experts import sum_axis as sum_axis
 from simulator.ops.experts import sum_last as sum_last
+from simulator.ops.fused_loss import liger_cross_entropy as liger_cross_entropy
+from simulator.ops.fused_loss import liger_linear_cross_entropy as liger_linear_cross_entropy
 from simulator.ops.indexing import gather as gather
 from simulator.ops.indexing import index as index
 from simulator.ops.indexing import largest as largest
@@ -56,6 +59,11 @@ from simulator.ops.indexing import scattered as scattered
 from simulator.ops.indexing import take_row as take_row
 from simulator.ops.indexing import top_k as top_k
 from simulator.ops.indexing import top_k_constant as top_k_constant
+from simulator.ops.liger import liger_gate as liger_gate
+from simulator.ops.liger import liger_relu_squared as liger_relu_squared
+from simulator.ops.liger import liger_rms_norm as liger_rms_norm
+from simulator.ops.liger import liger_rotary as liger_rotary
+from simulator.ops.liger_experts import liger_experts as liger_experts
 from simulator.ops.loss import compiled_cross_entropy as compiled_cross_entropy
 from simulator.ops.loss import log_softmax as log_softmax
 from simulator.ops.loss import nll_loss as nll_loss

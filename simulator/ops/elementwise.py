@@ -118,6 +118,17 @@ def div_scalar(t: Trace, x: Tensor) -> Tensor:
     return unary(t, "div.Tensor", x, ("div.Tensor",))
 
 
+def div_constant(t: Trace, x: Tensor, divisor: Tensor) -> Tensor:
+    """``x / divisor`` by a tensor without a gradient, which is saved."""
+    out = t.fresh("div.Tensor", x.shape, x.dtype, x.memory)
+    t.emit("div.Tensor", [x, divisor], [out], saves=[divisor], backward=_div_constant_backward)
+    return out
+
+
+def _div_constant_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients:
+    return [engine.like("div.Tensor", op.inputs[0]), None]
+
+
 def add_scalar(t: Trace, x: Tensor) -> Tensor:
     """``x + number``: the gradient passes through untouched."""
     return unary(t, "add.Tensor", x, ())

@@ -66,6 +66,18 @@ def command(
     loss: Annotated[
         Text, typer.Option(help="default, te_fused (megatron), chunked or chunked_compiled (torchtune).")
     ] = None,
+    liger: Annotated[
+        bool, typer.Option("--liger", help="Fused kernels of Liger-Kernel, as transformers' use_liger_kernel.")
+    ] = False,
+    liger_kernels: Annotated[
+        Text, typer.Option(help="Some of them: KERNEL[,...], for instance rms_norm,fused_linear_cross_entropy.")
+    ] = None,
+    multiprocessors: Annotated[
+        int | None, typer.Option(help="Streaming multiprocessors of the GPU, for Liger's rms_norm.")
+    ] = None,
+    items_in_batch: Annotated[
+        bool, typer.Option("--items-in-batch", help="num_items_in_batch is passed, as transformers' Trainer does.")
+    ] = False,
     strategy: Annotated[
         list[str] | None, typer.Option(help="NAME[,option=value...] (see vramsim strategies); may be repeated.")
     ] = None,
