@@ -52,7 +52,7 @@ class MicroBatch:
         self._job = job
         self._initial = self._runtimes = runtimes
         self._use = {op: self.graph.uses(op) for op in self.graph.ops}
-        self._region_of = self._regions(job.plan.checkpointed)
+        self._region_of = self._regions(job.plan.checkpoints)
         self._uses = self._count_uses()
         self.after_forward: AfterForward | None = None
         """How the last `forward` ended."""
@@ -160,19 +160,21 @@ class MicroBatch:
 
     # checkpointing -------------------------------------------------------------------------------------------------
 
-    def _regions(self, checkpointed: frozenset[int]) -> dict[Op, Region]:
-        by_slot: dict[int, list[Op]] = {}
+    def _regions(self, checkpoints: Mapping[int, int]) -> dict[Op, Region]:
+        found: dict[int, list[Op]] = {}
         for op in self.graph.ops:
-            if op.slot in checkpointed:
-                assert op.slot is not None
-                by_slot.setdefault(op.slot, []).append(op)
-        return {op: region for ops in by_slot.values() for region in [self._region(ops)] for op in ops}
+            number = None if op.slot is None else checkpoints.get(op.slot)
+            if number is not None:
+                found.setdefault(number, []).append(op)
+        return {op: region for ops in found.values() for region in [self._region(ops)] for op in ops}
 
     def _region(self, ops: list[Op]) -> Region:
-        slot = ops[0].slot
-        assert slot is not None
+        """A checkpoint of `ops`: what the first of its layers is called with is its argument, in any case."""
+        slots = dict.fromkeys(op.slot for op in ops if op.slot is not None)
+        made = {storage for op in ops for storage in self.graph.births(op)}
+        arguments = dict.fromkeys(s for slot in slots for s in self.graph.arguments[slot] if s not in made)
         savers = [op for op in ops if self._use[op].saves]
-        return Region(_until_last_save(ops, savers[-1]), self.graph.arguments[slot], savers[0], savers[-1])
+        return Region(_until_last_save(ops, savers[-1]), list(arguments), savers[0], savers[-1])
 
     def _saved(self, op: Op) -> tuple[list[Storage], list[Storage]]:
         """What `op` saved, to be released when its backward node has ended, or as soon as its function returns."""

@@ -46,6 +46,8 @@ class Plan:
     """Whether a framework's own ``linear`` runs instead of torch's: its backward takes the weight as it is then."""
     recomputed: frozenset[int] = frozenset()
     """Saved-set policy: the layers whose saved tensors are dropped and recomputed in backward."""
+    together: int = 1
+    """How many consecutive layers, counted from the first, are one checkpoint."""
     hooks: tuple[Hooks, ...] = ()
     """What frameworks do around the model, in order."""
     layer_kinds: tuple[Hashable, ...] = ()
@@ -67,7 +69,7 @@ class Plan:
             (layer, index in self.recomputed, other)
             for index, (layer, other) in enumerate(zip(layers, others, strict=True))
         ]
-        return unrolled_layout(kinds) if self.unrolled else layout_of(kinds, self.reach)
+        return unrolled_layout(kinds) if self.unrolled else layout_of(kinds, self.reach, self.together)
 
     @property
     def graph(self) -> ForwardGraph:
@@ -80,10 +82,10 @@ class Plan:
         return self._trace.dimensions
 
     @property
-    def checkpointed(self) -> frozenset[int]:
-        """Built slots of the layers that are recomputed."""
-        places = enumerate(self.layout.places)
-        return frozenset(slot for slot, place in places if place.base + place.offset in self.recomputed)
+    def checkpoints(self) -> dict[int, int]:
+        """Built slots of the layers that are recomputed, each with the number of the checkpoint it is part of."""
+        layers = {slot: place.base + place.offset for slot, place in enumerate(self.layout.places)}
+        return {slot: layer // self.together for slot, layer in layers.items() if layer in self.recomputed}
 
     @cached_property
     def _trace(self) -> Trace:

@@ -16,8 +16,8 @@ from simulator.mesh import Mesh
 from simulator.model import ModelSpec
 from simulator.plan import Strategy
 from simulator.workload import LARGEST_ACCUMULATION, OPTIONS, PAGED, Optimizer, Training
-from strategies.checkpointing import FullCheckpointing
-from studies.parallelism import Degrees, parallelise
+from strategies.interval_checkpointing import IntervalCheckpointing
+from studies.parallelism import Degrees, parallelise, parse_strategy
 
 #: ``--dtype``: element types of the weights and of autocast.
 DTYPES: dict[str, tuple[DType, DType | None]] = {
@@ -31,7 +31,14 @@ DTYPES: dict[str, tuple[DType, DType | None]] = {
 TASKS = ("full", "pretrain")
 #: Tasks that exist but that are not modelled yet, so that they are told from slips of the keyboard.
 UNMODELLED_TASKS = ("distillation", "dpo", "grpo", "inference", "lora", "ppo", "qlora", "reward")
-CHECKPOINTING = ("none", "full")
+#: ``--checkpointing``: the strategy that each word stands for.
+CHECKPOINTING = {
+    "none": None,
+    "full": "full_checkpointing",
+    "every": "checkpoint_every",
+    "block": "checkpoint_block",
+    "uniform": "checkpoint_uniform",
+}
 _PERCENTAGE = re.compile(r"([0-9]{1,2}(?:\.[0-9]{1,9})?)\s*%")
 #: ``2.13``, or all that `torch.__version__` says, such as ``2.6.0+cu124``.
 _TORCH_VERSION = re.compile(r"([0-9]{1,3})\.([0-9]{1,3})(?:[.+a-z].{0,40})?")
@@ -56,6 +63,8 @@ class TrainingOptions:
     sdpa_backend: str | None = None
     padding: str | None = None
     checkpointing: str | None = None
+    """``NAME[,option=value...]`` with a name of `CHECKPOINTING`."""
+    checkpoint_every: int | None = None
     clip: float | None = None
     zero_grad: str | None = None
     keep_outputs: bool = False
@@ -111,7 +120,7 @@ def resolve(options: TrainingOptions, model: ModelSpec, world: int = 1) -> Resol
         implementation=chosen["implementation"],
         loss=chosen["loss"],
     )
-    strategies = (*_strategies(chosen["checkpointing"]), *strategies)
+    strategies = (*_checkpointing(options, chosen["checkpointing"]), *strategies)
     return Resolved(training, mesh, strategies, (*chosen.assumed(training), *assumed, *model.assumptions))
 
 
@@ -143,6 +152,8 @@ class _Chosen:
 
     def assumed(self, training: Training) -> list[str]:
         left_out = [name for name in self._defaults if getattr(self._options, name) is None]
+        if self._options.checkpoint_every is not None:
+            left_out.remove("checkpointing")
         lines = [f"{_as_typed(name)} {self._defaults[name]}{self._why(name)}" for name in left_out]
         if self._options.global_batch is None and self._options.gradient_accumulation is None:
             lines.append("--gradient-accumulation 1")
@@ -231,10 +242,17 @@ def _version(text: str) -> tuple[int, int]:
     return version
 
 
-def _strategies(checkpointing: str) -> tuple[Strategy, ...]:
-    if checkpointing not in CHECKPOINTING:
-        raise unknown_name("checkpointing", checkpointing, CHECKPOINTING)
-    return (FullCheckpointing(),) if checkpointing == "full" else ()
+def _checkpointing(options: TrainingOptions, text: str) -> tuple[Strategy, ...]:
+    """The strategy of ``--checkpointing`` or ``--checkpoint-every``, whose layers are those of ``every,n=...``."""
+    if options.checkpoint_every is not None:
+        if options.checkpointing is not None:
+            raise UsageError("'checkpoint-every' and 'checkpointing' say the same thing: give one of the two")
+        return (IntervalCheckpointing(n=options.checkpoint_every),)
+    word, comma, settings = text.partition(",")
+    name = _look_up("checkpointing", word, CHECKPOINTING)
+    if name is None and comma:
+        raise UsageError(f"'checkpointing' none has no options: {settings!r}; leave them out")
+    return (parse_strategy(f"{name}{comma}{settings}"),) if name else ()
 
 
 def parse_optimizer(text: str) -> Optimizer:

@@ -40,7 +40,10 @@ def command(
     attention: Annotated[Text, typer.Option(help="eager, sdpa, flash_attention_2 or flex_attention.")] = None,
     sdpa_backend: Annotated[Text, typer.Option(help="auto, flash, efficient or math.")] = None,
     padding: Annotated[Text, typer.Option(help="Attention mask: none, full (nothing padded) or padded.")] = None,
-    checkpointing: Annotated[Text, typer.Option(help="Activation checkpointing: none or full.")] = None,
+    checkpointing: Annotated[
+        Text, typer.Option(help="Activation checkpointing: none, or NAME[,option=value...] with full, every, ...")
+    ] = None,
+    checkpoint_every: Annotated[Number, typer.Option(help="Checkpoint every n-th layer: every,n=...")] = None,
     clip: Annotated[float | None, typer.Option(help="Largest global norm of the gradients.")] = None,
     zero_grad: Annotated[Text, typer.Option(help="none (set_to_none=True) or zero.")] = None,
     keep_outputs: Annotated[
