@@ -83,12 +83,15 @@ class MicroBatch:
         self.recorder.phase = Phase.BACKWARD
         for runtime in self._runtimes:
             runtime.begin_backward(turn)
-        self._autograd(self._runtimes).run()
+        engine = self._autograd(self._runtimes)
+        engine.run()
         if self.keep_outputs:
             self._release_outputs()
         assert self.graph.loss is not None
         for tensor in (*self.graph.inputs, *self.graph.held, self.graph.loss):
             self.recorder.release(tensor.storage)
+        for gradient in engine.kept:
+            self.recorder.release(gradient)
         return self.recorder.steps
 
     def _autograd(self, runtimes: Sequence[Runtime]) -> Autograd:
@@ -166,7 +169,9 @@ class MicroBatch:
             number = None if op.slot is None else checkpoints.get(op.slot)
             if number is not None:
                 found.setdefault(number, []).append(op)
-        return {op: region for ops in found.values() for region in [self._region(ops)] for op in ops}
+        # a checkpoint in which autograd saves nothing, because all of it is frozen, is none
+        saving = [ops for ops in found.values() if any(self._use[op].saves for op in ops)]
+        return {op: region for ops in saving for region in [self._region(ops)] for op in ops}
 
     def _region(self, ops: list[Op]) -> Region:
         """A checkpoint of `ops`: what the first of its layers is called with is its argument, in any case."""

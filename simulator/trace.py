@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import attrs
@@ -42,6 +42,8 @@ class Regime:
     loss: str = "default"
     memory_efficient_linear: bool = False
     """Whether a framework replaces ``torch.nn.functional.linear`` by one that saves the weight itself."""
+    embeddings_require_grad: bool = False
+    """Whether a hook makes the embedded tokens require a gradient, even of a frozen table."""
 
 
 class Frame:
@@ -73,11 +75,14 @@ class Frame:
 class Trace:
     """Builds a `ForwardGraph` op by op."""
 
-    def __init__(self, regime: Regime, dimensions: Dimensions) -> None:
+    def __init__(
+        self, regime: Regime, dimensions: Dimensions, frozen: Callable[[str, int | None], bool] = lambda *_: False
+    ) -> None:
         import networkx as nx
 
         self.regime = regime
         self.dimensions = dimensions
+        self._frozen = frozen
         self.graph = ForwardGraph(nx.DiGraph())
         self.slot: int | None = None
         self.module = ""
@@ -163,7 +168,7 @@ class Trace:
     def parameter(self, name: str, *dims: Dim, dtype: DType | None = None) -> Tensor:
         """A weight: alive before and after, with a gradient."""
         tensor = self._leaf(name, dims, dtype or self.regime.weights, Role.PARAMETER)
-        tensor.requires_grad = self.regime.training
+        tensor.requires_grad = self.regime.training and not self._frozen(tensor.storage.label, self.slot)
         self.graph.parameters.append(tensor)
         if self.regime.tensor_parallel:
             self._place(tensor, name, dims)
@@ -292,6 +297,11 @@ class Trace:
         """An alias of `source` with another shape, to be handed to `emit`."""
         shape, (order,) = self.squeezed(shape), self.squeezed((memory or source.memory,))
         return Tensor(source.storage, shape, order, source.dtype, is_view=True, dense=source.dense)
+
+    def require_grad(self, tensor: Tensor) -> None:
+        """``tensor.requires_grad_()`` of a tensor that needs none: it becomes a leaf, and its gradient stays as long as it."""
+        tensor.requires_grad = True
+        self.graph.held = (*self.graph.held, tensor)
 
     def drop(self, tensor: Tensor) -> None:
         """A Python reference to `tensor` ends after the op that ran last."""

@@ -6,11 +6,13 @@ from collections.abc import Callable
 
 from hardware.registry import Registry
 from simulator.plan import Strategy
+from strategies.bitfit import BitFit
 from strategies.block_checkpointing import BlockCheckpointing
 from strategies.checkpointing import FullCheckpointing
 from strategies.ddp import Ddp
 from strategies.deepspeed.zero3 import DeepSpeedZero3
 from strategies.deepspeed.zero12 import DeepSpeedZero1, DeepSpeedZero2
+from strategies.freezing import Freezing
 from strategies.fsdp1 import Fsdp1
 from strategies.fsdp2 import Fsdp2
 from strategies.gemini import Gemini
@@ -29,6 +31,8 @@ _BUILT_IN: tuple[StrategyFactory, ...] = (
     IntervalCheckpointing,
     BlockCheckpointing,
     UniformCheckpointing,
+    Freezing,
+    BitFit,
     TensorParallel,
     Ddp,
     ZeroRedundancy,

@@ -16,6 +16,7 @@ from simulator.mesh import Mesh
 from simulator.model import ModelSpec
 from simulator.plan import Strategy
 from simulator.workload import LARGEST_ACCUMULATION, OPTIONS, PAGED, Optimizer, Training
+from strategies.freezing import Freezing
 from strategies.interval_checkpointing import IntervalCheckpointing
 from studies.parallelism import Degrees, parallelise, parse_strategy
 
@@ -65,6 +66,8 @@ class TrainingOptions:
     checkpointing: str | None = None
     """``NAME[,option=value...]`` with a name of `CHECKPOINTING`."""
     checkpoint_every: int | None = None
+    freeze: str | None = None
+    """``layers=N``, ``embeddings``, and modules, names or patterns of weights, joined by commas."""
     clip: float | None = None
     zero_grad: str | None = None
     keep_outputs: bool = False
@@ -120,7 +123,8 @@ def resolve(options: TrainingOptions, model: ModelSpec, world: int = 1) -> Resol
         implementation=chosen["implementation"],
         loss=chosen["loss"],
     )
-    strategies = (*_checkpointing(options, chosen["checkpointing"]), *strategies)
+    regimes = (*_checkpointing(options, chosen["checkpointing"]), *_freezing(options.freeze))
+    strategies = (*regimes, *strategies)
     return Resolved(training, mesh, strategies, (*chosen.assumed(training), *assumed, *model.assumptions))
 
 
@@ -253,6 +257,18 @@ def _checkpointing(options: TrainingOptions, text: str) -> tuple[Strategy, ...]:
     if name is None and comma:
         raise UsageError(f"'checkpointing' none has no options: {settings!r}; leave them out")
     return (parse_strategy(f"{name}{comma}{settings}"),) if name else ()
+
+
+def _freezing(text: str | None) -> tuple[Strategy, ...]:
+    """The strategy of ``--freeze``: which weights are not trained."""
+    if text is None:
+        return ()
+    words = text.split(",")
+    layers = [word.removeprefix("layers=") for word in words if word.startswith("layers=")]
+    if "" in words or len(layers) > 1 or not all(map(str.isdecimal, layers)):
+        raise UsageError(f"'freeze' must be layers=N, 'embeddings' and names of weights, joined by commas: {text!r}")
+    named = [word for word in words if word != "embeddings" and not word.startswith("layers=")]
+    return (Freezing(layers=int(*layers), embeddings="embeddings" in words, weights="+".join(named)),)
 
 
 def parse_optimizer(text: str) -> Optimizer:

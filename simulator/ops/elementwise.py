@@ -128,7 +128,7 @@ def to(t: Trace, x: Tensor, dtype: DType) -> Tensor:
     if x.dtype == dtype:
         return x
     out = t.fresh("_to_copy.default", x.shape, dtype, x.memory if x.dense else flat(x.shape))
-    if x.is_parameter:
+    if x.storage.role is Role.PARAMETER:
         out.storage.role = Role.WEIGHT_CAST
     t.emit("_to_copy.default", [x], [out], backward=_to_backward)
     return out

@@ -15,7 +15,7 @@ from simulator.model import ModelSpec
 from simulator.plan import Strategy
 from simulator.reading import spec_from_class
 from simulator.workload import IMPLEMENTATIONS, Optimizer, Training
-from studies.validation.regimes import checkpointing_strategies
+from studies.validation.regimes import checkpointing_strategies, freezing_strategies
 
 #: What a line may hold a recorded peak of.
 QUANTITIES = ("first_iteration", "steady", "prefill", "decode", "generate")
@@ -28,10 +28,10 @@ _DROPOUT_RATES = {
     "Phi3Config": ("resid_pdrop", "embd_pdrop", "attention_dropout"),
 }
 #: Options of a case that change memory and that we simulate with one value only -> that value.
-_FIXED = {"mode": "train", "lora": None, "freeze": None, "device": "cuda", "fake": True, "emulate": True}
+_FIXED = {"mode": "train", "lora": None, "device": "cuda", "fake": True, "emulate": True}
 _SWITCHES = ("attention_mask", "keep_outputs", "dropout_off")
 _SIMULATED = {"dtype", "autocast", "attn", "sdpa_backend", "experts", "batch", "seq", "grad_accum", "optimizer", "clip"}
-_SIMULATED |= {"zero_grad", "checkpointing", *_SWITCHES}
+_SIMULATED |= {"zero_grad", "checkpointing", "freeze", *_SWITCHES}
 #: Options that leave dense training as it is: where to record, inference, the model's name (its line has it).
 _HARMLESS = {"timeline", "layers", "logits_to_keep_prefill", "new_tokens"}
 _HARMLESS |= {"model", "config_override", "config_class", "config", "tags", "id"}
@@ -108,7 +108,8 @@ def oracle_case(line: Mapping[str, Any]) -> tuple[ModelSpec, Training, list[Stra
     case = line["case"]
     _refuse(case)
     model = spec_from_class(line["config_class"], _config(line), str(line["id"]))
-    return model, _training(case), checkpointing_strategies(case.get("checkpointing"))
+    checkpointing = checkpointing_strategies(case.get("checkpointing"))
+    return model, _training(case), [*checkpointing, *freezing_strategies(case.get("freeze"))]
 
 
 def _refuse(case: Mapping[str, Any]) -> None:

@@ -8,8 +8,10 @@ from typing import Any
 
 from hardware.errors import UnsupportedError
 from simulator.plan import Strategy
+from strategies.bitfit import BitFit
 from strategies.block_checkpointing import BlockCheckpointing
 from strategies.checkpointing import FullCheckpointing
+from strategies.freezing import Freezing
 from strategies.interval_checkpointing import IntervalCheckpointing
 from strategies.uniform_checkpointing import UniformCheckpointing
 
@@ -37,3 +39,24 @@ def checkpointing_strategies(option: Any) -> list[Strategy]:
         raise UnsupportedError(f"checkpointing {json.dumps(option)} is not simulated")
     make = _CHECKPOINTS[which[0]]
     return [make(option[which[0]])]
+
+
+def freezing_strategies(option: Any) -> list[Strategy]:
+    """The strategies of a case's ``freeze``: nothing, or an object that says what is frozen.
+
+    Raises:
+        UnsupportedError: a value that is not simulated.
+    """
+    if not option:
+        return []
+    if option == {"only": ["bias"]}:
+        return [BitFit()]
+    if not isinstance(option, Mapping) or set(option) - {"layers", "embeddings", "parts"}:
+        raise UnsupportedError(f"freeze {json.dumps(option)} is not simulated")
+    return [
+        Freezing(
+            layers=option.get("layers", 0),
+            embeddings=option.get("embeddings", False),
+            weights="+".join(option.get("parts", ())),
+        )
+    ]
