@@ -298,10 +298,15 @@ class Trace:
         shape, (order,) = self.squeezed(shape), self.squeezed((memory or source.memory,))
         return Tensor(source.storage, shape, order, source.dtype, is_view=True, dense=source.dense)
 
-    def require_grad(self, tensor: Tensor) -> None:
-        """``tensor.requires_grad_()`` of a tensor that needs none: it becomes a leaf, and its gradient stays as long as it."""
-        tensor.requires_grad = True
-        self.graph.held = (*self.graph.held, tensor)
+    def embedded(self, tensor: Tensor) -> Tensor:
+        """What the module that embeds the tokens returns, made a leaf whose gradient lasts where a hook asks for one.
+
+        Source: transformers/modeling_utils.py `enable_input_require_grads`, which checkpointing of layers calls.
+        """
+        if self.regime.embeddings_require_grad and not tensor.requires_grad:
+            tensor.requires_grad = True
+            self.graph.held = (*self.graph.held, tensor)
+        return tensor
 
     def drop(self, tensor: Tensor) -> None:
         """A Python reference to `tensor` ends after the op that ran last."""

@@ -16,17 +16,7 @@ def embedding(t: Trace, weight: Tensor, indices: Tensor) -> Tensor:
     """``torch.nn.functional.embedding``: saves the indices; its gradient is as big as the whole table."""
     out = t.fresh("embedding.default", (*indices.shape, weight.shape[1]), weight.dtype)
     t.emit("embedding.default", [weight, indices], [out], saves=[indices], backward=_embedding_backward)
-    if t.regime.embeddings_require_grad and not out.requires_grad and _is_first(t):
-        t.require_grad(out)
     return out
-
-
-def _is_first(t: Trace) -> bool:
-    """Whether the op emitted last is the model's input embedding, the one look-up that transformers hooks.
-
-    Source: transformers/modeling_utils.py `enable_input_require_grads`, which checkpointing calls.
-    """
-    return sum(op.name == "embedding.default" for op in t.graph.ops) == 1
 
 
 def vocabulary_embedding(t: Trace, weight: Tensor, indices: Tensor, rows: tuple[Dim, ...]) -> Tensor:
