@@ -55,6 +55,8 @@ class Autograd:
         self.gradients = gradients
         self.kernel_workspace = kernel_workspace
         self._saved = saved
+        self.kept: list[Storage] = []
+        """Gradients of leaves that are made anew in every micro-batch: they last as long as the graph."""
         self._pending: dict[int, list[Tensor | None]] = {}
         self._leaves: dict[Storage, Tensor] = {}
         self._expected = self._count_leaf_uses()
@@ -277,4 +279,7 @@ class Autograd:
             self.recorder.release(gradient.storage)
             gradient = copy
         gradient.storage.role = Role.GRADIENT
-        self.gradients[parameter] = gradient.storage
+        if parameter.persistent:
+            self.gradients[parameter] = gradient.storage
+        else:
+            self.kept.append(gradient.storage)

@@ -189,7 +189,7 @@ def set_loss(t: Trace, loss: Tensor) -> None:
         t.leave_model()
     share = ops.div_scalar(t, loss)
     t.graph.loss = ops.mul_scalar(t, share)
-    t.graph.held = (loss, share)
+    t.graph.held = (*t.graph.held, loss, share)
 
 
 def cross_entropy_outside(t: Trace, logits: Tensor, labels: Tensor) -> None:

@@ -18,8 +18,9 @@ from simulator.mesh import Mesh
 from simulator.model import ExpertsSpec, ModelSpec
 from simulator.plan import Strategy
 from simulator.workload import LARGEST_ACCUMULATION, MEGATRON, OPTIONS, PAGED, Optimizer, Training
-from strategies.checkpointing import FullCheckpointing
-from studies.parallelism import Degrees, parallelise
+from strategies.freezing import Freezing
+from strategies.interval_checkpointing import IntervalCheckpointing
+from studies.parallelism import Degrees, parallelise, parse_strategy
 
 #: ``--dtype``: element types of the weights and of autocast.
 DTYPES: dict[str, tuple[DType, DType | None]] = {
@@ -33,7 +34,14 @@ DTYPES: dict[str, tuple[DType, DType | None]] = {
 TASKS = ("full", "pretrain")
 #: Tasks that exist but that are not modelled yet, so that they are told from slips of the keyboard.
 UNMODELLED_TASKS = ("distillation", "dpo", "grpo", "inference", "lora", "ppo", "qlora", "reward")
-CHECKPOINTING = ("none", "full")
+#: ``--checkpointing``: the strategy that each word stands for.
+CHECKPOINTING = {
+    "none": None,
+    "full": "full_checkpointing",
+    "every": "checkpoint_every",
+    "block": "checkpoint_block",
+    "uniform": "checkpoint_uniform",
+}
 _PERCENTAGE = re.compile(r"([0-9]{1,2}(?:\.[0-9]{1,9})?)\s*%")
 #: ``2.13``, or all that `torch.__version__` says, such as ``2.6.0+cu124``.
 _TORCH_VERSION = re.compile(r"([0-9]{1,3})\.([0-9]{1,3})(?:[.+a-z].{0,40})?")
@@ -59,6 +67,10 @@ class TrainingOptions:
     padding: str | None = None
     experts: str | None = None
     checkpointing: str | None = None
+    """``NAME[,option=value...]`` with a name of `CHECKPOINTING`."""
+    checkpoint_every: int | None = None
+    freeze: str | None = None
+    """``layers=N``, ``embeddings``, and modules, names or patterns of weights, joined by commas."""
     clip: float | None = None
     zero_grad: str | None = None
     keep_outputs: bool = False
@@ -130,7 +142,8 @@ def resolve(options: TrainingOptions, model: ModelSpec, world: int = 1) -> Resol
         liger=_liger(options, model.family),
         items_in_batch=options.items_in_batch,
     )
-    strategies = (*_strategies(chosen["checkpointing"]), *strategies)
+    regimes = (*_checkpointing(options, chosen["checkpointing"]), *_freezing(options.freeze))
+    strategies = (*regimes, *strategies)
     return Resolved(training, mesh, strategies, (*chosen.assumed(training), *why_scaled, *assumed, *model.assumptions))
 
 
@@ -164,6 +177,8 @@ class _Chosen:
 
     def assumed(self, training: Training) -> list[str]:
         left_out = [name for name in self._defaults if getattr(self._options, name) is None and self._matters(name)]
+        if self._options.checkpoint_every is not None:
+            left_out.remove("checkpointing")
         lines = [f"{_as_typed(name)} {self._defaults[name]}{self._why(name)}" for name in left_out]
         if self._options.global_batch is None and self._options.gradient_accumulation is None:
             lines.append("--gradient-accumulation 1")
@@ -280,10 +295,29 @@ def _version(text: str) -> tuple[int, int]:
     return version
 
 
-def _strategies(checkpointing: str) -> tuple[Strategy, ...]:
-    if checkpointing not in CHECKPOINTING:
-        raise unknown_name("checkpointing", checkpointing, CHECKPOINTING)
-    return (FullCheckpointing(),) if checkpointing == "full" else ()
+def _checkpointing(options: TrainingOptions, text: str) -> tuple[Strategy, ...]:
+    """The strategy of ``--checkpointing`` or ``--checkpoint-every``, whose layers are those of ``every,n=...``."""
+    if options.checkpoint_every is not None:
+        if options.checkpointing is not None:
+            raise UsageError("'checkpoint-every' and 'checkpointing' say the same thing: give one of the two")
+        return (IntervalCheckpointing(n=options.checkpoint_every),)
+    word, comma, settings = text.partition(",")
+    name = _look_up("checkpointing", word, CHECKPOINTING)
+    if name is None and comma:
+        raise UsageError(f"'checkpointing' none has no options: {settings!r}; leave them out")
+    return (parse_strategy(f"{name}{comma}{settings}"),) if name else ()
+
+
+def _freezing(text: str | None) -> tuple[Strategy, ...]:
+    """The strategy of ``--freeze``: which weights are not trained."""
+    if text is None:
+        return ()
+    words = text.split(",")
+    layers = [word.removeprefix("layers=") for word in words if word.startswith("layers=")]
+    if "" in words or len(layers) > 1 or not all(map(str.isdecimal, layers)):
+        raise UsageError(f"'freeze' must be layers=N, 'embeddings' and names of weights, joined by commas: {text!r}")
+    named = [word for word in words if word != "embeddings" and not word.startswith("layers=")]
+    return (Freezing(layers=int(*layers), embeddings="embeddings" in words, weights="+".join(named)),)
 
 
 def parse_optimizer(text: str) -> Optimizer:

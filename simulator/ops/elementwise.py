@@ -153,7 +153,7 @@ def to(t: Trace, x: Tensor, dtype: DType, *, contiguous: bool = False) -> Tensor
         return x
     keeps = x.dense and not contiguous
     out = t.fresh("_to_copy.default", x.shape, dtype, x.memory if keeps else flat(x.shape))
-    if x.is_parameter:
+    if x.storage.role is Role.PARAMETER:
         out.storage.role = Role.WEIGHT_CAST
     t.emit("_to_copy.default", [x], [out], backward=_to_backward)
     return out

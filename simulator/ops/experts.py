@@ -55,6 +55,8 @@ def _divide_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradient
     (gradient,) = gradients
     assert gradient is not None
     wide = promote(gradient, op.inputs[1])
+    if not op.inputs[1].requires_grad:
+        return [engine.like("div.Tensor", gradient, wide), None, None]
     factors = [engine.like("div.Tensor", gradient, wide) for _ in range(2)]
     factors.append(engine.like("neg.default", gradient))
     for_divisor = engine.like("mul.Tensor", gradient, wide)

@@ -54,7 +54,8 @@ def _linear_function_backward(engine: Autograd, op: Op, gradients: Gradients) ->
     x, weight, *bias = op.inputs
     for_x = engine.fresh("mm.default", x.shape, x.dtype) if x.requires_grad else None
     for_weight = engine.fresh("mm.default", weight.shape, weight.dtype) if weight.requires_grad else None
-    return [for_x, for_weight, *(engine.fresh("sum.dim_IntList", b.shape, b.dtype) for b in bias)]
+    for_bias = [engine.fresh("sum.dim_IntList", b.shape, b.dtype) if b.requires_grad else None for b in bias]
+    return [for_x, for_weight, *for_bias]
 
 
 def linear_by_matmul(t: Trace, x: Tensor, weight: Tensor, out: Axis) -> Tensor:
@@ -169,6 +170,9 @@ def _baddbmm_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradien
     """Each product is scaled by alpha (derivatives.yaml `baddbmm`)."""
     results: Gradients = [None]
     for factor in op.inputs[1:]:
+        if not factor.requires_grad:
+            results.append(None)
+            continue
         product = engine.fresh("bmm.default", factor.shape, factor.dtype)
         results.append(engine.fresh("mul.Tensor", factor.shape, factor.dtype))
         engine.free(product)

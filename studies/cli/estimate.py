@@ -43,7 +43,14 @@ def command(
     experts: Annotated[
         Text, typer.Option(help="How experts are run (experts_implementation): grouped_mm or batched_mm.")
     ] = None,
-    checkpointing: Annotated[Text, typer.Option(help="Activation checkpointing: none or full.")] = None,
+    checkpointing: Annotated[
+        Text, typer.Option(help="Activation checkpointing: none, or NAME[,option=value...] with full, every, ...")
+    ] = None,
+    checkpoint_every: Annotated[Number, typer.Option(help="Checkpoint every n-th layer: every,n=...")] = None,
+    freeze: Annotated[
+        Text,
+        typer.Option(help="Weights that are not trained: layers=N, embeddings, a module, name or pattern; by commas."),
+    ] = None,
     clip: Annotated[float | None, typer.Option(help="Largest global norm of the gradients.")] = None,
     zero_grad: Annotated[Text, typer.Option(help="none (set_to_none=True) or zero.")] = None,
     keep_outputs: Annotated[

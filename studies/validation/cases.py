@@ -16,7 +16,7 @@ from simulator.model import ModelSpec
 from simulator.plan import Strategy
 from simulator.reading import spec_from_class
 from simulator.workload import IMPLEMENTATIONS, Optimizer, Training
-from strategies.checkpointing import FullCheckpointing
+from studies.validation.regimes import checkpointing_strategies, freezing_strategies
 
 #: What a line may hold a recorded peak of.
 QUANTITIES = ("first_iteration", "steady", "prefill", "decode", "generate")
@@ -31,11 +31,11 @@ _DROPOUT_RATES = {
 #: Options of a case that change memory and that we simulate with one value only -> that value.
 _FIXED = {"mode": "train", "lora": None, "device": "cuda", "fake": True, "emulate": True}
 _SWITCHES = (
-    *("checkpointing", "attention_mask", "keep_outputs", "dropout_off"),
+    *("attention_mask", "keep_outputs", "dropout_off"),
     *("optimizer_in_backward", "grad_scaler", "items_in_batch"),
 )
 _SIMULATED = {"dtype", "autocast", "attn", "sdpa_backend", "experts", "batch", "seq", "grad_accum", "optimizer", "clip"}
-_SIMULATED |= {"zero_grad", "liger", *_SWITCHES}
+_SIMULATED |= {"zero_grad", "liger", "checkpointing", "freeze", *_SWITCHES}
 #: Options that leave dense training as it is: where to record, inference, the model's name (its line has it).
 _HARMLESS = {"timeline", "layers", "logits_to_keep_prefill", "new_tokens"}
 _HARMLESS |= {"model", "config_override", "config_class", "config", "tags", "id"}
@@ -112,8 +112,8 @@ def oracle_case(line: Mapping[str, Any]) -> tuple[ModelSpec, Training, list[Stra
     case = line["case"]
     _refuse(case)
     model = spec_from_class(line["config_class"], _config(line), str(line["id"]))
-    strategies: list[Strategy] = [FullCheckpointing()] if case.get("checkpointing") else []
-    return model, _training(case, model.family), strategies
+    checkpointing = checkpointing_strategies(case.get("checkpointing"))
+    return model, _training(case, model.family), [*checkpointing, *freezing_strategies(case.get("freeze"))]
 
 
 def _refuse(case: Mapping[str, Any]) -> None:

@@ -24,7 +24,7 @@ def forward(t: Trace, spec: ModelSpec, layers: decoder.BuiltLayers) -> None:
     with t.call("transformer") as local:
         positions = t.dim("P", spec.max_positions)
         t.buffer("bias", positions, positions, dtype=BOOL)
-        embeds = local("inputs_embeds", ops.embedding(t, vocabulary, ids))
+        embeds = local("inputs_embeds", t.embedded(ops.embedding(t, vocabulary, ids)))
         position_ids = local("position_ids", masks.positions(t, ids))
         mask = masks.causal_mask(t, embeds)
         if mask is not None:
