@@ -18,6 +18,7 @@ from simulator.plan import Strategy
 from simulator.workload import LARGEST_ACCUMULATION, OPTIONS, PAGED, Optimizer, Training
 from strategies.checkpointing import FullCheckpointing
 from studies.parallelism import Degrees, parallelise
+from studies.pruning import parse_prunings
 
 #: ``--dtype``: element types of the weights and of autocast.
 DTYPES: dict[str, tuple[DType, DType | None]] = {
@@ -62,6 +63,8 @@ class TrainingOptions:
     torch: str | None = None
     implementation: str | None = None
     loss: str | None = None
+    prune: Sequence[str] = ()
+    """Each ``STRUCTURE=AMOUNT[@LAYERS]``, applied before everything else."""
     strategy: Sequence[str] = ()
     """Each ``NAME[,option=value...]``, applied in order after checkpointing."""
     tp: int | None = None
@@ -79,7 +82,10 @@ class Resolved:
     training: Training
     mesh: Mesh
     strategies: tuple[Strategy, ...]
+    """All of them, in order."""
     assumptions: tuple[str, ...]
+    prunings: tuple[Strategy, ...] = ()
+    """Those at the head of `strategies` that prune the model."""
 
 
 def resolve(options: TrainingOptions, model: ModelSpec, world: int = 1) -> Resolved:
@@ -111,8 +117,9 @@ def resolve(options: TrainingOptions, model: ModelSpec, world: int = 1) -> Resol
         implementation=chosen["implementation"],
         loss=chosen["loss"],
     )
-    strategies = (*_strategies(chosen["checkpointing"]), *strategies)
-    return Resolved(training, mesh, strategies, (*chosen.assumed(training), *assumed, *model.assumptions))
+    prunings = parse_prunings(options.prune)
+    strategies = (*prunings, *_strategies(chosen["checkpointing"]), *strategies)
+    return Resolved(training, mesh, strategies, (*chosen.assumed(training), *assumed, *model.assumptions), prunings)
 
 
 class _Chosen:
