@@ -42,6 +42,8 @@ class Regime:
     loss: str = "default"
     memory_efficient_linear: bool = False
     """Whether a framework replaces ``torch.nn.functional.linear`` by one that saves the weight itself."""
+    float8: str | None = None
+    """How linear layers that run on float8 copies are scaled: ``tensorwise`` or ``rowwise``."""
 
 
 class Frame:

@@ -17,6 +17,7 @@ from simulator.model import ModelSpec
 from simulator.plan import Strategy
 from simulator.workload import LARGEST_ACCUMULATION, OPTIONS, PAGED, Optimizer, Training
 from strategies.checkpointing import FullCheckpointing
+from strategies.float8 import Float8
 from studies.parallelism import Degrees, parallelise
 from studies.pruning import parse_prunings
 
@@ -63,6 +64,7 @@ class TrainingOptions:
     torch: str | None = None
     implementation: str | None = None
     loss: str | None = None
+    float8: str | None = None
     prune: Sequence[str] = ()
     """Each ``STRUCTURE=AMOUNT[@LAYERS]``, applied before everything else."""
     strategy: Sequence[str] = ()
@@ -118,7 +120,8 @@ def resolve(options: TrainingOptions, model: ModelSpec, world: int = 1) -> Resol
         loss=chosen["loss"],
     )
     prunings = parse_prunings(options.prune)
-    strategies = (*prunings, *_strategies(chosen["checkpointing"]), *strategies)
+    low = (Float8(recipe=options.float8),) if options.float8 is not None else ()
+    strategies = (*prunings, *low, *_strategies(chosen["checkpointing"]), *strategies)
     return Resolved(training, mesh, strategies, (*chosen.assumed(training), *assumed, *model.assumptions), prunings)
 
 

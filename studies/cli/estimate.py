@@ -56,6 +56,9 @@ def command(
     loss: Annotated[
         Text, typer.Option(help="default, te_fused (megatron), chunked or chunked_compiled (torchtune).")
     ] = None,
+    float8: Annotated[
+        Text, typer.Option(help="Linear layers on float8 copies, scaled tensorwise or rowwise (torchao, eager).")
+    ] = None,
     prune: Annotated[
         list[str] | None,
         typer.Option(

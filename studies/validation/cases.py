@@ -16,6 +16,7 @@ from simulator.plan import Strategy
 from simulator.reading import spec_from_class
 from simulator.workload import IMPLEMENTATIONS, Optimizer, Training
 from strategies.checkpointing import FullCheckpointing
+from strategies.float8 import Float8
 from studies.pruning import parse_prunings
 
 #: What a line may hold a recorded peak of.
@@ -32,7 +33,7 @@ _DROPOUT_RATES = {
 _FIXED = {"mode": "train", "lora": None, "device": "cuda", "fake": True, "emulate": True}
 _SWITCHES = ("checkpointing", "attention_mask", "keep_outputs", "dropout_off")
 _SIMULATED = {"dtype", "autocast", "attn", "sdpa_backend", "experts", "batch", "seq", "grad_accum", "optimizer", "clip"}
-_SIMULATED |= {"zero_grad", "prune", *_SWITCHES}
+_SIMULATED |= {"zero_grad", "prune", "float8", *_SWITCHES}
 #: Options that leave dense training as it is: where to record, inference, the model's name (its line has it).
 _HARMLESS = {"timeline", "layers", "logits_to_keep_prefill", "new_tokens"}
 _HARMLESS |= {"model", "config_override", "config_class", "config", "tags", "id"}
@@ -109,8 +110,9 @@ def oracle_case(line: Mapping[str, Any]) -> tuple[ModelSpec, Training, list[Stra
     case = line["case"]
     _refuse(case)
     model = spec_from_class(line["config_class"], _config(line), str(line["id"]))
+    float8 = [Float8(case["float8"])] if case.get("float8") else []
     checkpointing = [FullCheckpointing()] if case.get("checkpointing") else []
-    return model, _training(case), [*parse_prunings(case.get("prune") or ()), *checkpointing]
+    return model, _training(case), [*parse_prunings(case.get("prune") or ()), *float8, *checkpointing]
 
 
 def _refuse(case: Mapping[str, Any]) -> None:
