@@ -47,6 +47,8 @@ class Plan:
     """Whether a framework's engine divides the loss by the number of micro-batches and scales it, always."""
     memory_efficient_linear: bool = False
     """Whether a framework's own ``linear`` runs instead of torch's: its backward takes the weight as it is then."""
+    float8: str | None = None
+    """How linear layers that run on float8 copies are scaled; None where none do."""
     recomputed: frozenset[int] = frozenset()
     """Saved-set policy: the layers whose saved tensors are dropped and recomputed in backward."""
     together: int = 1
@@ -235,4 +237,5 @@ def _regime(plan: Plan) -> Regime:
         items_in_batch=training.items_in_batch,
         memory_efficient_linear=plan.memory_efficient_linear,
         embeddings_require_grad=training.implementation == "transformers" and bool(plan.recomputed),
+        float8=plan.float8,
     )

@@ -49,6 +49,8 @@ class Regime:
     """Whether the caller passes ``num_items_in_batch``, by which the model divides a summed loss."""
     embeddings_require_grad: bool = False
     """Whether a hook makes the embedded tokens require a gradient, even of a frozen table."""
+    float8: str | None = None
+    """How linear layers that run on float8 copies are scaled: ``tensorwise`` or ``rowwise``."""
 
 
 class Frame:

@@ -18,9 +18,11 @@ from simulator.mesh import Mesh
 from simulator.model import ExpertsSpec, ModelSpec
 from simulator.plan import Strategy
 from simulator.workload import LARGEST_ACCUMULATION, MEGATRON, OPTIONS, PAGED, Optimizer, Training
+from strategies.float8 import Float8
 from strategies.freezing import Freezing
 from strategies.interval_checkpointing import IntervalCheckpointing
 from studies.parallelism import Degrees, parallelise, parse_strategy
+from studies.pruning import parse_prunings
 
 #: ``--dtype``: element types of the weights and of autocast.
 DTYPES: dict[str, tuple[DType, DType | None]] = {
@@ -86,6 +88,9 @@ class TrainingOptions:
     multiprocessors: int | None = None
     """Of the GPU; the backward of Liger's norm allocates by them."""
     items_in_batch: bool = False
+    float8: str | None = None
+    prune: Sequence[str] = ()
+    """Each ``STRUCTURE=AMOUNT[@LAYERS]``, applied before everything else."""
     strategy: Sequence[str] = ()
     """Each ``NAME[,option=value...]``, applied in order after checkpointing."""
     tp: int | None = None
@@ -103,7 +108,10 @@ class Resolved:
     training: Training
     mesh: Mesh
     strategies: tuple[Strategy, ...]
+    """All of them, in order."""
     assumptions: tuple[str, ...]
+    prunings: tuple[Strategy, ...] = ()
+    """Those at the head of `strategies` that prune the model."""
 
 
 def resolve(options: TrainingOptions, model: ModelSpec, world: int = 1) -> Resolved:
@@ -142,9 +150,11 @@ def resolve(options: TrainingOptions, model: ModelSpec, world: int = 1) -> Resol
         liger=_liger(options, model.family),
         items_in_batch=options.items_in_batch,
     )
-    regimes = (*_checkpointing(options, chosen["checkpointing"]), *_freezing(options.freeze))
-    strategies = (*regimes, *strategies)
-    return Resolved(training, mesh, strategies, (*chosen.assumed(training), *why_scaled, *assumed, *model.assumptions))
+    prunings = parse_prunings(options.prune)
+    low = (Float8(recipe=options.float8),) if options.float8 is not None else ()
+    regimes = (*low, *_checkpointing(options, chosen["checkpointing"]), *_freezing(options.freeze))
+    assumptions = (*chosen.assumed(training), *why_scaled, *assumed, *model.assumptions)
+    return Resolved(training, mesh, (*prunings, *regimes, *strategies), assumptions, prunings)
 
 
 class _Chosen:

@@ -85,6 +85,16 @@ def command(
     items_in_batch: Annotated[
         bool, typer.Option("--items-in-batch", help="num_items_in_batch is passed, as transformers' Trainer does.")
     ] = False,
+    float8: Annotated[
+        Text, typer.Option(help="Linear layers on float8 copies, scaled tensorwise or rowwise (torchao, eager).")
+    ] = None,
+    prune: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="STRUCTURE=AMOUNT[@LAYERS]: heads, groups, channels or experts, e.g. heads=4, channels=25%@0,4-7; "
+            "or layers=2,5-7. May be repeated."
+        ),
+    ] = None,
     strategy: Annotated[
         list[str] | None, typer.Option(help="NAME[,option=value...] (see vramsim strategies); may be repeated.")
     ] = None,
@@ -104,7 +114,7 @@ def command(
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 5 where something is not modelled.")] = False,
 ) -> int:
     """Estimate the GPU memory of one training step on every rank."""
-    given = {**locals(), "strategy": tuple(strategy or ())}
+    given = {**locals(), "prune": tuple(prune or ()), "strategy": tuple(strategy or ())}
     del strict  # the entry point reads it: it only changes an exit code
     from studies.options import TrainingOptions
     from studies.plots import check_target
@@ -136,7 +146,8 @@ def _run(
 def tables(result: Estimate, *, rules: bool = True) -> list[Table]:
     """The estimate as tables of text; with `rules` of thumb, too."""
     several = [_by_rank(result)] if result.cluster.count > 1 else []
-    parts = [_summary(result), *several, _by_role(result), _by_layer(result), _largest(result)]
+    pruned = [_pruning(result)] if result.savings else []
+    parts = [_summary(result), *pruned, *several, _by_role(result), _by_layer(result), _largest(result)]
     return [*parts, *([_rules_of_thumb(result)] if rules else []), _assumptions(result)]
 
 
@@ -159,6 +170,15 @@ def _summary(result: Estimate) -> Table:
         ("workload", result.workload),
     ]
     return Table(f"{report.model.name} on {result.cluster}", rows)
+
+
+def _pruning(result: Estimate) -> Table:
+    rows = []
+    for each in result.savings:
+        text = [size(n) if each.is_bytes else f"{n:,}" for n in (each.before, each.after, each.saved)]
+        rows.append((each.name, *text, f"{100 * each.saved / each.before:.1f} %" if each.before else ""))
+    header = ("", "before", "after", "saved", "share")
+    return Table("what pruning saves (bytes of each kind: the most at any time)", rows, header, frozenset({1, 2, 3, 4}))
 
 
 def _where(result: Estimate) -> str:

@@ -16,6 +16,8 @@ from simulator.model import ModelSpec
 from simulator.plan import Strategy
 from simulator.reading import spec_from_class
 from simulator.workload import IMPLEMENTATIONS, Optimizer, Training
+from strategies.float8 import Float8
+from studies.pruning import parse_prunings
 from studies.validation.regimes import checkpointing_strategies, freezing_strategies
 
 #: What a line may hold a recorded peak of.
@@ -35,7 +37,7 @@ _SWITCHES = (
     *("optimizer_in_backward", "grad_scaler", "items_in_batch"),
 )
 _SIMULATED = {"dtype", "autocast", "attn", "sdpa_backend", "experts", "batch", "seq", "grad_accum", "optimizer", "clip"}
-_SIMULATED |= {"zero_grad", "liger", "checkpointing", "freeze", *_SWITCHES}
+_SIMULATED |= {"zero_grad", "liger", "checkpointing", "freeze", "prune", "float8", *_SWITCHES}
 #: Options that leave dense training as it is: where to record, inference, the model's name (its line has it).
 _HARMLESS = {"timeline", "layers", "logits_to_keep_prefill", "new_tokens"}
 _HARMLESS |= {"model", "config_override", "config_class", "config", "tags", "id"}
@@ -112,8 +114,9 @@ def oracle_case(line: Mapping[str, Any]) -> tuple[ModelSpec, Training, list[Stra
     case = line["case"]
     _refuse(case)
     model = spec_from_class(line["config_class"], _config(line), str(line["id"]))
-    checkpointing = checkpointing_strategies(case.get("checkpointing"))
-    return model, _training(case, model.family), [*checkpointing, *freezing_strategies(case.get("freeze"))]
+    float8 = [Float8(case["float8"])] if case.get("float8") else []
+    regimes = [*float8, *checkpointing_strategies(case.get("checkpointing")), *freezing_strategies(case.get("freeze"))]
+    return model, _training(case, model.family), [*parse_prunings(case.get("prune") or ()), *regimes]
 
 
 def _refuse(case: Mapping[str, Any]) -> None:

@@ -35,6 +35,8 @@ def forward(t: Trace, spec: ModelSpec, layers: decoder.BuiltLayers) -> None:
     """`BloomForCausalLM` (transformers models/bloom/modeling_bloom.py)."""
     if t.regime.attention != "eager":
         raise UnsupportedError(f"'attention' must be eager with bloom, which has no other, not {t.regime.attention!r}")
+    if len({layer.attention.heads for layer in spec.layers}) > 1:
+        raise UnsupportedError("'heads' must be as many in every layer of bloom: all layers share the biases of heads")
     ids, labels = decoder.batch(t)
     vocabulary = blocks.vocabulary_table(t, "transformer.word_embeddings")
     with t.call("transformer") as local:
