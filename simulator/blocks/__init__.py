@@ -54,6 +54,8 @@ from simulator.blocks.rotary import rotary_tables as rotary_tables
 from simulator.blocks.rotary import rotate as rotate
 from simulator.blocks.rotary import rotate_in as rotate_in
 from simulator.blocks.rotary import rotate_part as rotate_part
+from simulator.blocks.state_space import STATE_SPACE as STATE_SPACE
+from simulator.blocks.state_space import mamba2_mixer as mamba2_mixer
 from simulator.blocks.vocabulary import look_up as look_up
 from simulator.blocks.vocabulary import scaled_embeddings as scaled_embeddings
 from simulator.blocks.vocabulary import token_embeddings as token_embeddings

@@ -48,6 +48,7 @@ BUILT_IN = {
     "llama": ("simulator.families.dense.llama", "LlamaConfig"),
     "llama4": ("simulator.families.counted.llama4", "Llama4Config"),
     "minimax_m2": ("simulator.families.experts.minimax_m2", "MiniMaxM2Config"),
+    "mamba2": ("simulator.families.hybrid.mamba2", "Mamba2Config"),
     "mistral": ("simulator.families.dense.mistral", "MistralConfig"),
     "mixtral": ("simulator.families.experts.mixtral", "MixtralConfig"),
     "nemotron": ("simulator.families.dense.nemotron", "NemotronConfig"),

@@ -15,6 +15,8 @@ from simulator.ops.collective import gather_output as gather_output
 from simulator.ops.collective import reduce_scatter as reduce_scatter
 from simulator.ops.collective import replicated_input as replicated_input
 from simulator.ops.dropout import dropout as dropout
+from simulator.ops.einsum import apart as apart
+from simulator.ops.einsum import einsum as einsum
 from simulator.ops.elementwise import add as add
 from simulator.ops.elementwise import add_into as add_into
 from simulator.ops.elementwise import add_scalar as add_scalar
@@ -62,6 +64,15 @@ from simulator.ops.normalisation import layer_norm as layer_norm
 from simulator.ops.normalisation import mean as mean
 from simulator.ops.normalisation import mean_all as mean_all
 from simulator.ops.normalisation import rms_norm as rms_norm
+from simulator.ops.scan import after_zeros as after_zeros
+from simulator.ops.scan import clamp as clamp
+from simulator.ops.scan import convolution as convolution
+from simulator.ops.scan import cumsum as cumsum
+from simulator.ops.scan import exp as exp
+from simulator.ops.scan import lower_triangle as lower_triangle
+from simulator.ops.scan import masked_fill as masked_fill
+from simulator.ops.scan import pad as pad
+from simulator.ops.scan import softplus as softplus
 from simulator.ops.shape import as_complex as as_complex
 from simulator.ops.shape import as_real as as_real
 from simulator.ops.shape import cat as cat
@@ -70,6 +81,8 @@ from simulator.ops.shape import contiguous as contiguous
 from simulator.ops.shape import expand as expand
 from simulator.ops.shape import filled as filled
 from simulator.ops.shape import narrow as narrow
+from simulator.ops.shape import permute as permute
+from simulator.ops.shape import rename as rename
 from simulator.ops.shape import reshape as reshape
 from simulator.ops.shape import select as select
 from simulator.ops.shape import slices as slices

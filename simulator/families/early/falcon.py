@@ -138,7 +138,7 @@ def _key_per_head(t: Trace, x: Tensor, heads: tuple[Dim, ...], d: str, spec: Att
     """`_split_heads` without ``multi_query``."""
     fused = _linear(t, "query_key_value", x, (*heads, 3, d), spec.bias)
     whole = ops.view(t, fused, (*x.shape[:-1], heads, (3,), (d,)))
-    return [ops.select(t, whole, (*x.shape[:-1], heads, (d,))) for _ in range(3)]
+    return [ops.select(t, whole, -2) for _ in range(3)]
 
 
 def _eager(t: Trace, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
