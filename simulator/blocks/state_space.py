@@ -61,8 +61,8 @@ def mamba2_mixer(t: Trace, name: str, x: Tensor, spec: StateSpaceSpec) -> Tensor
         whole = (t.dim("d_in_proj", spec.inner + spec.channels + spec.heads),)
         projected = local("projected_states", projection(t, "in_proj", x, whole, spec.bias))
         with t.call("") as inner:
-            decay = ops.exp(t, inner("float", ops.to(t, decay, FP32)))
-            decay = local("A", ops.neg(t, inner("exp", decay)))
+            decay = inner("A", ops.exp(t, inner("A", ops.to(t, decay, FP32))))
+            decay = local("A", ops.neg(t, decay))
         parts = [(*rows, part) for part in (dims.inner, dims.channels, dims.heads)]
         gate, mixed, time = ops.split_with_sizes(t, projected, parts)
         mixed = local("hidden_states_B_C", _convolution(t, ops.transpose(t, mixed, 1, 2), dims, spec))
@@ -194,9 +194,8 @@ def _carried(t: Trace, states: Tensor, summed: Tensor, local: Frame, dims: _Dims
     states = local("states", ops.after_zeros(t, states, (first, dims.more_chunks, *rest)))
     with t.call("") as inner:
         last = ops.select(t, summed, -1)
-        padded = inner("padded", ops.pad(t, last, (*last.shape[:-1], dims.more_chunks)))
+        padded = ops.pad(t, last, (*last.shape[:-1], dims.more_chunks))
         segments = inner("segments", _segment_sum(t, padded))
-        inner("padded", segments)
         decay = local("decay_chunk", ops.transpose(t, ops.exp(t, segments), 1, 3))
     states = local("new_states", ops.einsum(t, "bzch,bzhpn->bchpn", decay, states))
     return local("states", ops.narrow(t, states, (first, dims.chunks, *rest), axis=1))
@@ -205,12 +204,12 @@ def _carried(t: Trace, states: Tensor, summed: Tensor, local: Frame, dims: _Dims
 def _segment_sum(t: Trace, x: Tensor) -> Tensor:
     """`segment_sum`: sums of `x` between any two places of its last axis, minus infinity above the diagonal."""
     rows, columns = x.shape[-1], ops.apart(t, x.shape[-1])
-    with t.call("", x) as local:
-        wide = ops.expand(t, ops.view(t, x, (*x.shape, ())), (*x.shape, columns))
-        local("mask", ops.lower_triangle(t, x, rows, columns))
+    with t.call("") as local:
+        wide = local("input_tensor", ops.expand(t, ops.view(t, x, (*x.shape, ())), (*x.shape, columns)))
+        local("mask", ops.lower_triangle(t, wide, rows, columns))
         wide = local("input_tensor", ops.masked_fill(t, wide, _not(t, local.held("mask"))))
         wide = local("tensor_segsum", ops.cumsum(t, wide, -2))
-        local("mask", ops.lower_triangle(t, x, rows, columns))
+        local("mask", ops.lower_triangle(t, wide, rows, columns))
         return ops.masked_fill(t, wide, _not(t, local.held("mask")))
 
 

@@ -23,8 +23,9 @@ def einsum(t: Trace, equation: str, x: Tensor, y: Tensor) -> Tensor:
     """``torch.einsum(equation, x, y)``, one letter per axis; some axis of both must be summed.
 
     The operand whose own axes come first in the result is the left factor. An axis of `y` whose dimensions another
-    letter of `x` has already gets dimensions of its own, of the same sizes.
+    letter of `x` has already gets dimensions of its own, of the same sizes. Autocast lowers both operands first.
     """
+    x, y = (autocast(t, operand) for operand in (x, y))
     operands, result = equation.split("->")
     first, second = operands.split(",")
     axes = dict(zip(first, x.shape, strict=True))
@@ -38,13 +39,12 @@ def einsum(t: Trace, equation: str, x: Tensor, y: Tensor) -> Tensor:
     if _swapped(result, left, right, axes):
         left, right, named = right, left, named[::-1]
     orders = ((shared, left, summed), (shared, summed, right))
-    with t.call("") as local:
+    with t.call("", x, y) as local:
         factors = []
         for (tensor, letters), order in zip(named, orders, strict=True):
             shape = tuple(_joined(group, axes) for group in order)
             factors.append(local(letters, _arranged(t, tensor, tuple(axes[letter] for letter in letters), shape)))
-        y, x = (autocast(t, factor) for factor in reversed(factors))
-        product = bmm(t, x, y)
+        product = bmm(t, *factors)
         out = t.view(product, tuple(axes[letter] for letter in result))
         return t.emit("view.default", [product], [out], backward=_arranged_backward)[0]
 
