@@ -163,9 +163,18 @@ def language_head(
     spec: ModelSpec,
     vocabulary: Tensor,
     scale: Callable[[Trace, Tensor], Tensor] | None = None,
+    *,
+    low_input: bool = False,
 ) -> None:
-    """``lm_head``, scale, soft cap and loss of `...ForCausalLM.forward`; leaves loss and logits in the graph."""
+    """``lm_head``, scale, soft cap and loss of `...ForCausalLM.forward`; leaves loss and logits in the graph.
+
+    Args:
+        hidden: ``[b, s, h]``.
+        scale: what happens to the logits before they are soft-capped.
+        low_input: whether the head casts `hidden` to the element type of its weight.
+    """
     with t.call("", hidden) as local, t.loss_head():
+        hidden = ops.to(t, hidden, t.regime.weights) if low_input else hidden
         logits = local("logits", vocabulary_head(t, "lm_head", hidden, vocabulary if spec.tied_embeddings else None))
         if scale is not None:
             logits = local("logits", scale(t, logits))
@@ -174,6 +183,7 @@ def language_head(
             logits = local("logits", ops.tanh(t, logits))
             logits = local("logits", ops.mul_scalar(t, logits))
         loss = causal_lm_loss(t, logits, labels)
+    with t.loss_head():
         set_loss(t, loss)
     t.graph.outputs = (logits, loss) if t.regime.loss_division else (logits,)
 

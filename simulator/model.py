@@ -175,6 +175,8 @@ class ExpertsSpec(FeedForwardSpec):
     chosen_groups: int = attrs.field(default=1, kw_only=True, validator=_count(LARGEST_EXPERTS))
     shared_width: int | None = attrs.field(default=None, kw_only=True, validator=optional(_count(LARGEST_WIDTH)))
     """Channels of the MLP that every token visits; None where there is none."""
+    latent: int | None = attrs.field(default=None, kw_only=True, validator=optional(_count(LARGEST_HIDDEN)))
+    """Channels that tokens are projected to for the experts, and back from; None where they stay as they are."""
 
     def __attrs_post_init__(self) -> None:
         if self.per_token > self.experts:
@@ -198,6 +200,11 @@ class LayerSpec:
 
     token_mixer: TokenMixerSpec | None
     channel_mixer: FeedForwardSpec | None
+
+    @property
+    def attends(self) -> bool:
+        """Whether its token mixer is attention."""
+        return isinstance(self.token_mixer, AttentionSpec)
 
     @property
     def attention(self) -> AttentionSpec:

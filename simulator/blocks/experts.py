@@ -219,9 +219,10 @@ def grouped_experts(t: Trace, x: Tensor, weights: Tensor, indices: Tensor, spec:
         sample_weights = local("sample_weights_g", ops.index(t, sample_weights, permutation))
         offsets = ops.group_ends(t, ids, experts)
         ends = [local(f"offsets{i}", each) for i, each in enumerate(offsets)][-1]
-        weight = t.weights("gate_up_proj", experts, (2, width), x.shape[-1])
-        out = local("proj_out", ops.grouped_linear(t, rows, weight, ends, (2, width)))
-        out = local("proj_out", _gate(t, out, (width,), spec))
+        name, up = ("gate_up_proj", (2, width)) if spec.gated else ("up_proj", (width,))
+        weight = t.weights(name, experts, up, x.shape[-1])
+        out = local("proj_out", ops.grouped_linear(t, rows, weight, ends, up))
+        out = local("proj_out", _gate(t, out, (width,), spec) if spec.gated else activation(t, spec.activation, out))
         weight = t.weights("down_proj", experts, x.shape[-1], (width,))
         out = local("proj_out", ops.grouped_linear(t, out, weight, ends, x.shape[-1]))
         with t.call("") as inner:

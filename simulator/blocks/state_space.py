@@ -71,7 +71,7 @@ def mamba2_mixer(t: Trace, name: str, x: Tensor, spec: StateSpaceSpec) -> Tensor
         hidden, keys, queries = ops.split_with_sizes(t, mixed, [(*rows, each) for each in (dims.inner, shared, shared)])
         hidden = ops.view(t, hidden, (*rows, dims.heads, dims.head))
         keys, queries = (ops.view(t, each, (*rows, dims.groups, dims.state)) for each in (keys, queries))
-        scanned = _scan(t, hidden, time, (keys, queries), _Own(time_bias, decay, skip), dims)
+        scanned = local("scan_result", _scan(t, hidden, time, (keys, queries), _Own(time_bias, decay, skip), dims))
         scanned = local("scan_output", ops.reshape(t, scanned, (*rows, dims.inner)))
         scanned = local("scan_output", _gated_norm(t, scanned, gate, dims))
         with t.call("") as inner:
@@ -111,8 +111,9 @@ def _scan(t: Trace, hidden: Tensor, time: Tensor, shared: tuple[Tensor, Tensor],
         hidden = local("hidden_states", ops.to(t, hidden, FP32))
         keys, queries = (local(name, _per_head(t, each, dims)) for name, each in zip("BC", shared, strict=True))
         with t.call("") as inner:
+            column = ops.view(t, own.skip, (dims.heads, ()))
             padded = inner("padded", ops.pad(t, hidden, _tokens(hidden, dims.padded)))
-            skipped = local("D_residual", ops.mul(t, ops.view(t, own.skip, (dims.heads, ())), padded))
+            skipped = local("D_residual", ops.mul(t, column, padded))
         with t.call("") as inner:
             column = inner("dt", ops.to(t, ops.view(t, time, (*time.shape, ())), FP32))
             hidden = local("hidden_states", ops.mul(t, hidden, column))
@@ -224,7 +225,7 @@ def _gated_norm(t: Trace, x: Tensor, gate: Tensor, dims: _Dims) -> Tensor:
         weight = t.vector("weight", dims.inner)
         with t.call("") as inner:
             wide = local("hidden_states", ops.to(t, x, FP32))
-            opened = inner("silu", ops.silu(t, inner("gate", ops.to(t, gate, FP32))))
+            opened = inner("gate", ops.silu(t, inner("gate", ops.to(t, gate, FP32))))
             hidden = local("hidden_states", ops.mul(t, wide, opened))
         groups = (*rows, dims.groups, dims.inner[len(dims.groups) :])
         grouped = local("hidden_states_group", ops.view(t, hidden, groups))

@@ -52,7 +52,7 @@ BUILT_IN = {
     "mistral": ("simulator.families.dense.mistral", "MistralConfig"),
     "mixtral": ("simulator.families.experts.mixtral", "MixtralConfig"),
     "nemotron": ("simulator.families.dense.nemotron", "NemotronConfig"),
-    "nemotron_h": ("simulator.families.counted.nemotron_h", "NemotronHConfig"),
+    "nemotron_h": ("simulator.families.hybrid.nemotron_h", "NemotronHConfig"),
     "olmo2": ("simulator.families.dense.olmo2", "Olmo2Config"),
     "olmoe": ("simulator.families.experts.olmoe", "OlmoeConfig"),
     "opt": ("simulator.families.early.opt", "OPTConfig"),

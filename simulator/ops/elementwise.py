@@ -8,6 +8,7 @@ from hardware.dtypes import FP32, DType
 from simulator.autograd import Autograd
 from simulator.graph import BackwardRule, Op, Shape, Tensor, flat
 from simulator.roles import Role
+from simulator.sizes import Dim
 from simulator.trace import Trace
 
 Gradients = list[Tensor | None]
@@ -127,11 +128,26 @@ def to(t: Trace, x: Tensor, dtype: DType) -> Tensor:
     """
     if x.dtype == dtype:
         return x
-    out = t.fresh("_to_copy.default", x.shape, dtype, x.memory if x.dense else flat(x.shape))
+    out = t.fresh("_to_copy.default", x.shape, dtype, x.memory if x.dense else suggested_memory(x, x.shape))
     if x.is_parameter:
         out.storage.role = Role.WEIGHT_CAST
     t.emit("_to_copy.default", [x], [out], backward=_to_backward)
     return out
+
+
+def suggested_memory(x: Tensor, shape: Shape) -> tuple[Dim, ...]:
+    """The layout that torch suggests for a tensor of `shape` like `x`: contiguous, or channels last.
+
+    The latter for four axes of which the second varies fastest (torch c10/core/MemoryFormat.h
+    `is_channels_last_strides_2d`).
+    """
+    if len(x.shape) == 4 and x.memory == _channels_last(x.shape) != x.dims:
+        return _channels_last(shape)
+    return flat(shape)
+
+
+def _channels_last(shape: Shape) -> tuple[Dim, ...]:
+    return flat((shape[0], *shape[2:], shape[1]))
 
 
 def _to_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from hardware.dtypes import BOOL, FP32
 from simulator.autograd import Autograd
-from simulator.graph import Op, Shape, Tensor, flat
-from simulator.ops.elementwise import autocast, constant, to, unary
+from simulator.graph import Op, Shape, Tensor
+from simulator.ops.elementwise import autocast, constant, suggested_memory, to, unary
 from simulator.ops.shape import replaced
 from simulator.sizes import Dim
 from simulator.trace import Trace
@@ -76,20 +76,11 @@ def _masked_fill_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gra
 def pad(t: Trace, x: Tensor, shape: Shape) -> Tensor:
     """``torch.nn.functional.pad`` of one axis to `shape`, a copy even where nothing is added.
 
-    It is contiguous, but for four axes of which the second varies fastest: that layout is kept
-    (torch aten/src/ATen/native/PadNd.cpp `constant_pad_nd`: the suggested memory format).
+    Source: torch aten/src/ATen/native/PadNd.cpp `constant_pad_nd`.
     """
     shape = t.squeezed(shape)
-    out = t.fresh("constant_pad_nd.default", shape, x.dtype, _channels_last(shape) if _is_channels_last(x) else None)
+    out = t.fresh("constant_pad_nd.default", shape, x.dtype, suggested_memory(x, shape))
     return t.emit("constant_pad_nd.default", [x], [out], backward=_pad_backward)[0]
-
-
-def _channels_last(shape: Shape) -> tuple[Dim, ...]:
-    return flat((shape[0], *shape[2:], shape[1]))
-
-
-def _is_channels_last(x: Tensor) -> bool:
-    return len(x.shape) == 4 and x.memory == _channels_last(x.shape) != x.dims
 
 
 def _pad_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients:

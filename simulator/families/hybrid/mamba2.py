@@ -51,9 +51,7 @@ def forward(t: Trace, spec: ModelSpec, layers: decoder.BuiltLayers) -> None:
             with t.layer(slot, hidden):
                 hidden = local("hidden_states", _block(t, hidden, spec, layer))
         hidden = local("hidden_states", blocks.llama_rms_norm(t, "norm_f", hidden))
-    low = ops.to(t, hidden, t.regime.weights)
-    with t.call("", hidden):
-        decoder.language_head(t, low, labels, spec, vocabulary, partial(ops.to, dtype=FP32))
+    decoder.language_head(t, hidden, labels, spec, vocabulary, partial(ops.to, dtype=FP32), low_input=True)
     t.order_layer_parameters(*blocks.STATE_SPACE, "mixer")
 
 

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from simulator.families.decoder import FULL
 from simulator.families.reader import ConfigReader
 from simulator.limits import LARGEST_HEADS, LARGEST_HIDDEN, LARGEST_POSITIONS
 from simulator.model import StateSpaceSpec
 
 #: What a report says of such layers, whose memory hangs on installed packages.
 PATH = "state space layers: transformers' PyTorch code, which runs without the packages mamba-ssm and causal-conv1d"
+
+LINEAR = "linear_attention"
+_OLD_NAMES = {"mamba": LINEAR, "attention": FULL}
+"""Names that configurations had for kinds of layers before (transformers configuration_utils.py)."""
 
 _Key = tuple[str, int]
 
@@ -39,3 +46,14 @@ def read_state_space(
         conv_bias=config.flag(conv_bias, True),
         activation=config.activation(activation, "silu"),
     )
+
+
+def read_kinds(config: ConfigReader, key: str, pattern: str, letters: Mapping[str, str]) -> list[str]:
+    """The kind of every layer: names under `key`, or a `pattern` of one letter per layer.
+
+    Args:
+        letters: letter -> kind; one layer of each is the default of the configuration class.
+    """
+    if config.given(pattern) and not config.given(key):
+        return [letters[letter] for letter in config.letters(pattern, letters)]
+    return config.kinds(key, list(letters.values()), _OLD_NAMES)
