@@ -84,10 +84,10 @@ def _convolution(t: Trace, x: Tensor, dims: _Dims, spec: StateSpaceSpec) -> Tens
         weight = t.weights("weight", dims.channels, (), dims.kernel)
         bias = t.vector("bias", dims.channels) if spec.conv_bias else None
     with t.call("", x) as local:
+        # squeezed and unsqueezed, the weight is no leaf, so that autocast does not keep its copy
+        filters = ops.view(t, weight, weight.shape)
         with t.call("") as inner:
             wide = inner("input", ops.to(t, x, weight.dtype))
-            # squeezed and unsqueezed, the weight is no leaf, so that autocast does not keep its copy
-            filters = ops.view(t, weight, weight.shape)
             padded = ops.convolution(t, wide, filters, bias, dims.long)
         out = local("out", ops.narrow(t, padded, (*padded.shape[:-1], ("s",))))
         out = local("out", activation(t, spec.activation, out))
