@@ -141,6 +141,7 @@ def language_head(
     *,
     name: str = "lm_head",
     bias: bool = False,
+    low_input: bool = False,
 ) -> None:
     """The head, scale, soft cap and loss of `...ForCausalLM.forward`; leaves loss and logits in the graph.
 
@@ -150,12 +151,14 @@ def language_head(
         scale: what happens to the logits first.
         name: of the head's module.
         bias: whether the head has one.
+        low_input: whether the head casts `hidden` to the element type of its weight.
     """
     if t.regime.liger.fused_linear_cross_entropy:
         _fused_language_head(t, hidden, labels, spec, vocabulary)
         return
     tied = vocabulary if spec.tied_embeddings else None
     with t.call("", hidden) as local, t.loss_head():
+        hidden = ops.to(t, hidden, t.regime.weights) if low_input else hidden
         logits = local("logits", vocabulary_head(t, name, hidden, tied, bias=bias))
         if scale is not None:
             logits = local("logits", scale(t, logits))
@@ -164,6 +167,7 @@ def language_head(
             logits = local("logits", ops.tanh(t, logits))
             logits = local("logits", ops.mul_scalar(t, logits))
         loss = causal_lm_loss(t, logits, labels)
+    with t.loss_head():
         set_loss(t, loss)
     t.graph.outputs = (logits, loss) if t.regime.loss_division else (logits,)
 

@@ -72,6 +72,8 @@ from simulator.blocks.routers import sigmoid_router as sigmoid_router
 from simulator.blocks.routers import softmax_router as softmax_router
 from simulator.blocks.routers import top_k_router as top_k_router
 from simulator.blocks.sinks import attention_with_sinks as attention_with_sinks
+from simulator.blocks.state_space import STATE_SPACE as STATE_SPACE
+from simulator.blocks.state_space import mamba2_mixer as mamba2_mixer
 from simulator.blocks.tempered_attention import tempered_attention as tempered_attention
 from simulator.blocks.vocabulary import look_up as look_up
 from simulator.blocks.vocabulary import scaled_embeddings as scaled_embeddings

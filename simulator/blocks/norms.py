@@ -10,12 +10,19 @@ from simulator.trace import Trace
 
 
 def llama_rms_norm(
-    t: Trace, name: str, x: Tensor, *, weight_in_fp32: bool = False, liger: NormPatch = NormPatch.IN_PLACE
+    t: Trace,
+    name: str,
+    x: Tensor,
+    *,
+    weight_in_fp32: bool = False,
+    cast_weight: bool = False,
+    liger: NormPatch = NormPatch.IN_PLACE,
 ) -> Tensor:
     """`LlamaRMSNorm` (models/llama/modeling_llama.py): statistics in fp32, weight applied in the input's dtype.
 
     Args:
         weight_in_fp32: whether the weight is applied before the cast back (`Olmo2RMSNorm`).
+        cast_weight: whether it is cast to fp32 for that (`NemotronHRMSNorm`).
         liger: what Liger makes of this norm.
     """
     with t.call(name, x) as local:
@@ -26,6 +33,7 @@ def llama_rms_norm(
         variance = local("variance", ops.mean(t, ops.power(t, hidden)))
         hidden = local("hidden", ops.mul(t, hidden, ops.rsqrt(t, ops.add_scalar(t, variance))))
         if weight_in_fp32:
+            weight = ops.to(t, weight, FP32) if cast_weight else weight
             return ops.to(t, ops.mul(t, weight, hidden), x.dtype)
         return ops.mul(t, weight, ops.to(t, hidden, x.dtype))
 

@@ -100,7 +100,7 @@ def _grouped_experts(t: Trace, x: Tensor, weights: Tensor, indices: Tensor, spec
             weight = _expert_weights(t, name, sizes, spec, form)
             out = local("proj_out", _grouped_linear(t, out, weight, ends, bias, form))
             if name != "down_proj":
-                out = local("proj_out", form.gate(t, out, width, spec))
+                out = local("proj_out", _between(t, out, width, spec, form))
         weighted = local("weighted_out", _weighted(t, out, sample_weights))
         inverse = local("inv_perm", ops.inverse_permutation(t, permutation))
         weighted = local("weighted_out", ops.index(t, weighted, inverse))
@@ -128,7 +128,7 @@ def _batched_experts(t: Trace, x: Tensor, weights: Tensor, indices: Tensor, spec
             bias = _own_bias(t, name, sizes, ids, spec, local)
             out = local("proj_out", _batched_linear(t, out, weight, bias, form))
             if name != "down_proj":
-                out = local("proj_out", form.gate(t, out, width, spec))
+                out = local("proj_out", _between(t, out, width, spec, form))
         weighted = local("weighted_out", _weighted(t, out, sample_weights))
         return _sum(t, x, weighted, indices, local)
 
@@ -152,7 +152,13 @@ Sizes = tuple[tuple[Dim, ...], tuple[Dim, ...]]
 def _projections(t: Trace, x: Tensor, spec: ExpertsSpec) -> list[tuple[str, Sizes]]:
     """Names of the weights of all experts, and what they lead from and to."""
     hidden, width, both = x.shape[-1], (t.dim("f", spec.width),), (t.dim("2f", 2 * spec.width),)
-    return [("gate_up_proj", (hidden, both)), ("down_proj", (width, hidden))]
+    up = ("gate_up_proj", (hidden, both)) if spec.gated else ("up_proj", (hidden, width))
+    return [up, ("down_proj", (width, hidden))]
+
+
+def _between(t: Trace, x: Tensor, width: tuple[Dim, ...], spec: ExpertsSpec, form: Form) -> Tensor:
+    """What the projections up make, as it goes down."""
+    return form.gate(t, x, width, spec) if spec.gated else activation(t, spec.activation, x)
 
 
 def _expert_weights(t: Trace, name: str, sizes: Sizes, spec: ExpertsSpec, form: Form) -> Tensor:

@@ -202,6 +202,25 @@ class ConfigReader:
             return value
         return self._problem(key, f"{key} must be {' or '.join(known)}, not {shown(value)}", default)
 
+    def kinds(self, key: str, known: Sequence[str], old_names: Mapping[str, str]) -> list[str]:
+        """One name per layer, as many as there are; by default one layer of each of those `known`.
+
+        Args:
+            old_names: old name -> what it is called now.
+        """
+        if self.complete and not self.given(key):
+            return self._problem(key, f"{self._names(key)} is missing and has no safe default: add it", list(known))
+        value = self._given(key, list(known))
+        named = [old_names.get(each, each) for each in value] if isinstance(value, list | tuple) and value else [""]
+        wrong = self._wrong_names(named, len(named), known)
+        return (
+            self._problem(
+                key, f"{key} must be a list of names out of {', '.join(known)}, not {shown(value)}", list(known)
+            )
+            if wrong
+            else named
+        )
+
     def letters(self, key: str, known: Collection[str]) -> str:
         """A pattern of one letter per layer; a config.json has to give it."""
         value = self._raw(key)

@@ -18,6 +18,8 @@ from simulator.ops.conditional import clamp as clamp
 from simulator.ops.conditional import masked_fill as masked_fill
 from simulator.ops.conditional import where as where
 from simulator.ops.dropout import dropout as dropout
+from simulator.ops.einsum import apart as apart
+from simulator.ops.einsum import einsum as einsum
 from simulator.ops.elementwise import add as add
 from simulator.ops.elementwise import add_into as add_into
 from simulator.ops.elementwise import add_into_view as add_into_view
@@ -91,6 +93,11 @@ from simulator.ops.recurrence import repeat_turn as repeat_turn
 from simulator.ops.recurrence import solve_triangular as solve_triangular
 from simulator.ops.recurrence import unread as unread
 from simulator.ops.recurrence import write_row as write_row
+from simulator.ops.scan import after_zeros as after_zeros
+from simulator.ops.scan import convolution as convolution
+from simulator.ops.scan import cumsum as cumsum
+from simulator.ops.scan import lower_triangle as lower_triangle
+from simulator.ops.scan import pad_to as pad_to
 from simulator.ops.shape import as_complex as as_complex
 from simulator.ops.shape import as_real as as_real
 from simulator.ops.shape import cat as cat
@@ -100,7 +107,8 @@ from simulator.ops.shape import expand as expand
 from simulator.ops.shape import filled as filled
 from simulator.ops.shape import narrow as narrow
 from simulator.ops.shape import pairs as pairs
-from simulator.ops.shape import pick as pick
+from simulator.ops.shape import permute as permute
+from simulator.ops.shape import rename as rename
 from simulator.ops.shape import reshape as reshape
 from simulator.ops.shape import select as select
 from simulator.ops.shape import slices as slices

@@ -26,16 +26,15 @@ def _where_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients
 
 
 def masked_fill(t: Trace, x: Tensor, mask: Tensor) -> Tensor:
-    """``x.masked_fill(mask, number)``: the mask is saved, and fills the gradient with 0."""
-    out = t.fresh("masked_fill.Scalar", x.shape, x.dtype, x.memory)
+    """``x.masked_fill(mask, number)``: a contiguous copy, whatever the layout; saves the mask."""
+    out = t.fresh("masked_fill.Scalar", x.shape, x.dtype)
     t.emit("masked_fill.Scalar", [x, mask], [out], saves=[mask], backward=_masked_fill_backward)
     return out
 
 
 def _masked_fill_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients:
-    (gradient,) = gradients
-    assert gradient is not None
-    return [engine.like("masked_fill.Scalar", gradient), None]
+    x, _ = op.inputs
+    return [engine.fresh("masked_fill.Scalar", x.shape, x.dtype), None]
 
 
 def clamp(t: Trace, x: Tensor, *, bounds: int = 2) -> Tensor:

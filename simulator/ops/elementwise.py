@@ -8,6 +8,7 @@ from hardware.dtypes import FP32, DType
 from simulator.autograd import Autograd
 from simulator.graph import BackwardRule, Op, Shape, Tensor, flat
 from simulator.roles import Role
+from simulator.sizes import Dim
 from simulator.trace import Trace
 
 Gradients = list[Tensor | None]
@@ -87,13 +88,18 @@ _COMPOSITE_SILU_BACKWARD = (
 
 
 def exp(t: Trace, x: Tensor) -> Tensor:
-    """``torch.exp`` of fp32: its output is the factor of its gradient."""
-    return unary(t, "exp.default", x, ("mul.Tensor",), saves="output")
+    """``torch.exp``, in fp32 under autocast: its output is the factor of its gradient."""
+    return unary(t, "exp.default", wide(t, x), ("mul.Tensor",), saves="output")
 
 
 def softplus(t: Trace, x: Tensor) -> Tensor:
-    """``torch.nn.functional.softplus`` of fp32."""
-    return unary(t, "softplus.default", x, ("softplus_backward.default",), saves="input")
+    """``torch.nn.functional.softplus``, in fp32 under autocast."""
+    return unary(t, "softplus.default", wide(t, x), ("softplus_backward.default",), saves="input")
+
+
+def wide(t: Trace, x: Tensor) -> Tensor:
+    """`x` as autocast hands it to an op of its fp32 list."""
+    return to(t, x, FP32) if t.regime.autocast else x
 
 
 def silu(t: Trace, x: Tensor) -> Tensor:
@@ -152,11 +158,26 @@ def to(t: Trace, x: Tensor, dtype: DType, *, contiguous: bool = False) -> Tensor
     if x.dtype == dtype:
         return x
     keeps = x.dense and not contiguous
-    out = t.fresh("_to_copy.default", x.shape, dtype, x.memory if keeps else flat(x.shape))
+    out = t.fresh("_to_copy.default", x.shape, dtype, x.memory if keeps else suggested_memory(x, x.shape))
     if x.storage.role is Role.PARAMETER:
         out.storage.role = Role.WEIGHT_CAST
     t.emit("_to_copy.default", [x], [out], backward=_to_backward)
     return out
+
+
+def suggested_memory(x: Tensor, shape: Shape) -> tuple[Dim, ...]:
+    """The layout that torch suggests for a tensor of `shape` like `x`: contiguous, or channels last.
+
+    The latter for four axes of which the second varies fastest (torch c10/core/MemoryFormat.h
+    `is_channels_last_strides_2d`).
+    """
+    if len(x.shape) == 4 and x.memory == _channels_last(x.shape) != x.dims:
+        return _channels_last(shape)
+    return flat(shape)
+
+
+def _channels_last(shape: Shape) -> tuple[Dim, ...]:
+    return flat((shape[0], *shape[2:], shape[1]))
 
 
 def _to_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients:

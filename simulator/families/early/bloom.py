@@ -136,8 +136,7 @@ def _attention(
 def _by_head(t: Trace, fused: Tensor, heads: tuple[str | int, ...], d: str) -> list[Tensor]:
     """`_reshape`: every third row, head by head."""
     whole = ops.view(t, fused, (*fused.shape[:-1], heads, (3,), (d,)))
-    part = (*fused.shape[:-1], heads, (d,))
-    return [ops.transpose(t, ops.select(t, whole, part), 1, 2) for _ in range(3)]
+    return [ops.transpose(t, ops.select(t, whole, -2), 1, 2) for _ in range(3)]
 
 
 def _mlp(t: Trace, x: Tensor, residual: Tensor, spec: ModelSpec, layer: FeedForwardSpec) -> Tensor:

@@ -93,7 +93,7 @@ def _one_key(t: Trace, fused: Tensor, heads: tuple[Dim, ...], d: str) -> list[Te
 def _key_per_head(t: Trace, fused: Tensor, heads: tuple[Dim, ...], d: str) -> list[Tensor]:
     """A query, a key and a value of each head, side by side."""
     whole = ops.view(t, fused, (*fused.shape[:-1], heads, (3,), (d,)))
-    return [ops.select(t, whole, (*fused.shape[:-1], heads, (d,))) for _ in range(3)]
+    return [ops.select(t, whole, -2) for _ in range(3)]
 
 
 def _eager(t: Trace, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -187,7 +187,7 @@ def _masked_lm_head(t: Trace, x: Tensor, spec: ModelSpec, vocabulary: Tensor) ->
 def _pooler(t: Trace, x: Tensor) -> Tensor:
     """`BertPooler`: what the first token has become."""
     with t.loss_head(), t.call("pooler", x) as local:
-        pooled = local("pooled_output", blocks.projection(t, "dense", ops.pick(t, x, 1), ("h",), bias=True))
+        pooled = local("pooled_output", blocks.projection(t, "dense", ops.select(t, x, 1), ("h",), bias=True))
         with t.call("activation", pooled):
             return ops.tanh(t, pooled)
 
