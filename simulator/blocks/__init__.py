@@ -13,6 +13,7 @@ from simulator.blocks.attention import rotary_attention as rotary_attention
 from simulator.blocks.attention import sdpa_attention as sdpa_attention
 from simulator.blocks.delta_net import fused_projections as fused_projections
 from simulator.blocks.delta_net import gated_delta_net as gated_delta_net
+from simulator.blocks.delta_net import separate_projections as separate_projections
 from simulator.blocks.experts import Router as Router
 from simulator.blocks.experts import experts_and_shared_mlp as experts_and_shared_mlp
 from simulator.blocks.experts import experts_mlp as experts_mlp
@@ -53,6 +54,7 @@ from simulator.blocks.norms import layer_norm as layer_norm
 from simulator.blocks.norms import layer_norm_1p as layer_norm_1p
 from simulator.blocks.norms import llama_rms_norm as llama_rms_norm
 from simulator.blocks.rotary import apply_rotary as apply_rotary
+from simulator.blocks.rotary import grid_rotary_tables as grid_rotary_tables
 from simulator.blocks.rotary import rotary_tables as rotary_tables
 from simulator.blocks.rotary import rotate as rotate
 from simulator.blocks.rotary import rotate_in as rotate_in
