@@ -14,6 +14,7 @@ from simulator.blocks.attention import rotary_attention as rotary_attention
 from simulator.blocks.attention import sdpa_attention as sdpa_attention
 from simulator.blocks.delta_net import fused_projections as fused_projections
 from simulator.blocks.delta_net import gated_delta_net as gated_delta_net
+from simulator.blocks.delta_net import separate_projections as separate_projections
 from simulator.blocks.experts import experts_and_scores as experts_and_scores
 from simulator.blocks.experts import experts_and_shared_mlp as experts_and_shared_mlp
 from simulator.blocks.experts import experts_mlp as experts_mlp
@@ -54,6 +55,7 @@ from simulator.blocks.norms import llama_rms_norm as llama_rms_norm
 from simulator.blocks.norms import unit_norm as unit_norm
 from simulator.blocks.rotary import apply_rotary as apply_rotary
 from simulator.blocks.rotary import cut_rotated as cut_rotated
+from simulator.blocks.rotary import grid_rotary_tables as grid_rotary_tables
 from simulator.blocks.rotary import half as half
 from simulator.blocks.rotary import join_rotated as join_rotated
 from simulator.blocks.rotary import rotary_tables as rotary_tables

@@ -46,12 +46,14 @@ def delta_heads(t: Trace, spec: DeltaNetSpec) -> Heads:
     return Heads(keys, keys + groups, (t.dim("d_key", spec.key_dim),), (t.dim("d_value", spec.value_dim),))
 
 
-#: Hidden states to queries, keys and values, which the convolution runs over, ``[b, s, channels]``, to gates
-#: ``[b, s, value heads, d]``, and to two numbers per token and value head; names live in the frame of the module.
-Project = Callable[[Trace, Tensor, DeltaNetSpec, Frame], tuple[Tensor, Tensor, Tensor, Tensor]]
+#: Queries, keys and values, which the convolution runs over, ``[b, s, channels]``, gates ``[b, s, value heads, d]``,
+#: and two numbers ``b`` and ``a`` per token and value head.
+Projected = tuple[Tensor, Tensor, Tensor, Tensor]
+#: Hidden states to what is projected from them; names live in the frame of the module.
+Project = Callable[[Trace, Tensor, DeltaNetSpec, Frame], Projected]
 
 
-def fused_projections(t: Trace, x: Tensor, spec: DeltaNetSpec, local: Frame) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def fused_projections(t: Trace, x: Tensor, spec: DeltaNetSpec, local: Frame) -> Projected:
     """`in_proj_qkvz` and `in_proj_ba`, cut head by head (`Qwen3NextGatedDeltaNet.fix_query_key_value_ordering`)."""
     heads = delta_heads(t, spec)
     rows, groups = x.shape[:-1], heads.values[len(heads.keys) :]
@@ -73,6 +75,18 @@ def fused_projections(t: Trace, x: Tensor, spec: DeltaNetSpec, local: Frame) -> 
         local(name, part)
     shape = (*rows, (t.dim("channels", spec.channels),))
     return local("mixed_qkv", ops.cat(t, parts, shape, flat(shape))), z, b, a
+
+
+def separate_projections(
+    t: Trace, x: Tensor, spec: DeltaNetSpec, local: Frame
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A projection each (models/qwen3_5/modeling_qwen3_5.py `Qwen3_5GatedDeltaNet`)."""
+    heads = delta_heads(t, spec)
+    mixed = local("mixed_qkv", projection(t, "in_proj_qkv", x, (t.dim("channels", spec.channels),), False))
+    z = projection(t, "in_proj_z", x, heads.values + heads.value_dim, False)
+    z = local("z", ops.view(t, z, (*x.shape[:-1], heads.values, heads.value_dim)))
+    b, a = (local(name, projection(t, f"in_proj_{name}", x, heads.values, False)) for name in ("b", "a"))
+    return mixed, z, b, a
 
 
 def _joined(t: Trace, part: Tensor, shape: tuple[Axis, ...]) -> Tensor:

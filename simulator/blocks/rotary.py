@@ -44,6 +44,29 @@ def rotary_tables(
         return cos, sin
 
 
+def grid_rotary_tables(t: Trace, spec: AttentionSpec, like: Tensor, *, kind: str = "") -> tuple[Tensor, Tensor]:
+    """`Qwen3_5TextRotaryEmbedding.forward`: cos and sin ``[b, s, rotated channels]`` of positions in time and a grid.
+
+    Args:
+        spec: the attention whose heads are rotated.
+        like: hidden states, whose dtype the tables take.
+        kind: start of the buffers' names.
+    """
+    with t.call("rotary_emb") as local:
+        d = t.dim("d" if spec.rotated == spec.head_dim else "d_rotated", spec.rotated)
+        half = t.dim(f"{d}/2", spec.rotated // 2)
+        frequencies = t.buffer(f"{kind}inv_freq", half, dtype=FP32)
+        t.buffer(f"{kind}original_inv_freq", half, dtype=FP32)
+        with t.call("") as inner:
+            places = inner("float", ops.constant(t, "_to_copy.default", frequencies, shape=((3,), ("b",), ("s",))))
+            freqs = local("freqs", ops.constant(t, "mul.Tensor", places, shape=(*places.shape, (half,))))
+        for name in ("cos", "sin"):
+            local(name, ops.constant(t, "mul.Tensor", ops.constant(t, f"{name}.default", freqs)))
+        for name in ("sin", "cos"):
+            local(name, ops.constant(t, "cat.default", local.held(name), shape=(("b",), ("s",), (d,))))
+        return ops.to(t, local.held("cos"), like.dtype), ops.to(t, local.held("sin"), like.dtype)
+
+
 def rotate(t: Trace, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """`apply_rotary_pos_emb` (models/llama/modeling_llama.py)."""
     with t.call("", query, key) as local:

@@ -16,8 +16,11 @@ from simulator.model import AttentionSpec, DeltaNetSpec, LayerSpec, TokenMixerSp
 from simulator.trace import Trace
 
 LINEAR = "linear_attention"
-#: Modules of the two token mixers in the order in which they are registered.
-MIXERS = ("linear_attn", "dt_bias", "A_log", "conv1d", "self_attn", "q_proj", "k_proj", "v_proj", "o_proj")
+#: Modules and weights of attention, and the first of a delta net, in the order in which they are registered.
+ATTENTION = ("self_attn", "q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
+DELTA_NET = ("linear_attn", "dt_bias", "A_log", "conv1d")
+#: What follows the token mixer.
+REST = ("mlp", "gate", "experts", "shared_expert", "shared_expert_gate", "input_layernorm", "post_attention_layernorm")
 
 
 def read_mixers(config: ConfigReader, hidden: int, depth: int, *, kv_heads: int) -> list[TokenMixerSpec]:

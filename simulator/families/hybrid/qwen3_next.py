@@ -9,7 +9,7 @@ from simulator.decoder import BuiltLayers, rotary_decoder
 from simulator.families import Family, families
 from simulator.families.decoder import read_decoder, read_depth, read_gated, read_hidden
 from simulator.families.experts.reading import read_experts, read_sparse_layers
-from simulator.families.hybrid.delta_net import MIXERS, mix, read_mixers, with_mixers
+from simulator.families.hybrid.delta_net import ATTENTION, DELTA_NET, REST, mix, read_mixers, with_mixers
 from simulator.families.reader import ConfigReader
 from simulator.limits import LARGEST_WIDTH
 from simulator.model import ModelSpec
@@ -44,9 +44,7 @@ def forward(t: Trace, spec: ModelSpec, layers: BuiltLayers) -> None:
         feed=partial(blocks.experts_or_gated_mlp, block=block),
     )
     rotary_decoder(t, spec, layers, layer=layer, norm=norm)
-    inputs = ("in_proj_qkvz", "in_proj_ba", "norm", "out_proj", "q_norm", "k_norm")
-    experts = ("mlp", "gate", "experts", "shared_expert", "shared_expert_gate")
-    t.order_layer_parameters(*MIXERS, *inputs, *experts, "input_layernorm", "post_attention_layernorm")
+    t.order_layer_parameters(*ATTENTION, *DELTA_NET, "in_proj_qkvz", "in_proj_ba", "norm", "out_proj", *REST)
 
 
 families.add("qwen3_next", Family("qwen3_next", read, forward=forward, config_class="Qwen3NextConfig"))
