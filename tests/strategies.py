@@ -10,7 +10,7 @@ from hardware.dtypes import BF16, FP16, FP32
 from simulator.mesh import Mesh
 from simulator.model import AttentionSpec, FeedForwardSpec, LayerSpec, ModelSpec
 from simulator.units import WRAPS
-from simulator.workload import IMPLEMENTATIONS, OPTIONS, Optimizer, Training
+from simulator.workload import IMPLEMENTATIONS, OPTIONS, SCALE_TYPES, Optimizer, Training
 from strategies.fsdp2 import Fsdp2
 
 DENSE = ("cohere2", "exaone4", "gemma", "gemma3_text", "granite", "mistral", "nemotron", "olmo2", "phi3")
@@ -97,6 +97,8 @@ def optimizers(draw: st.DrawFn) -> Optimizer:
     options: dict[str, Any] = {"weight_decay": draw(st.sampled_from([0.0, 0.1]))}
     if name in OPTIONS["momentum"] and draw(st.booleans()):
         options |= {"momentum": 0.9, "nesterov": name == "sgd" and draw(st.booleans())}
+    options |= {"rank": draw(st.integers(1, 70))} if name in OPTIONS["rank"] else {}
+    options |= {"scale_type": draw(st.sampled_from(SCALE_TYPES))} if name in OPTIONS["scale_type"] else {}
     switches = [option for option in ("amsgrad", "centered", "maximize") if name in OPTIONS[option]]
     options |= {option: draw(st.booleans()) for option in switches}
     return Optimizer(name=name, implementation=draw(st.sampled_from(IMPLEMENTATIONS[name])), **options)

@@ -164,11 +164,13 @@ def _dtype(name: Any) -> DType:
 
 
 def _optimizer(options: Mapping[str, Any]) -> Optimizer:
-    known = {field.name for field in attrs.fields(Optimizer)} | {"impl"}
+    known = {field.name for field in attrs.fields(Optimizer)} | {"impl", "update_proj_gap"}
     unknown = sorted(set(options) - known)
     if unknown:
         raise UnsupportedError(f"optimizer option {unknown[0]!r} is not simulated")
-    values = {key: value for key, value in options.items() if key != "impl"}
+    if options.get("update_proj_gap", 1) != 1:
+        raise UnsupportedError("update_proj_gap is not simulated but as 1: each step renews its projections")
+    values = {key: value for key, value in options.items() if key not in ("impl", "update_proj_gap")}
     if len(IMPLEMENTATIONS.get(str(options.get("name", "adamw")), ())) > 1:  # the others run one way, whatever is asked
         implementation = options.get("impl", "foreach")
         values["implementation"] = _IMPLEMENTATIONS.get(implementation, implementation)
