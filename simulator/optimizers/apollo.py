@@ -16,7 +16,7 @@ from simulator.sizes import Dim
 
 def apollo_adamw(step: OptimizerStep) -> None:
     """``APOLLOAdamW.step``."""
-    low_rank_adamw(step, _renew, _rescale)
+    low_rank_adamw(step, _renew, _rescale, clamped=False)
 
 
 def _renew(step: OptimizerStep, parameter: Parameter, projection: Projection) -> None:

@@ -17,7 +17,7 @@ SVD = "_linalg_svd.default"
 
 def galore_adamw(step: OptimizerStep) -> None:
     """``GaLoreAdamW.step``."""
-    low_rank_adamw(step, _renew, _project_back)
+    low_rank_adamw(step, _renew, _project_back, clamped=True)  # there are no more singular vectors
 
 
 def _renew(step: OptimizerStep, parameter: Parameter, projection: Projection) -> None:

@@ -45,17 +45,23 @@ class Projection:
         return self.rows if self.right else self.columns
 
 
-#: Works on one projected weight: makes or renews what projects its gradient, or the update in local ``norm_grad``.
+#: Works on one projected weight.
 Rule = Callable[[OptimizerStep, Parameter, Projection], None]
 
 
-def low_rank_adamw(step: OptimizerStep, renew: Rule, rescale: Rule) -> None:
-    """``AdamW.step`` of either package: one parameter after the other; names live on into the next one's turn."""
+def low_rank_adamw(step: OptimizerStep, renew: Rule, rescale: Rule, *, clamped: bool) -> None:
+    """``AdamW.step`` of either package: one parameter after the other; names live on into the next one's turn.
+
+    Args:
+        renew: makes what projects a gradient, or renews it.
+        rescale: makes the update in local ``norm_grad``.
+        clamped: whether a matrix with fewer rows or columns than the rank is projected to as many as it has.
+    """
     for parameter in (p for p in step.parameters if not p.is_hidden_matrix):
         step.local("grad", None)  # the gradient itself
         _normalise(step, parameter, parameter.dims)
     for parameter in (p for p in step.parameters if p.is_hidden_matrix):
-        projection = _projection(step, parameter)
+        projection = _projection(step, parameter, clamped=clamped)
         step.local("grad", None)
         renew(step, parameter, projection)
         step.local(
@@ -65,12 +71,12 @@ def low_rank_adamw(step: OptimizerStep, renew: Rule, rescale: Rule) -> None:
         rescale(step, parameter, projection)
 
 
-def _projection(step: OptimizerStep, parameter: Parameter) -> Projection:
+def _projection(step: OptimizerStep, parameter: Parameter, *, clamped: bool) -> Projection:
     rows, columns = step.sides(parameter)
     right = step.count(rows) >= step.count(columns)
     short = columns if right else rows
-    rank = step.dimension("rank", min(step.optimizer.rank, step.count(short)))
-    return Projection(right, rows, columns, short, rank)
+    rank = min(step.optimizer.rank, step.count(short)) if clamped else step.optimizer.rank
+    return Projection(right, rows, columns, short, step.dimension("rank", rank))
 
 
 def _normalise(step: OptimizerStep, parameter: Parameter, dims: tuple[Dim, ...]) -> None:

@@ -14,7 +14,7 @@ from hardware.errors import UnsupportedError, UsageError
 from simulator.model import ModelSpec
 from simulator.plan import Strategy
 from simulator.reading import spec_from_class
-from simulator.workload import IMPLEMENTATIONS, Optimizer, Training
+from simulator.workload import IMPLEMENTATIONS, OPTIONS, Optimizer, Training
 from strategies.checkpointing import FullCheckpointing
 
 #: What a line may hold a recorded peak of.
@@ -168,8 +168,10 @@ def _optimizer(options: Mapping[str, Any]) -> Optimizer:
     unknown = sorted(set(options) - known)
     if unknown:
         raise UnsupportedError(f"optimizer option {unknown[0]!r} is not simulated")
-    if options.get("update_proj_gap", 1) != 1:
-        raise UnsupportedError("update_proj_gap is not simulated but as 1: each step renews its projections")
+    if options.get("name") in OPTIONS["rank"] and options.get("update_proj_gap") != 1:
+        raise UnsupportedError(
+            "a step that does not renew its projections is not simulated: 'update_proj_gap' must be 1"
+        )
     values = {key: value for key, value in options.items() if key not in ("impl", "update_proj_gap")}
     if len(IMPLEMENTATIONS.get(str(options.get("name", "adamw")), ())) > 1:  # the others run one way, whatever is asked
         implementation = options.get("impl", "foreach")
