@@ -21,7 +21,7 @@ from simulator.recorder import Step
 from simulator.roles import Phase
 from simulator.runtime import Job, Runtime, Turn
 from simulator.sizes import Bindings
-from simulator.workload import WHOLE_WEIGHTS
+from simulator.workload import ONE_DEVICE, WHOLE_WEIGHTS
 
 
 @attrs.frozen(eq=False)
@@ -134,6 +134,8 @@ class _Lowering:
     def _check_whole(self, updated: Sequence[Parameter]) -> None:
         """Some optimizers are simulated on the model's own weights only: of pieces they would keep something else."""
         name = self.training.optimizer.name
+        if name in ONE_DEVICE and self.plan.mesh.world > 1:
+            raise UnsupportedError(f"'optimizer' {name} on several GPUs is not modelled: use adamw")
         own = {tensor.storage for tensor in self.job.graph.parameters}
         if name in WHOLE_WEIGHTS and any(p.distributed or p.storage not in own for p in updated):
             rule = "on sharded or flattened weights is not modelled"

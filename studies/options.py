@@ -17,10 +17,12 @@ from simulator.liger import KERNELS, Liger, default_kernels, liger
 from simulator.mesh import Mesh
 from simulator.model import ExpertsSpec, ModelSpec
 from simulator.plan import Strategy
-from simulator.workload import LARGEST_ACCUMULATION, MEGATRON, OPTIONS, PAGED, Optimizer, Training
+from simulator.workload import LARGEST_ACCUMULATION, Training
 from strategies.float8 import Float8
 from strategies.freezing import Freezing
 from strategies.interval_checkpointing import IntervalCheckpointing
+from studies.optimizer_options import assume_grad_scaler, optimizer_assumptions
+from studies.optimizer_options import parse_optimizer as parse_optimizer
 from studies.parallelism import Degrees, parallelise, parse_strategy
 from studies.pruning import parse_prunings
 
@@ -127,7 +129,7 @@ def resolve(options: TrainingOptions, model: ModelSpec, world: int = 1) -> Resol
     degrees = Degrees(**{field.name: getattr(options, field.name) for field in attrs.fields(Degrees)})
     mesh, strategies, assumed = parallelise(options.strategy, degrees, world)
     optimizer = parse_optimizer(chosen["optimizer"])
-    scaled, why_scaled = _grad_scaler(options, autocast, optimizer, strategies)
+    scaled, why_scaled = assume_grad_scaler(options, autocast, optimizer, strategies)
     training = Training(
         micro_batch=chosen["micro_batch"],
         seq_len=_sequence(chosen["seq_len"], model),
@@ -200,10 +202,7 @@ class _Chosen:
             lines.append(f"--liger-kernels {','.join(training.liger.kernels)}")
         if training.liger.rms_norm and self._options.multiprocessors is None:
             lines.append(f"--multiprocessors {training.liger.multiprocessors} (of an H100 SXM; Liger's norms use them)")
-        defaults = _optimizer_defaults(self["optimizer"], training.optimizer)
-        lines += [f"options of --optimizer: {','.join(defaults)}"] if defaults else []
-        if training.optimizer.name in PAGED:
-            lines.append("paged optimizer states are on the host: on the device they take what other tensors leave")
+        lines += optimizer_assumptions(self["optimizer"], training.optimizer)
         if training.torch > NEWEST_TORCH:
             lines.append(f"torch {_dotted(training.torch)} behaves as {_dotted(NEWEST_TORCH)}, the newest compared")
         return lines
@@ -227,14 +226,6 @@ def _dotted(version: tuple[int, int]) -> str:
     return ".".join(map(str, version))
 
 
-def _optimizer_defaults(text: str, optimizer: Optimizer) -> list[str]:
-    """The options that apply to `optimizer` and that `text` leaves out, as one would type them."""
-    foreign = {"name", *(option for option, owners in OPTIONS.items() if optimizer.name not in owners)}
-    given = {setting.partition("=")[0] for setting in text.split(",")[1:]}
-    left_out = [field.name for field in attrs.fields(Optimizer) if field.name not in foreign | given]
-    return [f"{name}={str(getattr(optimizer, name)).lower()}" for name in left_out]
-
-
 def _look_up(field: str, name: str, table: dict[str, Any]) -> Any:
     if name not in table:
         raise unknown_name(field, name, table)
@@ -246,26 +237,6 @@ def _check_task(task: str) -> None:
         raise UnsupportedError(f"'task' {task} is not modelled yet; modelled: {', '.join(TASKS)}")
     if task not in TASKS:
         raise unknown_name("task", task, (*TASKS, *UNMODELLED_TASKS))
-
-
-def _grad_scaler(
-    options: TrainingOptions, autocast: DType | None, optimizer: Optimizer, strategies: Sequence[Strategy]
-) -> tuple[bool, list[str]]:
-    """Whether gradients are scaled and, where that is not said, the assumption: as transformers' Trainer does it.
-
-    Its ``fp16=True`` is autocast with a scaler (accelerate's `Accelerator` makes it for ``mixed_precision="fp16"``).
-    """
-    if options.grad_scaler is not None:
-        return options.grad_scaler, []
-    if autocast != FP16:
-        return False, []
-    others = [strategy.name for strategy in strategies if strategy.name != "ddp"]
-    others += [options.implementation] if options.implementation in MEGATRON else []
-    others += [optimizer.name] if optimizer.name == "muon" else []
-    others += ["--optimizer-in-backward"] if options.optimizer_in_backward else []
-    if others:
-        return False, [f"--no-grad-scaler: the scaler of fp16 with {others[0]} is not modelled"]
-    return True, ["--grad-scaler (torch.amp.GradScaler, as with the fp16=True of transformers' Trainer)"]
 
 
 def _sequence(length: int, model: ModelSpec) -> int:
@@ -330,20 +301,6 @@ def _freezing(text: str | None) -> tuple[Strategy, ...]:
     return (Freezing(layers=int(*layers), embeddings="embeddings" in words, weights="+".join(named)),)
 
 
-def parse_optimizer(text: str) -> Optimizer:
-    """``NAME[,option=value...]``, for instance ``adamw,implementation=fused`` or ``sgd,momentum=0.9``."""
-    name, *settings = text.split(",")
-    values: dict[str, Any] = {}
-    for setting in settings:
-        key, equals, value = setting.partition("=")
-        if not equals:
-            raise UsageError(f"'optimizer' options are written NAME,option=value,...: {setting!r}")
-        if key in values:
-            raise UsageError(f"'optimizer' must name {key!r} once: {text!r}")
-        values[key] = _typed(key, value)
-    return Optimizer(name=name, **values)
-
-
 def _liger(options: TrainingOptions, family: str) -> Liger:
     if options.liger and options.liger_kernels is not None:
         raise UsageError("'liger' switches the usual kernels on, 'liger_kernels' those it names: give one of the two")
@@ -355,21 +312,6 @@ def _liger(options: TrainingOptions, family: str) -> Liger:
     if "rms_norm" not in names:
         raise UsageError("'multiprocessors' matter to Liger's rms_norm alone: switch it on, or leave them out")
     return liger(names, multiprocessors=options.multiprocessors)
-
-
-def _typed(key: str, value: str) -> Any:
-    types = {field.name: type(getattr(Optimizer(), field.name)) for field in attrs.fields(Optimizer)}
-    types.pop("name")
-    if key not in types:
-        raise unknown_name("optimizer option", key, types)
-    if types[key] is bool:
-        if value not in ("true", "false"):
-            raise UsageError(f"'{key}' must be true or false: {value!r}")
-        return value == "true"
-    try:
-        return types[key](value)
-    except ValueError:
-        raise UsageError(f"'{key}' must be a number: {value!r}") from None
 
 
 def parse_headroom(text: str, capacity: int) -> int:

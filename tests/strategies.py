@@ -14,7 +14,7 @@ from simulator.mesh import Mesh
 from simulator.model import AttentionSpec, FeedForwardSpec, LayerSpec, ModelSpec
 from simulator.reading import spec_from_config
 from simulator.units import WRAPS
-from simulator.workload import IMPLEMENTATIONS, OPTIONS, Optimizer, Training
+from simulator.workload import IMPLEMENTATIONS, OPTIONS, SCALE_TYPES, Optimizer, Training
 from strategies.fsdp2 import Fsdp2
 
 DENSE = ("cohere2", "exaone4", "gemma", "gemma3_text", "granite", "mistral", "nemotron", "olmo2", "phi3")
@@ -105,6 +105,8 @@ def optimizers(draw: st.DrawFn) -> Optimizer:
     options: dict[str, Any] = {"weight_decay": draw(st.sampled_from([0.0, 0.1]))}
     if name in OPTIONS["momentum"] and draw(st.booleans()):
         options |= {"momentum": 0.9, "nesterov": name == "sgd" and draw(st.booleans())}
+    options |= {"rank": draw(st.integers(1, 70))} if name in OPTIONS["rank"] else {}
+    options |= {"scale_type": draw(st.sampled_from(SCALE_TYPES))} if name in OPTIONS["scale_type"] else {}
     switches = [option for option in ("amsgrad", "centered", "maximize") if name in OPTIONS[option]]
     options |= {option: draw(st.booleans()) for option in switches}
     return Optimizer(name=name, implementation=draw(st.sampled_from(IMPLEMENTATIONS[name])), **options)

@@ -16,8 +16,8 @@ from simulator.sizes import Dim
 
 ADAM = ("bias",)
 PER_HEAD = ("k_proj", "q_proj", "wq", "wk", "query", "key")
-PER_ROW: tuple[str, ...] = ("embed", "embd", "wte", "lm_head", "output", "final_layer")  # embeddings and heads
-PER_ROW += ("v_proj", "wv", "value", "feed_forward", "linear", "mlp", "o_proj", "wo", "attn.proj")
+VOCABULARY = ("embed", "embd", "wte", "lm_head", "output", "final_layer")
+PER_ROW = (*VOCABULARY, "v_proj", "wv", "value", "feed_forward", "linear", "mlp", "o_proj", "wo", "attn.proj")
 
 
 def adam_mini(step: OptimizerStep) -> None:

@@ -7,56 +7,12 @@ from collections.abc import Iterable, Sequence
 import attrs
 
 from hardware.dtypes import DType
-from simulator.graph import Shape, Storage, flat, make_storage
+from simulator.graph import Storage, flat, make_storage
+from simulator.optimizers.parameter import Parameter as Parameter
 from simulator.recorder import Step
 from simulator.roles import Phase, Role
 from simulator.sizes import Dim, Dimensions, ceil_div, product
 from simulator.workload import Optimizer
-
-
-@attrs.frozen(eq=False)
-class Parameter:
-    """A trainable weight with its gradient; `shape` is that of the weight, an axis may be several dimensions."""
-
-    storage: Storage
-    gradient: Storage
-    shape: Shape
-    distributed: bool = False
-    """Whether it is a DTensor of tensor parallelism."""
-    redistribution: str | None = None
-    """Kernel that brings the gradient to the weight's placement, where it has another one."""
-    group: int = 0
-    """Number of the optimizer's parameter group that it is in."""
-
-    @property
-    def dims(self) -> tuple[Dim, ...]:
-        """All dimensions of the weight."""
-        return flat(self.shape)
-
-    @property
-    def is_matrix(self) -> bool:
-        """Whether it has rows and columns, or is a stack of matrices (Adafactor factors the last two axes)."""
-        return len(self.shape) >= 2
-
-    @property
-    def rows(self) -> tuple[Dim, ...]:
-        """Dimensions of one number per row."""
-        return flat(self.shape[:-1])
-
-    @property
-    def columns(self) -> tuple[Dim, ...]:
-        """Dimensions of one number per column."""
-        return flat((*self.shape[:-2], self.shape[-1]))
-
-    @property
-    def stack(self) -> tuple[Dim, ...]:
-        """Dimensions of one number per matrix: none, unless it is a stack of them."""
-        return flat(self.shape[:-2])
-
-    @property
-    def dtype(self) -> DType:
-        """Element type of the weight."""
-        return self.storage.dtype
 
 
 @attrs.frozen(kw_only=True)
@@ -131,6 +87,10 @@ class OptimizerStep:
     def count(self, dims: Iterable[Dim]) -> int:
         """Elements of a tensor with dimensions `dims`, for rules that depend on a weight's size."""
         return int(product(dims, self._dimensions.bindings))
+
+    def dimension(self, name: str, value: int) -> Dim:
+        """A dimension of `value`, called `name` as far as that is free."""
+        return self._dimensions.bind(name, value)
 
     def parts(self, dims: Iterable[Dim], elements: int) -> Dim:
         """The dimension that counts the parts of `elements` each, the last one maybe not full, of a tensor."""
@@ -213,11 +173,11 @@ class OptimizerStep:
         self._record(op, parameter.storage.slot, [made])
         return made
 
-    def workspace(self, parameter: Parameter, op: str, dims: Iterable[Dim], dtype: DType) -> list[Storage]:
+    def workspace(self, parameter: Parameter, op: str, dims: Iterable[Dim], dtype: DType, name: str) -> list[Storage]:
         """What kernel `op` allocates for itself, unseen by the dispatcher, as far as that is counted."""
         if not self.surroundings.kernel_workspace:
             return []
-        made = self.temporary(parameter, f"{op} (workspace)", dims, dtype)
+        made = self.temporary(parameter, f"{op} (workspace)", dims, dtype, name)
         made.role = Role.WORKSPACE
         return [made]
 

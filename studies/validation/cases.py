@@ -15,7 +15,7 @@ from simulator.liger import Liger, default_kernels, liger
 from simulator.model import ModelSpec
 from simulator.plan import Strategy
 from simulator.reading import spec_from_class
-from simulator.workload import IMPLEMENTATIONS, Optimizer, Training
+from simulator.workload import IMPLEMENTATIONS, OPTIONS, Optimizer, Training
 from strategies.float8 import Float8
 from studies.pruning import parse_prunings
 from studies.validation.regimes import checkpointing_strategies, freezing_strategies
@@ -178,11 +178,15 @@ def _dtype(name: Any) -> DType:
 
 
 def _optimizer(options: Mapping[str, Any]) -> Optimizer:
-    known = {field.name for field in attrs.fields(Optimizer)} | {"impl"}
+    known = {field.name for field in attrs.fields(Optimizer)} | {"impl", "update_proj_gap"}
     unknown = sorted(set(options) - known)
     if unknown:
         raise UnsupportedError(f"optimizer option {unknown[0]!r} is not simulated")
-    values = {key: value for key, value in options.items() if key != "impl"}
+    if options.get("name") in OPTIONS["rank"] and options.get("update_proj_gap") != 1:
+        raise UnsupportedError(
+            "a step that does not renew its projections is not simulated: 'update_proj_gap' must be 1"
+        )
+    values = {key: value for key, value in options.items() if key not in ("impl", "update_proj_gap")}
     if len(IMPLEMENTATIONS.get(str(options.get("name", "adamw")), ())) > 1:  # the others run one way, whatever is asked
         implementation = options.get("impl", "foreach")
         values["implementation"] = _IMPLEMENTATIONS.get(implementation, implementation)
