@@ -11,7 +11,7 @@ from hardware.dtypes import BOOL, FP32, INT64
 from simulator import ops
 from simulator.blocks import Norm, rotary_tables, token_embeddings, vocabulary_head, vocabulary_table
 from simulator.graph import Shape, Tensor
-from simulator.model import LayerSpec, ModelSpec
+from simulator.model import AttentionSpec, LayerSpec, ModelSpec
 from simulator.trace import Trace
 
 #: Slot and spec of every layer to build.
@@ -34,6 +34,7 @@ def rotary_decoder(
     make_tables: Callable[..., tuple[Tensor, ...]] = rotary_tables,
     tables_by_kind: bool = False,
     scale_logits: Callable[[Trace, Tensor], Tensor] | None = None,
+    positions_to_layers: bool = True,
 ) -> None:
     """`...ForCausalLM` with rotary positions, from token ids to the loss (models/llama/modeling_llama.py).
 
@@ -44,6 +45,7 @@ def rotary_decoder(
         make_tables: `rotary_tables` with the options of the family.
         tables_by_kind: whether layers with and without a window have rotary tables of their own.
         scale_logits: what happens to the logits before they are soft-capped.
+        positions_to_layers: whether layers are called with the positions, too.
     """
     ids, labels = batch(t)
     vocabulary = vocabulary_table(t, "model.embed_tokens")
@@ -57,17 +59,21 @@ def rotary_decoder(
                 masks[window] = local(f"mask.{index}", mask)
         tables = {}
         for kind in _kinds(spec) if tables_by_kind else ("",):
-            tables[kind] = make_tables(t, spec.layers[0].attention, embeds, kind=kind)
+            tables[kind] = make_tables(t, _first_attention(spec), embeds, kind=kind)
             for index, table in enumerate(tables[kind]):
                 local(f"{kind}table.{index}", table)
         hidden = local("hidden", embeds)
         for slot, one in layers:
             own = tables[_kind(one) if tables_by_kind else ""]
-            mask = masks.get(one.attention.window)
-            with t.layer(slot, hidden, mask, *own, position_ids):
+            mask = masks.get(one.attention.window) if one.attends else None
+            with t.layer(slot, hidden, mask, *own, position_ids if positions_to_layers else None):
                 hidden = local("hidden", layer(t, hidden, own, mask, one))
         hidden = local("hidden", norm(t, "norm", hidden))
     language_head(t, hidden, labels, spec, vocabulary, scale_logits)
+
+
+def _first_attention(spec: ModelSpec) -> AttentionSpec | None:
+    return next((layer.attention for layer in spec.layers if layer.attends), None)
 
 
 def own_windows(spec: ModelSpec) -> list[int | None]:

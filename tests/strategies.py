@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from hardware.dtypes import BF16, FP16, FP32
 from simulator.mesh import Mesh
-from simulator.model import AttentionSpec, FeedForwardSpec, LayerSpec, ModelSpec
+from simulator.model import AttentionSpec, ExpertsSpec, FeedForwardSpec, LayerSpec, ModelSpec, StateSpaceSpec
 from simulator.units import WRAPS
 from simulator.workload import IMPLEMENTATIONS, OPTIONS, Optimizer, Training
 from strategies.fsdp2 import Fsdp2
@@ -16,6 +16,7 @@ from strategies.fsdp2 import Fsdp2
 DENSE = ("cohere2", "exaone4", "gemma", "gemma3_text", "granite", "mistral", "nemotron", "olmo2", "phi3")
 DENSE += ("qwen2", "qwen3", "smollm3")
 FAMILIES = ("gpt2", "llama", "gemma2", *DENSE)
+HYBRID = ("granitemoehybrid", "mamba2", "nemotron_h")
 ACTIVATIONS = {"gpt2": ("gelu_new", "relu"), "nemotron": ("relu2", "gelu")}
 ACTIVATIONS |= dict.fromkeys(("gemma", "gemma2", "gemma3_text"), ("gelu_pytorch_tanh",))
 #: Families by what their layers can have.
@@ -87,6 +88,51 @@ def attention_specs(draw: st.DrawFn, family: str, hidden: int) -> AttentionSpec:
         output_bias=False if family == "qwen2" else None,
         rotary=window is not None if family in ROTATED_IN_WINDOWS else family != "smollm3" or draw(st.booleans()),
         rotary_dim=hidden // 4 if family in PARTLY_ROTATED and hidden % 8 == 0 else None,
+    )
+
+
+@st.composite
+def hybrid_specs(draw: st.DrawFn, max_layers: int = 6) -> ModelSpec:
+    """Small legal models with state space layers, alone or among others."""
+    family = draw(st.sampled_from(HYBRID))
+    hidden = draw(st.integers(1, 8)) * 8
+    attention = AttentionSpec(4, draw(st.sampled_from((1, 2, 4))), 2 * draw(st.integers(1, 8)), rotary=False)
+    plain = FeedForwardSpec(draw(st.integers(1, 100)), gated=family != "nemotron_h")
+    experts = ExpertsSpec(
+        8 * draw(st.integers(1, 8)), gated=plain.gated, experts=8, per_token=draw(st.integers(1, 8)), shared_width=40
+    )
+    mixer = draw(state_space_specs())
+    kinds = {
+        "mamba2": [LayerSpec(mixer, None)],
+        "nemotron_h": [LayerSpec(mixer, None), *(LayerSpec(None, each) for each in (plain, experts))],
+        "granitemoehybrid": [LayerSpec(mixer, experts), LayerSpec(attention, plain)],
+    }
+    kinds["nemotron_h"].append(LayerSpec(attention, None))
+    return ModelSpec(
+        name=f"random-{family}",
+        family=family,
+        hidden=hidden,
+        vocab=draw(st.integers(1, 300)),
+        max_positions=512,
+        layers=tuple(draw(st.lists(st.sampled_from(kinds[family]), min_size=1, max_size=max_layers))),
+        tied_embeddings=family != "nemotron_h" and draw(st.booleans()),
+        fp32_residual=family == "mamba2" and draw(st.booleans()),
+    )
+
+
+@st.composite
+def state_space_specs(draw: st.DrawFn) -> StateSpaceSpec:
+    """A Mamba-2 mixer whose chunks may be longer than the sequence."""
+    groups = draw(st.integers(1, 3))
+    return StateSpaceSpec(
+        heads=groups * draw(st.integers(1, 3)),
+        head_dim=draw(st.integers(1, 16)),
+        state=draw(st.integers(1, 16)),
+        groups=groups,
+        kernel=draw(st.integers(1, 4)),
+        chunk=draw(st.integers(1, 24)),
+        bias=draw(st.booleans()),
+        conv_bias=draw(st.booleans()),
     )
 
 

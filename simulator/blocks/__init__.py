@@ -12,6 +12,7 @@ from simulator.blocks.attention import repeat_kv as repeat_kv
 from simulator.blocks.attention import rotary_attention as rotary_attention
 from simulator.blocks.attention import sdpa_attention as sdpa_attention
 from simulator.blocks.experts import Router as Router
+from simulator.blocks.experts import chosen_softmax_router as chosen_softmax_router
 from simulator.blocks.experts import experts_and_shared_mlp as experts_and_shared_mlp
 from simulator.blocks.experts import experts_mlp as experts_mlp
 from simulator.blocks.experts import experts_or_gated_mlp as experts_or_gated_mlp
