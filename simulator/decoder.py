@@ -41,6 +41,7 @@ def rotary_decoder(
     tables_by_kind: bool = False,
     chunked: bool = False,
     scale_logits: Callable[[Trace, Tensor], Tensor] | None = None,
+    positions_to_layers: bool = True,
 ) -> None:
     """`...ForCausalLM` with rotary positions, from token ids to the loss (models/llama/modeling_llama.py).
 
@@ -52,6 +53,7 @@ def rotary_decoder(
         tables_by_kind: whether layers with and without a window have rotary tables of their own.
         chunked: whether windows are chunks, in which alone tokens see each other (Llama 4).
         scale_logits: what happens to the logits before they are soft-capped.
+        positions_to_layers: whether layers are called with the positions, too.
     """
     ids, labels = batch(t)
     vocabulary = vocabulary_table(t, "model.embed_tokens")
@@ -66,14 +68,14 @@ def rotary_decoder(
         padding = recurrent_mask(t) if len(attentions(spec)) < len(spec.layers) else None
         tables = {}
         for kind in _kinds(spec) if tables_by_kind else ("",):
-            tables[kind] = make_tables(t, attentions(spec)[0], embeds, kind=kind)
+            tables[kind] = make_tables(t, next(iter(attentions(spec)), None), embeds, kind=kind)
             for index, table in enumerate(tables[kind]):
                 local(f"{kind}table.{index}", table)
         hidden = local("hidden", embeds)
         for slot, one in layers:
             own = tables[_kind(one) if tables_by_kind else ""]
-            mask = masks.get(one.token_mixer.window) if isinstance(one.token_mixer, AttentionSpec) else padding
-            with t.layer(slot, hidden, mask, *own, position_ids):
+            mask = masks.get(one.attention.window) if one.attends else padding
+            with t.layer(slot, hidden, mask, *own, position_ids if positions_to_layers else None):
                 hidden = local("hidden", layer(t, hidden, own, mask, one))
         hidden = local("hidden", norm(t, "norm", hidden))
     language_head(t, hidden, labels, spec, vocabulary, scale_logits)

@@ -11,7 +11,7 @@ from hardware.dtypes import BF16, FP16, FP32
 from simulator.liger import FAMILIES as LIGER_FAMILIES
 from simulator.liger import default_kernels, liger
 from simulator.mesh import Mesh
-from simulator.model import AttentionSpec, FeedForwardSpec, LayerSpec, ModelSpec
+from simulator.model import AttentionSpec, ExpertsSpec, FeedForwardSpec, LayerSpec, ModelSpec, StateSpaceSpec
 from simulator.reading import spec_from_config
 from simulator.units import WRAPS
 from simulator.workload import IMPLEMENTATIONS, OPTIONS, SCALE_TYPES, Optimizer, Training
@@ -22,6 +22,7 @@ DENSE += ("qwen2", "qwen3", "smollm3")
 #: Families whose models are drawn as configs and read: what their layers have follows from a few keys.
 EARLY = ("bert", "biogpt", "bloom", "codegen", "falcon", "gpt_bigcode", "gpt_neo", "gpt_neox", "mpt", "opt")
 FAMILIES = ("gpt2", "llama", "gemma2", *DENSE, *EARLY)
+HYBRID = ("granitemoehybrid", "mamba2", "nemotron_h")
 ACTIVATIONS = {"gpt2": ("gelu_new", "relu"), "nemotron": ("relu2", "gelu")}
 ACTIVATIONS |= dict.fromkeys(("gemma", "gemma2", "gemma3_text"), ("gelu_pytorch_tanh",))
 #: Families by what their layers can have.
@@ -95,6 +96,51 @@ def attention_specs(draw: st.DrawFn, family: str, hidden: int) -> AttentionSpec:
         output_bias=False if family == "qwen2" else None,
         rotary=window is not None if family in ROTATED_IN_WINDOWS else family != "smollm3" or draw(st.booleans()),
         rotary_dim=hidden // 4 if family in PARTLY_ROTATED and hidden % 8 == 0 else None,
+    )
+
+
+@st.composite
+def hybrid_specs(draw: st.DrawFn, max_layers: int = 6) -> ModelSpec:
+    """Small legal models with state space layers, alone or among others."""
+    family = draw(st.sampled_from(HYBRID))
+    hidden = draw(st.integers(1, 8)) * 8
+    attention = AttentionSpec(4, draw(st.sampled_from((1, 2, 4))), 2 * draw(st.integers(1, 8)), rotary=False)
+    plain = FeedForwardSpec(draw(st.integers(1, 100)), gated=family != "nemotron_h")
+    experts = ExpertsSpec(
+        8 * draw(st.integers(1, 8)), gated=plain.gated, experts=8, per_token=draw(st.integers(1, 8)), shared_width=40
+    )
+    mixer = draw(state_space_specs())
+    kinds = {
+        "mamba2": [LayerSpec(mixer, None)],
+        "nemotron_h": [LayerSpec(mixer, None), *(LayerSpec(None, each) for each in (plain, experts))],
+        "granitemoehybrid": [LayerSpec(mixer, experts), LayerSpec(attention, plain)],
+    }
+    kinds["nemotron_h"].append(LayerSpec(attention, None))
+    return ModelSpec(
+        name=f"random-{family}",
+        family=family,
+        hidden=hidden,
+        vocab=draw(st.integers(1, 300)),
+        max_positions=512,
+        layers=tuple(draw(st.lists(st.sampled_from(kinds[family]), min_size=1, max_size=max_layers))),
+        tied_embeddings=family != "nemotron_h" and draw(st.booleans()),
+        fp32_residual=family == "mamba2" and draw(st.booleans()),
+    )
+
+
+@st.composite
+def state_space_specs(draw: st.DrawFn) -> StateSpaceSpec:
+    """A Mamba-2 mixer whose chunks may be longer than the sequence."""
+    groups = draw(st.integers(1, 3))
+    return StateSpaceSpec(
+        heads=groups * draw(st.integers(1, 3)),
+        head_dim=draw(st.integers(1, 16)),
+        state=draw(st.integers(1, 16)),
+        groups=groups,
+        kernel=draw(st.integers(1, 4)),
+        chunk=draw(st.integers(1, 24)),
+        bias=draw(st.booleans()),
+        conv_bias=draw(st.booleans()),
     )
 
 
@@ -342,6 +388,11 @@ SKETCHES: dict[str, Sketch] = {
     "glm4_moe": _GLM,
     "deepseek_v2": attrs.evolve(_LATENT, fixed=_LATENT.fixed | {"topk_method": "group_limited_greedy"}),
     **dict.fromkeys(("deepseek_v3", "kimi_k2"), _LATENT),
+    "mamba2": Sketch(
+        {"num_heads": 4, "head_dim": 6, "state_size": 5, "num_hidden_layers": 1, "vocab_size": 1},
+        ({"n_groups": 1, "hidden_size": 12, "expand": 2}, {"n_groups": 2, "hidden_size": 12, "expand": 2}),
+        {"chunk_size": 8},
+    ),
     "qwen3_next": Sketch(
         {key: size for key, size in _MANY.sizes.items() if key != "num_hidden_layers"}
         | {"head_dim": 32, "shared_expert_intermediate_size": 8, "linear_key_head_dim": 8, "linear_value_head_dim": 8},

@@ -68,6 +68,7 @@ from simulator.blocks.routed_experts import Form as Form
 from simulator.blocks.routed_experts import clamped_gate as clamped_gate
 from simulator.blocks.routed_experts import routed_experts as routed_experts
 from simulator.blocks.routers import Router as Router
+from simulator.blocks.routers import chosen_softmax_router as chosen_softmax_router
 from simulator.blocks.routers import grouped_sigmoid_router as grouped_sigmoid_router
 from simulator.blocks.routers import scaled_softmax_router as scaled_softmax_router
 from simulator.blocks.routers import sigmoid_router as sigmoid_router

@@ -100,6 +100,21 @@ def scaled_softmax_router(t: Trace, x: Tensor, spec: ExpertsSpec) -> tuple[Tenso
     return logits, weights, indices
 
 
+def chosen_softmax_router(t: Trace, x: Tensor, spec: ExpertsSpec) -> tuple[Tensor, Tensor, Tensor]:
+    """`GraniteMoeHybridTopKRouter` (models/granitemoehybrid/modeling_granitemoehybrid.py): top-k, then softmax."""
+    with t.call("router", x) as local:
+        with t.call("") as inner:
+            low = inner("logits", ops.linear(t, x, _router_weight(t, x, spec)))
+            logits = local("router_logits", ops.to(t, low, FP32))
+        chosen, indices = ops.top_k(t, logits, _chosen(t, spec))
+        local("top_k_logits", chosen)
+        local("top_k_index", indices)
+        with t.call("") as inner:
+            weights = inner("softmax", ops.softmax(t, chosen))
+            weights = local("top_k_weights", ops.to(t, weights, x.dtype))
+    return logits, weights, indices
+
+
 def _fp32_logits(t: Trace, x: Tensor, spec: ExpertsSpec) -> Tensor:
     """``F.linear(x.type(torch.float32), weight.type(torch.float32))``."""
     weight = _router_weight(t, x, spec)

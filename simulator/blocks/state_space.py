@@ -8,6 +8,7 @@ from __future__ import annotations
 import attrs
 
 from hardware.dtypes import FP32
+from hardware.errors import UnsupportedError
 from simulator import ops
 from simulator.blocks.feed_forward import activation
 from simulator.blocks.linear import projection
@@ -52,8 +53,21 @@ class _Dims:
         self.uneven = bool(tokens % spec.chunk)
 
 
-def mamba2_mixer(t: Trace, name: str, x: Tensor, spec: StateSpaceSpec) -> Tensor:
-    """`Mamba2Mixer`: projection, convolution, scan in chunks, gated norm, projection of ``[b, s, h]``."""
+def mamba2_mixer(t: Trace, x: Tensor, spec: StateSpaceSpec, *, name: str = "mixer") -> Tensor:
+    """`Mamba2Mixer`: projection, convolution, scan in chunks, gated norm, projection of ``[b, s, h]``.
+
+    A mask of ones is left out as in masking_utils.py `create_recurrent_attention_mask`.
+
+    Args:
+        name: of the module.
+
+    Raises:
+        UnsupportedError: tokens of padding, which would be masked before and after the convolution.
+    """
+    if t.regime.attention_mask == "padded":
+        raise UnsupportedError(
+            "'attention_mask' must be none or full with state space layers: masking of padding is not modelled"
+        )
     dims = _Dims(t, spec)
     rows = x.shape[:-1]
     with t.call(name, x) as local:

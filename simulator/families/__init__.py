@@ -48,6 +48,7 @@ BUILT_IN = {
     "gpt_neox": ("simulator.families.early.gpt_neox", "GPTNeoXConfig"),
     "gpt_oss": ("simulator.families.experts.gpt_oss", "GptOssConfig"),
     "granite": ("simulator.families.dense.granite", "GraniteConfig"),
+    "granitemoehybrid": ("simulator.families.hybrid.granitemoehybrid", "GraniteMoeHybridConfig"),
     "kimi_k2": ("simulator.families.experts.deepseek_v3", "KimiK2Config"),
     "llama": ("simulator.families.dense.llama", "LlamaConfig"),
     "llama4": ("simulator.families.experts.llama4", "Llama4Config"),

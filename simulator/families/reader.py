@@ -111,8 +111,8 @@ class ConfigReader:
         return frozenset(value) if fits else self._problem(key, rule, frozenset())
 
     def derived_size(self, key: str, default: int, rule: str, largest: int) -> int:
-        """A size that null or nothing leaves to be derived by `rule`, text for the assumption."""
-        if self._raw(key) in (_ABSENT, None):
+        """A size that null, nothing or "auto" leaves to be derived by `rule`, text for the assumption."""
+        if self._raw(key) in (_ABSENT, None, "auto"):
             self._default(key, default, rule)
             return default
         return self.size(key, default, largest)

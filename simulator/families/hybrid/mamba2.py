@@ -62,7 +62,7 @@ def _block(t: Trace, x: Tensor, spec: ModelSpec, layer: LayerSpec) -> Tensor:
             low = inner("input", ops.to(t, x, t.regime.weights))
             hidden = local("hidden_states", blocks.llama_rms_norm(t, "norm", low))
         residual = local("residual", ops.to(t, x, FP32) if spec.fp32_residual else x)
-        hidden = local("hidden_states", blocks.mamba2_mixer(t, "mixer", hidden, layer.state_space))
+        hidden = local("hidden_states", blocks.mamba2_mixer(t, hidden, layer.state_space))
         return ops.add(t, residual, hidden)
 
 

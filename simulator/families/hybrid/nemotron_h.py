@@ -40,6 +40,7 @@ def read(config: ConfigReader) -> ModelSpec:
     hidden = read_hidden(config, 4096)
     kinds = read_kinds(config, "layers_block_type", "hybrid_override_pattern", _LETTERS)
     readers = {LINEAR: _read_mixer, FULL: _read_attention, "mlp": _read_mlp, "moe": _read_experts}
+    config.read.add("n_groups")  # of state space models, not a misspelt n_group of experts, if there are only these
     each = {kind: readers[kind](config, hidden) for kind in dict.fromkeys(kinds)}
     return read_decoder(config, hidden, [each[kind] for kind in kinds], vocab=131072, positions=4096)
 
@@ -123,7 +124,7 @@ def _block(t: Trace, x: Tensor, mask: Tensor | None, layer: LayerSpec) -> Tensor
             if weights is not None:
                 local("_", weights)
         elif layer.token_mixer is not None:
-            hidden = blocks.mamba2_mixer(t, "mixer", hidden, layer.state_space)
+            hidden = blocks.mamba2_mixer(t, hidden, layer.state_space)
         elif isinstance(layer.channel_mixer, ExpertsSpec):
             hidden = _experts(t, hidden, layer.channel_mixer)
         else:

@@ -13,7 +13,7 @@ from simulator.model import StateSpaceSpec
 PATH = "state space layers: transformers' PyTorch code, which runs without the packages mamba-ssm and causal-conv1d"
 
 LINEAR = "linear_attention"
-_OLD_NAMES = {"mamba": LINEAR, "attention": FULL}
+OLD_NAMES = {"mamba": LINEAR, "attention": FULL}
 """Names that configurations had for kinds of layers before (transformers configuration_utils.py)."""
 
 _Key = tuple[str, int]
@@ -30,15 +30,22 @@ def read_state_space(
     chunk: _Key,
     conv_bias: str,
     activation: str,
+    rule: str | None = None,
 ) -> StateSpaceSpec:
-    """The Mamba-2 mixer of a layer: of each size its key and default; the keys of a flag and of a name."""
+    """The Mamba-2 mixer of a layer: of each size its key and default; the keys of a flag and of a name.
+
+    Args:
+        rule: how the default of `head_dim` is derived, where it is.
+    """
     count = config.size(*heads, LARGEST_HEADS)
     shared = config.size(*groups, LARGEST_HEADS)
     config.multiple(heads[0], groups[0], count, shared)
     config.assumptions.append(PATH)
     return StateSpaceSpec(
         heads=count,
-        head_dim=config.size(*head_dim, LARGEST_HIDDEN),
+        head_dim=config.derived_size(*head_dim, rule, LARGEST_HIDDEN)
+        if rule
+        else config.size(*head_dim, LARGEST_HIDDEN),
         state=config.size(*state, LARGEST_HIDDEN),
         groups=shared,
         kernel=config.size(*kernel, LARGEST_HIDDEN),
@@ -56,4 +63,4 @@ def read_kinds(config: ConfigReader, key: str, pattern: str, letters: Mapping[st
     """
     if config.given(pattern) and not config.given(key):
         return [letters[letter] for letter in config.letters(pattern, letters)]
-    return config.kinds(key, list(letters.values()), _OLD_NAMES)
+    return config.kinds(key, list(letters.values()), OLD_NAMES)
