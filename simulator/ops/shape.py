@@ -109,11 +109,16 @@ def split(t: Trace, x: Tensor, shape: Shape, parts: int) -> tuple[Tensor, ...]:
 
 def _part(t: Trace, x: Tensor, shape: Shape) -> Tensor:
     """A part of `x` along its last axis: the other axes lie in memory as they did."""
-    whole = x.shape[-1]
-    at_end = x.memory[len(x.memory) - len(whole) :] == whole
-    out = t.view(x, shape, (*x.memory[: len(x.memory) - len(whole)], *shape[-1]) if at_end else flat(shape))
+    out = t.view(x, shape, exchanged(x.memory, x.shape[-1], shape[-1]) or flat(shape))
     out.dense = False
     return out
+
+
+def exchanged(memory: tuple[Dim, ...], old: tuple[Dim, ...], new: tuple[Dim, ...]) -> tuple[Dim, ...] | None:
+    """`memory` with the run of dimensions `old` in it replaced by `new`; None where they do not follow one another."""
+    width = len(old)
+    start = next((i for i in range(len(memory) + 1 - width) if memory[i : i + width] == old), None)
+    return None if start is None else (*memory[:start], *new, *memory[start + width :])
 
 
 def _split_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients:
