@@ -66,11 +66,12 @@ def fused_projections(t: Trace, x: Tensor, spec: DeltaNetSpec, local: Frame) -> 
     cuts = (heads.key_dim, heads.key_dim, groups + heads.value_dim, groups + heads.value_dim)
     query, key, value, z = ops.split_with_sizes(t, mixed[0], [(*rows, heads.keys, cut) for cut in cuts])
     b, a = ops.split_with_sizes(t, mixed[1], [(*rows, heads.keys, groups)] * 2)
+    apart = bool(groups)  # the values of a key head's group lie side by side, those of two heads do not
     by_head = (*rows, heads.values, heads.value_dim)
-    value, z = (local(name, _joined(t, part, by_head)) for name, part in (("value", value), ("z", z)))
-    b, a = (local(name, _joined(t, part, (*rows, heads.values))) for name, part in (("b", b), ("a", a)))
-    parts = [_joined(t, part, (*rows, heads.keys + heads.key_dim)) for part in (query, key)]
-    parts.append(ops.view(t, value, (*rows, heads.values + heads.value_dim)))
+    value, z = (local(name, _joined(t, part, by_head, apart)) for name, part in (("value", value), ("z", z)))
+    b, a = (local(name, _joined(t, part, (*rows, heads.values), apart)) for name, part in (("b", b), ("a", a)))
+    parts = [_joined(t, part, (*rows, heads.keys + heads.key_dim), True) for part in (query, key)]
+    parts.append(_joined(t, value, (*rows, heads.values + heads.value_dim), not apart))
     for name, part in zip(("query", "key", "value"), parts, strict=True):
         local(name, part)
     shape = (*rows, (t.dim("channels", spec.channels),))
@@ -89,9 +90,9 @@ def separate_projections(
     return mixed, z, b, a
 
 
-def _joined(t: Trace, part: Tensor, shape: tuple[Axis, ...]) -> Tensor:
-    """``part.reshape(shape)`` of a part of each key head: with several heads a copy, because of what lies between."""
-    if part.shape[2]:
+def _joined(t: Trace, part: Tensor, shape: tuple[Axis, ...], apart: bool) -> Tensor:
+    """``part.reshape(shape)``: a copy where it joins several heads that lie `apart` in memory."""
+    if apart and part.shape[2]:
         part = ops.clone(t, part)
     return ops.view(t, part, shape)
 
@@ -116,6 +117,8 @@ def gated_delta_net(t: Trace, x: Tensor, mask: Tensor | None, spec: DeltaNetSpec
         out = local("core_attn_out", _chunk_gated_delta_rule(t, *states, decay, beta, heads))
         gate, rows = z.shape, (flat(z.shape[:-1]), z.shape[-1])
         out = local("core_attn_out", ops.reshape(t, out, rows))
+        if not z.dense and heads.values != heads.keys:  # part of the only key head: between its rows lies the rest
+            z = ops.clone(t, z)
         z = local("z", ops.reshape(t, z, rows))
         out = local("core_attn_out", _gated_norm(t, out, z))
         out = local("core_attn_out", ops.view(t, out, (*gate[:2], gate[2] + gate[3])))
@@ -145,7 +148,7 @@ def _causal_conv1d(t: Trace, x: Tensor, spec: DeltaNetSpec) -> Tensor:
         weight = t.weights("weight", x.shape[1], (), (t.dim("kernel", spec.kernel),))
     with t.call("", x) as local:
         weight = ops.view(t, weight, weight.shape, "squeeze.dim")
-        longer = t.dim("s_padded", t.dimensions.bindings["s"] + spec.kernel - 1)
+        longer = x.shape[2] if spec.kernel == 1 else (t.dim("s_padded", t.dimensions.bindings["s"] + spec.kernel - 1),)
         with t.call("") as inner:
             out = ops.conv1d(t, inner("input", ops.to(t, x, weight.dtype)), weight, longer)
         if spec.kernel > 1:

@@ -157,8 +157,8 @@ def to(t: Trace, x: Tensor, dtype: DType, *, contiguous: bool = False) -> Tensor
     """
     if x.dtype == dtype:
         return x
-    keeps = x.dense and not contiguous
-    out = t.fresh("_to_copy.default", x.shape, dtype, x.memory if keeps else suggested_memory(x, x.shape))
+    kept = x.memory if x.dense else suggested_memory(x, x.shape)
+    out = t.fresh("_to_copy.default", x.shape, dtype, flat(x.shape) if contiguous else kept)
     if x.storage.role is Role.PARAMETER:
         out.storage.role = Role.WEIGHT_CAST
     t.emit("_to_copy.default", [x], [out], backward=_to_backward)

@@ -10,19 +10,20 @@ from simulator.autograd import Autograd
 from simulator.graph import Op, Shape, Tensor, flat
 from simulator.ops.elementwise import autocast
 from simulator.ops.matmul import Axis
+from simulator.ops.shape import exchanged
 from simulator.sizes import Dim, RepeatedSize, Size, product
 from simulator.trace import Frame, Trace
 
 Gradients = list[Tensor | None]
 
 
-def conv1d(t: Trace, x: Tensor, weight: Tensor, longer: Dim) -> Tensor:
+def conv1d(t: Trace, x: Tensor, weight: Tensor, longer: Axis) -> Tensor:
     """``F.conv1d`` of `x` ``[b, channels, s]``, a filter ``[channels, 1, kernel]`` per channel, padded to `longer`.
 
     Of the kernel's own copies nothing is counted.
     """
     weight, x = autocast(t, weight), autocast(t, x)
-    out = t.fresh("convolution.default", (*x.shape[:2], (longer,)), x.dtype)
+    out = t.fresh("convolution.default", (*x.shape[:2], longer), x.dtype)
     saves = [a for a, b in ((x, weight), (weight, x)) if b.requires_grad]
     t.emit("convolution.default", [x, weight], [out], saves=saves, backward=_conv1d_backward)
     return out
@@ -45,7 +46,7 @@ def pad(t: Trace, x: Tensor, axis: int, longer: Axis) -> Tensor:
     shape = t.squeezed((*x.shape[:axis], longer, *x.shape[axis + 1 :]))
     sizes = t.dimensions.bindings
     same = product(shape[axis], sizes) == product(x.shape[axis], sizes)
-    memory = _replaced(x.memory, x.shape[axis], shape[axis]) if same else None
+    memory = exchanged(x.memory, x.shape[axis], shape[axis]) if same else None
     out = t.fresh("constant_pad_nd.default", shape, x.dtype, memory)
     backward = _pad_backward
     return t.emit("constant_pad_nd.default", [x], [out], backward=backward, axis=axis if same else None)[0]
@@ -56,7 +57,7 @@ def _pad_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients:
     (gradient,) = gradients
     assert gradient is not None
     (source,), axis = op.inputs, op.attributes["axis"]
-    same = None if axis is None else _replaced(gradient.memory, gradient.shape[axis], source.shape[axis])
+    same = None if axis is None else exchanged(gradient.memory, gradient.shape[axis], source.shape[axis])
     return [engine.fresh("constant_pad_nd.default", source.shape, source.dtype, same)]
 
 
@@ -134,19 +135,13 @@ def _renamed_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradien
     (gradient,) = gradients
     assert gradient is not None
     (source,), axis = op.inputs, op.attributes["axis"]
-    memory = _replaced(gradient.memory, gradient.shape[axis], source.shape[axis])
+    memory = exchanged(gradient.memory, gradient.shape[axis], source.shape[axis]) or flat(source.shape)
     return [attrs.evolve(gradient, shape=source.shape, memory=memory)]
 
 
 def _with_axis(t: Trace, x: Tensor, axis: int, dims: Axis) -> Tensor:
     shape = t.squeezed((*x.shape[:axis], dims, *x.shape[axis + 1 :]))
-    return t.view(x, shape, _replaced(x.memory, x.shape[axis], shape[axis]))
-
-
-def _replaced(dims: Axis, old: Axis, new: Axis) -> Axis:
-    """`dims` with the run `old` in it replaced by `new`."""
-    start = next(i for i in range(len(dims)) if dims[i : i + len(old)] == old)
-    return (*dims[:start], *new, *dims[start + len(old) :])
+    return t.view(x, shape, exchanged(x.memory, x.shape[axis], shape[axis]))
 
 
 def mask_rows(t: Trace, x: Tensor, mask: Tensor) -> Tensor:
