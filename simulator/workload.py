@@ -6,6 +6,7 @@ import attrs
 
 from hardware.dtypes import FP16, FP32, DType
 from hardware.errors import UnsupportedError, UsageError
+from simulator.liger import Liger
 from simulator.optimizer import IMPLEMENTATIONS as IMPLEMENTATIONS
 from simulator.optimizer import ONE_DEVICE as ONE_DEVICE
 from simulator.optimizer import OPTIONS as OPTIONS
@@ -85,6 +86,10 @@ class Training:
     """False for torch builds without CUDA's fused `rms_norm` (as above)."""
     tensor_subclasses: bool = False
     """True for fake-tensor runs: some of torch's backward formulas spare tensor subclasses their in-place ops."""
+    liger: Liger = attrs.field(factory=Liger)
+    """Kernels of Liger-Kernel that the model runs in place of PyTorch's ops."""
+    items_in_batch: bool = False
+    """Whether ``num_items_in_batch`` is passed (transformers' Trainer since 4.46): the summed loss is divided by it."""
     kernel_workspace: bool = True
     """Count what kernels allocate for themselves (flash attention's backward accumulators)."""
 
@@ -105,6 +110,7 @@ class Training:
             )
         if self.clip is not None and not 0 < self.clip < float("inf"):
             raise UsageError(f"'clip' must be a finite number > 0: {self.clip}; leave it out not to clip")
+        self._check_patches()
         if self.grad_scaler:
             self._check_grad_scaler()
         if self.optimizer_in_backward:
@@ -136,3 +142,10 @@ class Training:
             raise UnsupportedError(f"'optimizer_in_backward' with {self.implementation} is not modelled: leave it out")
         if self.zero_grad != "none":
             raise UsageError(f"{fails}, so none is set to zero: leave 'zero_grad' at none")
+
+    def _check_patches(self) -> None:
+        for field, given in (("liger", self.liger.kernels), ("items_in_batch", self.items_in_batch)):
+            if given and self.implementation != "transformers":
+                raise UnsupportedError(
+                    f"{field!r} goes with implementation transformers, not {self.implementation!r}: leave one out"
+                )
