@@ -144,6 +144,8 @@ class Training:
             raise UsageError(f"{fails}, so none can accumulate: set 'gradient_accumulation' to 1")
         if self.clip is not None:
             raise UsageError(f"{fails}, so there is no global norm: leave 'clip' out")
+        if self.implementation in MEGATRON:
+            raise UnsupportedError(f"'optimizer_in_backward' with {self.implementation} is not modelled: leave it out")
         if self.zero_grad != "none":
             raise UsageError(f"{fails}, so none is set to zero: leave 'zero_grad' at none")
 

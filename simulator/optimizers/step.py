@@ -128,9 +128,9 @@ class OptimizerStep:
     def shared_state(self, name: str, dims: Iterable[Dim], dtype: DType, op: str) -> None:
         """Make a state that all parameters share with kernel `op`, unless an earlier step made it."""
         first = self.parameters[0].storage
-        slot = first.slot if len(self.parameters) == 1 else None
+        owner, slot = (first.label, first.slot) if len(self.parameters) == 1 else ("optimizer", None)
         if (first, name) not in self._states:
-            made = make_storage(f"optimizer.{name}", tuple(dims), dtype, Role.OPTIMIZER_STATE, slot)
+            made = make_storage(f"{owner}.{name}", tuple(dims), dtype, Role.OPTIMIZER_STATE, slot)
             self._states[first, name] = made
             self._record(op, slot, [made])
 

@@ -179,11 +179,12 @@ def _dtype(name: Any) -> DType:
 
 
 def _optimizer(options: Mapping[str, Any]) -> Optimizer:
-    known = {field.name for field in attrs.fields(Optimizer)} | {"impl", "update_proj_gap"}
+    projects = options.get("name") in OPTIONS["rank"]
+    known = {field.name for field in attrs.fields(Optimizer)} | {"impl", *(["update_proj_gap"] if projects else [])}
     unknown = sorted(set(options) - known)
     if unknown:
         raise UnsupportedError(f"optimizer option {unknown[0]!r} is not simulated")
-    if options.get("name") in OPTIONS["rank"] and options.get("update_proj_gap") != 1:
+    if projects and options.get("update_proj_gap") != 1:
         raise UnsupportedError(
             "a step that does not renew its projections is not simulated: 'update_proj_gap' must be 1"
         )
