@@ -74,6 +74,10 @@ class AttentionSpec(TokenMixerSpec):
     """Whether queries and keys are rotated (SmolLM3 and others leave it out in some layers)."""
     rotary_dim: int | None = attrs.field(default=None, validator=optional(_count(LARGEST_HIDDEN)))
     """Leading channels of a head that are rotated; None rotates all."""
+    causal: bool = attrs.field(default=True, validator=_flag)
+    """Whether a token sees only those before it; an encoder's see all."""
+    clipped: bool = attrs.field(default=False, validator=_flag)
+    """Whether queries, keys and values are clipped (MPT)."""
 
     def __attrs_post_init__(self) -> None:
         if self.heads % self.kv_heads:
@@ -115,6 +119,46 @@ class LatentAttentionSpec(AttentionSpec):
     def plain_dim(self) -> int:
         """Channels of a query or key without a position."""
         return self.head_dim - self.rotated
+
+
+@attrs.frozen(kw_only=True)
+class TemperedAttentionSpec(AttentionSpec):
+    """Attention whose queries are scaled by their position where they are not rotated."""
+
+    tempered: bool = attrs.field(default=True, validator=_flag)
+
+
+@attrs.frozen(kw_only=True)
+class DeltaNetSpec(TokenMixerSpec):
+    """A gated delta net: linear attention whose state decays and is corrected token by token (arXiv:2412.06464)."""
+
+    key_heads: int = attrs.field(validator=_count(LARGEST_HEADS))
+    value_heads: int = attrs.field(validator=_count(LARGEST_HEADS))
+    key_dim: int = attrs.field(validator=_count(LARGEST_HIDDEN))
+    """Channels of a head of queries or keys."""
+    value_dim: int = attrs.field(validator=_count(LARGEST_HIDDEN))
+    kernel: int = attrs.field(default=4, validator=_count(LARGEST_HIDDEN))
+    """Length of the causal convolution over queries, keys and values, in tokens."""
+    activation: str = attrs.field(default="silu", validator=instance_of(str))
+    """What follows the convolution."""
+
+    def __attrs_post_init__(self) -> None:
+        if self.value_heads % self.key_heads:
+            raise UsageError(
+                f"value_heads must be a multiple of key_heads, not {self.value_heads} and {self.key_heads}"
+            )
+        if self.channels > LARGEST_WIDTH:
+            raise UsageError(f"heads x channels of queries, keys and values must be at most {LARGEST_WIDTH}")
+
+    @property
+    def groups(self) -> int:
+        """Value heads that share one head of queries and keys."""
+        return self.value_heads // self.key_heads
+
+    @property
+    def channels(self) -> int:
+        """Channels that the convolution runs over: queries, keys and values."""
+        return 2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim
 
 
 @attrs.frozen(kw_only=True)
@@ -160,6 +204,8 @@ class FeedForwardSpec:
     activation: str = attrs.field(default="silu", validator=instance_of(str))
     gated: bool = attrs.field(default=True, validator=_flag)
     bias: bool = attrs.field(default=False, validator=_flag)
+    dropout: float = attrs.field(default=0.0, validator=_rate)
+    """Rate on what comes out of the activation (BioGPT)."""
 
 
 @attrs.frozen
@@ -226,6 +272,15 @@ class LayerSpec:
 
 
 @attrs.frozen
+class ClassifierSpec:
+    """A head that sorts whole sequences into classes."""
+
+    classes: int = attrs.field(validator=_count(LARGEST_VOCAB))
+    dropout: float = attrs.field(default=0.0, validator=_rate)
+    """Rate on what the classifier reads."""
+
+
+@attrs.frozen
 class Part:
     """A part of a checkpoint whose parameters are counted but not simulated (a vision tower)."""
 
@@ -258,6 +313,10 @@ class ModelSpec:
     """Whether a norm follows the last layer."""
     parallel_blocks: bool = attrs.field(default=False, validator=_flag)
     """Whether attention and MLP of a layer read the same hidden states."""
+    token_types: int | None = attrs.field(default=None, validator=optional(_count(LARGEST_VOCAB)))
+    """Kinds of tokens (first and second sentence) with embeddings of their own; None without them."""
+    classifier: ClassifierSpec | None = attrs.field(default=None, validator=optional(instance_of(ClassifierSpec)))
+    """The head of a sequence classifier; None for a language model's."""
     parts: tuple[Part, ...] = ()
     """What the checkpoint holds beside the simulated decoder."""
     assumptions: tuple[str, ...] = ()

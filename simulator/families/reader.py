@@ -195,6 +195,13 @@ class ConfigReader:
         wrong = self._wrong_names(value, len(default), known)
         return self._problem(key, f"{key} {wrong}", list(default)) if wrong else list(value)
 
+    def one_of(self, key: str, default: str, known: Sequence[str]) -> str:
+        """One of the `known` names."""
+        value = self._given(key, default)
+        if isinstance(value, str) and value in known:
+            return value
+        return self._problem(key, f"{key} must be {' or '.join(known)}, not {shown(value)}", default)
+
     def kinds(self, key: str, known: Sequence[str], old_names: Mapping[str, str]) -> list[str]:
         """One name per layer, as many as there are; by default one layer of each of those `known`.
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from hardware.dtypes import BOOL, FP32
+from hardware.dtypes import BOOL
 from simulator.autograd import Autograd
 from simulator.graph import Op, Shape, Tensor
-from simulator.ops.elementwise import autocast, constant, suggested_memory, to, unary
+from simulator.ops.elementwise import autocast, constant, suggested_memory, wide
 from simulator.ops.shape import replaced
 from simulator.sizes import Dim
 from simulator.trace import Trace
@@ -13,38 +13,9 @@ from simulator.trace import Trace
 Gradients = list[Tensor | None]
 
 
-def exp(t: Trace, x: Tensor) -> Tensor:
-    """``torch.exp``, in fp32 under autocast."""
-    return unary(t, "exp.default", _wide(t, x), ("mul.Tensor",), saves="output")
-
-
-def softplus(t: Trace, x: Tensor) -> Tensor:
-    """``torch.nn.functional.softplus``, in fp32 under autocast."""
-    return unary(t, "softplus.default", _wide(t, x), ("softplus_backward.default",), saves="input")
-
-
-def _wide(t: Trace, x: Tensor) -> Tensor:
-    return to(t, x, FP32) if t.regime.autocast else x
-
-
-def clamp(t: Trace, x: Tensor) -> Tensor:
-    """``torch.clamp(x, min, max)`` with both bounds."""
-    out = t.fresh("clamp.default", x.shape, x.dtype, x.memory)
-    return t.emit("clamp.default", [x], [out], saves=[x], backward=_clamp_backward)[0]
-
-
-def _clamp_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients:
-    """``where(x >= min and x <= max, grad, 0)`` (torch/csrc/autograd/FunctionsManual.cpp `clamp_backward`)."""
-    (x,) = op.inputs
-    engine.fresh("scalar_tensor.default", (), x.dtype)
-    for name in ("ge.Scalar", "le.Scalar"):
-        engine.like(name, x, BOOL)
-    return [engine.like("where.self", x)]
-
-
 def cumsum(t: Trace, x: Tensor, axis: int) -> Tensor:
     """``torch.cumsum`` along `axis`, in fp32 under autocast; its result is contiguous."""
-    x = _wide(t, x)
+    x = wide(t, x)
     out = t.fresh("cumsum.default", x.shape, x.dtype)
     return t.emit("cumsum.default", [x], [out], backward=_cumsum_backward, axis=axis)[0]
 
@@ -62,18 +33,7 @@ def _cumsum_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradient
     return [gradient]
 
 
-def masked_fill(t: Trace, x: Tensor, mask: Tensor) -> Tensor:
-    """``x.masked_fill(mask, number)``: a contiguous copy, whatever the layout; saves the mask."""
-    out = t.fresh("masked_fill.Scalar", x.shape, x.dtype)
-    return t.emit("masked_fill.Scalar", [x, mask], [out], saves=[mask], backward=_masked_fill_backward)[0]
-
-
-def _masked_fill_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients:
-    x, _ = op.inputs
-    return [engine.fresh("masked_fill.Scalar", x.shape, x.dtype), None]
-
-
-def pad(t: Trace, x: Tensor, shape: Shape) -> Tensor:
+def pad_to(t: Trace, x: Tensor, shape: Shape) -> Tensor:
     """``torch.nn.functional.pad`` of one axis to `shape`, a copy even where nothing is added.
 
     Source: torch aten/src/ATen/native/PadNd.cpp `constant_pad_nd`.

@@ -29,11 +29,17 @@ def _place(axis: tuple[Dim, ...], memory: tuple[Dim, ...]) -> int | None:
     return next((i for i in range(len(memory) - width + 1) if memory[i : i + width] == axis), None)
 
 
+def exchanged(memory: tuple[Dim, ...], old: tuple[Dim, ...], new: tuple[Dim, ...]) -> tuple[Dim, ...] | None:
+    """`memory` with the run of dimensions `old` in it replaced by `new`; None where they do not follow one another."""
+    start = _place(old, memory)
+    return None if start is None else (*memory[:start], *new, *memory[start + len(old) :])
+
+
 def replaced(memory: tuple[Dim, ...], axis: tuple[Dim, ...], new: tuple[Dim, ...]) -> tuple[Dim, ...]:
-    """`memory` with the dimensions `new` where those of `axis`, next to each other, were."""
-    place = _place(axis, memory)
-    assert place is not None
-    return (*memory[:place], *new, *memory[place + len(axis) :])
+    """`memory` with the dimensions `new` where those of `axis` are known to follow one another."""
+    found = exchanged(memory, axis, new)
+    assert found is not None
+    return found
 
 
 def view(t: Trace, x: Tensor, shape: Shape, name: str = "view.default") -> Tensor:
@@ -209,6 +215,13 @@ def _cat_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients:
     (gradient,) = gradients
     assert gradient is not None
     return [engine.view(gradient, x.shape, x.memory) for x in op.inputs]
+
+
+def pairs(t: Trace, first: Tensor, second: Tensor, shape: Shape) -> Tensor:
+    """``torch.stack((first, second), -1).flatten(-2)``, elements of both in turn: backward takes the gradient apart."""
+    out = t.fresh("stack.default", shape, first.dtype)
+    t.emit("stack.default", [first, second], [out], backward=_cat_backward)
+    return out
 
 
 def filled(t: Trace, parts: list[Tensor], shape: Shape) -> Tensor:

@@ -6,7 +6,7 @@ import attrs
 
 from simulator.families.reader import ConfigReader
 from simulator.limits import LARGEST_EXPERTS, LARGEST_LAYERS, LARGEST_WIDTH
-from simulator.model import AttentionSpec, ExpertsSpec, FeedForwardSpec, LayerSpec
+from simulator.model import ExpertsSpec, FeedForwardSpec, LayerSpec, TokenMixerSpec
 
 
 def refuse_router_options(config: ConfigReader) -> None:
@@ -82,10 +82,10 @@ def read_groups(config: ConfigReader, experts: ExpertsSpec, *, groups: int = 1, 
 
 
 def read_sparse_layers(
-    config: ConfigReader, depth: int, attention: AttentionSpec, dense: FeedForwardSpec, experts: ExpertsSpec
+    config: ConfigReader, depth: int, mixer: TokenMixerSpec | None, dense: FeedForwardSpec, experts: ExpertsSpec
 ) -> list[LayerSpec]:
     """Layers with experts, but for those of ``mlp_only_layers`` and between steps of ``decoder_sparse_step``."""
     step = config.size("decoder_sparse_step", 1, LARGEST_LAYERS)
     plain = config.indices("mlp_only_layers", depth)
     sparse = [index not in plain and (index + 1) % step == 0 for index in range(depth)]
-    return [LayerSpec(attention, experts if each else dense) for each in sparse]
+    return [LayerSpec(mixer, experts if each else dense) for each in sparse]

@@ -125,7 +125,7 @@ def _experts(t: Trace, x: Tensor, spec: ExpertsSpec) -> Tensor:
         routed = blocks.chosen_softmax_router(t, tokens, spec)
         for name, tensor in zip(("_", "top_k_weights", "top_k_index"), routed, strict=True):
             local(name, tensor)
-        out = local("layer_output", blocks.grouped_experts(t, tokens, routed[1], routed[2], spec))
+        out = local("layer_output", blocks.routed_experts(t, tokens, routed[1], routed[2], spec))
         return ops.view(t, out, x.shape)
 
 

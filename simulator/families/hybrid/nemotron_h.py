@@ -7,7 +7,7 @@ from functools import partial
 import attrs
 
 from hardware.dtypes import FP32
-from simulator import blocks, decoder, ops
+from simulator import blocks, decoder, masks, ops
 from simulator.families import Family, families
 from simulator.families.decoder import FULL, read_attention, read_decoder, read_hidden
 from simulator.families.experts.reading import read_experts, read_groups
@@ -96,8 +96,8 @@ def forward(t: Trace, spec: ModelSpec, layers: decoder.BuiltLayers) -> None:
     vocabulary = blocks.vocabulary_table(t, "model.embeddings")
     with t.call("model") as local:
         embeds = local("inputs_embeds", blocks.look_up(t, vocabulary, ids, "embeddings"))
-        position_ids = local("position_ids", decoder.positions(t, embeds))
-        mask = decoder.causal_mask(t, embeds)
+        position_ids = local("position_ids", masks.positions(t, embeds))
+        mask = masks.causal_mask(t, embeds)
         if mask is not None:
             local("mask", mask)
         hidden = local("hidden_states", embeds)
@@ -142,7 +142,8 @@ def _experts(t: Trace, x: Tensor, spec: ExpertsSpec) -> Tensor:
         if spec.latent is not None:
             latent = (t.dim("latent", spec.latent),)
             out = local("hidden_states", blocks.projection(t, "fc1_latent_proj", out, latent, spec.bias))
-        out = local("hidden_states", blocks.grouped_experts(t, out, routed[1], routed[2], spec))
+        own = attrs.evolve(spec, bias=False)  # of all linear layers the experts alone have none
+        out = local("hidden_states", blocks.routed_experts(t, out, routed[1], routed[2], own))
         if spec.latent is not None:
             out = local("hidden_states", blocks.projection(t, "fc2_latent_proj", out, ("h",), spec.bias))
         out = local("hidden_states", ops.reshape(t, out, x.shape))
