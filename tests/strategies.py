@@ -331,7 +331,7 @@ _LATENT = Sketch(
     },
 )
 _GLM = Sketch(
-    _DECODER | {"head_dim": 8, "moe_intermediate_size": 8, "n_routed_experts": 4},
+    _DECODER | {"head_dim": 8, "moe_intermediate_size": 8, "n_routed_experts": 4, "num_experts_per_tok": 2},
     tuple(heads | {"use_qk_norm": norm, "n_shared_experts": 1 + norm} for heads in _HEADS for norm in (False, True)),
     {"num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "num_mtp_layers": 0},
 )
@@ -398,13 +398,13 @@ SKETCHES: dict[str, Sketch] = {
         | {"moe_intermediate_size": 8, "moe_shared_expert_intermediate_size": 3},
         tuple({"num_attention_heads": 4, "num_key_value_heads": heads, "n_groups": heads} for heads in (1, 2)),
         {"layers_block_type": ["linear_attention", "full_attention", "mlp", "moe"], "mamba_num_heads": 4}
-        | {"head_dim": 6, "chunk_size": 8, "n_routed_experts": 4},
+        | {"head_dim": 6, "chunk_size": 8, "n_routed_experts": 4, "num_experts_per_tok": 2},
     ),
     "granitemoehybrid": Sketch(
         {"hidden_size": 8, "intermediate_size": 8, "shared_intermediate_size": 3, "mamba_d_state": 5, "vocab_size": 1},
         tuple({"num_key_value_heads": heads, "mamba_n_groups": heads} for heads in (1, 2)),
         {"layer_types": ["linear_attention", "full_attention"], "num_hidden_layers": 2, "num_attention_heads": 2}
-        | {"mamba_n_heads": 4, "mamba_chunk_size": 8, "num_local_experts": 4},
+        | {"mamba_n_heads": 4, "mamba_chunk_size": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
     ),
     "qwen3_next": Sketch(
         {key: size for key, size in _MANY.sizes.items() if key != "num_hidden_layers"}
