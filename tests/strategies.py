@@ -331,7 +331,7 @@ _LATENT = Sketch(
     },
 )
 _GLM = Sketch(
-    _DECODER | {"head_dim": 8, "moe_intermediate_size": 8, "n_routed_experts": 4},
+    _DECODER | {"head_dim": 8, "moe_intermediate_size": 8, "n_routed_experts": 4, "num_experts_per_tok": 2},
     tuple(heads | {"use_qk_norm": norm, "n_shared_experts": 1 + norm} for heads in _HEADS for norm in (False, True)),
     {"num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "num_mtp_layers": 0},
 )
@@ -389,9 +389,22 @@ SKETCHES: dict[str, Sketch] = {
     "deepseek_v2": attrs.evolve(_LATENT, fixed=_LATENT.fixed | {"topk_method": "group_limited_greedy"}),
     **dict.fromkeys(("deepseek_v3", "kimi_k2"), _LATENT),
     "mamba2": Sketch(
-        {"num_heads": 4, "head_dim": 6, "state_size": 5, "num_hidden_layers": 1, "vocab_size": 1},
-        ({"n_groups": 1, "hidden_size": 12, "expand": 2}, {"n_groups": 2, "hidden_size": 12, "expand": 2}),
+        {"state_size": 5, "num_hidden_layers": 1, "vocab_size": 1},
+        tuple({"hidden_size": 12, "num_heads": 4, "head_dim": 6, "n_groups": groups} for groups in (1, 2)),
         {"chunk_size": 8},
+    ),
+    "nemotron_h": Sketch(
+        {"hidden_size": 8, "ssm_state_size": 5, "mamba_head_dim": 3, "intermediate_size": 3, "vocab_size": 1}
+        | {"moe_intermediate_size": 8, "moe_shared_expert_intermediate_size": 3},
+        tuple({"num_attention_heads": 4, "num_key_value_heads": heads, "n_groups": heads} for heads in (1, 2)),
+        {"layers_block_type": ["linear_attention", "full_attention", "mlp", "moe"], "mamba_num_heads": 4}
+        | {"head_dim": 6, "chunk_size": 8, "n_routed_experts": 4, "num_experts_per_tok": 2},
+    ),
+    "granitemoehybrid": Sketch(
+        {"hidden_size": 8, "intermediate_size": 8, "shared_intermediate_size": 3, "mamba_d_state": 5, "vocab_size": 1},
+        tuple({"num_key_value_heads": heads, "mamba_n_groups": heads} for heads in (1, 2)),
+        {"layer_types": ["linear_attention", "full_attention"], "num_hidden_layers": 2, "num_attention_heads": 2}
+        | {"mamba_n_heads": 4, "mamba_chunk_size": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
     ),
     "qwen3_next": Sketch(
         {key: size for key, size in _MANY.sizes.items() if key != "num_hidden_layers"}
