@@ -31,7 +31,9 @@ _DROPOUT_RATES = {
     "Phi3Config": ("resid_pdrop", "embd_pdrop", "attention_dropout"),
 }
 #: Options of a case that change memory and that we simulate with one value only -> that value.
-_FIXED = {"mode": "train", "lora": None, "device": "cuda", "fake": True, "emulate": True}
+_FIXED = {"mode": "train", "lora": None, "emulate": True}
+#: Where the tensors of a case were: fake ones on a GPU that is not there, or real ones on the CPU.
+_DEVICES = (("cuda", True), ("cpu", False))
 _SWITCHES = (
     *("attention_mask", "keep_outputs", "dropout_off"),
     *("optimizer_in_backward", "grad_scaler", "items_in_batch"),
@@ -123,10 +125,12 @@ def _refuse(case: Mapping[str, Any]) -> None:
     for key, value in _FIXED.items():
         if case.get(key, value) != value:
             raise UnsupportedError(f"{key} {json.dumps(case[key])} is not simulated yet, only {json.dumps(value)}")
+    if (case.get("device", "cuda"), case.get("fake", True)) not in _DEVICES:
+        raise UnsupportedError("device and fake must be cuda and true, or cpu and false: others are not simulated yet")
     for key in _SWITCHES:
         if case.get(key) not in (None, False, True):
             raise UnsupportedError(f"{key} {json.dumps(case[key])} is not simulated yet, only true and false")
-    unknown = sorted(set(case) - _SIMULATED - _HARMLESS - set(_FIXED))
+    unknown = sorted(set(case) - _SIMULATED - _HARMLESS - {"device", "fake", *_FIXED})
     if unknown:
         raise UnsupportedError(f"case option {unknown[0]!r} is not known")
 
@@ -160,8 +164,8 @@ def _training(case: Mapping[str, Any], family: str) -> Training:
         zero_grad=case.get("zero_grad", "none"),
         liger=_liger(case.get("liger"), family),
         items_in_batch=bool(case.get("items_in_batch")),
-        # the oracle runs a CPU build of torch: it has no fused silu_backward, and cannot see inside kernels
-        fused_activation_backward=False,
+        # the oracle runs a CPU build of torch: it has no fused silu_backward for fakes, and cannot see inside kernels
+        fused_activation_backward=not case.get("fake", True),
         kernel_workspace=False,
         tensor_subclasses=True,
     )
