@@ -98,6 +98,8 @@ class Op:
     backward: BackwardRule | None = None
     saves_late: bool = False
     """Whether what it saves is packed after the kernel ran, not before: an output, or by a function in Python."""
+    only_recorded: tuple[Storage, ...] = ()
+    """What it makes for the sake of backward alone: not under ``torch.no_grad``."""
     attributes: dict[str, Any] = attrs.field(factory=dict)
 
 
@@ -112,6 +114,8 @@ class ForwardGraph:
     inputs: list[Tensor] = attrs.field(factory=list)
     arguments: dict[int, list[Storage]] = attrs.field(factory=dict)
     """What each built layer is called with; checkpointing keeps it for recomputation."""
+    positional: dict[int, int] = attrs.field(factory=dict)
+    """How many of those are handed over by position, the hidden states among them."""
     outside: int | None = None
     """Index of the first op outside the model (a loss that the caller computes); None where all are inside."""
     idle: dict[int, list[tuple[str, int | None]]] = attrs.field(factory=dict)

@@ -46,6 +46,8 @@ class Plan:
     """Whether a framework's own ``linear`` runs instead of torch's: its backward takes the weight as it is then."""
     recomputed: frozenset[int] = frozenset()
     """Saved-set policy: the layers whose saved tensors are dropped and recomputed in backward."""
+    reentrant: bool = False
+    """Whether checkpoints are reentrant: a backward of their own inside that of the whole graph."""
     together: int = 1
     """How many consecutive layers, counted from the first, are one checkpoint."""
     frozen: frozenset[str] = frozenset()

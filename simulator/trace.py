@@ -145,9 +145,10 @@ class Trace:
         frame.close()
 
     @contextmanager
-    def layer(self, slot: int, *arguments: Tensor | None) -> Iterator[None]:
-        """Everything inside belongs to layer `slot` of the stack, called with `arguments`."""
+    def layer(self, slot: int, *arguments: Tensor | None, positional: int = 1) -> Iterator[None]:
+        """Everything inside belongs to layer `slot` of the stack, called with `arguments`, some of them by position."""
         self.graph.arguments[slot] = [t.storage for t in arguments if t is not None]
+        self.graph.positional[slot] = sum(1 for t in arguments[:positional] if t is not None)
         self.slot, self._first_op = slot, len(self.graph.ops)
         yield
         self.slot, self._first_op = None, 0

@@ -17,10 +17,12 @@ from strategies.uniform_checkpointing import UniformCheckpointing
 
 #: The option of a case that says what is checkpointed -> the strategy that does it.
 _CHECKPOINTS: dict[str, Callable[..., Strategy]] = {
-    "every": lambda value, **options: IntervalCheckpointing(n=value, **options),
-    "first": lambda value, **options: BlockCheckpointing(layers=value, **options),
-    "together": lambda value, **options: UniformCheckpointing(layers=value, **options),
+    "every": lambda value, **how: IntervalCheckpointing(n=value, **how),
+    "first": lambda value, **how: BlockCheckpointing(layers=value, **how),
+    "together": lambda value, **how: UniformCheckpointing(layers=value, **how),
 }
+#: Options that say how.
+_HOW = ("reentrant",)
 
 
 def checkpointing_strategies(option: Any) -> list[Strategy]:
@@ -29,16 +31,16 @@ def checkpointing_strategies(option: Any) -> list[Strategy]:
     Raises:
         UnsupportedError: a value that is not simulated.
     """
-    if option in (None, False, True) or option == {}:
-        return [FullCheckpointing()] if option is True or option == {} else []
-    if not isinstance(option, Mapping):
+    if option in (None, False):
+        return []
+    said = {} if option is True else option
+    if not isinstance(said, Mapping) or set(said) - set(_CHECKPOINTS) - set(_HOW):
         raise UnsupportedError(f"checkpointing {json.dumps(option)} is not known: true, false or an object")
-    which = [key for key in _CHECKPOINTS if key in option]
-    unknown = sorted(set(option) - set(_CHECKPOINTS))
-    if unknown or len(which) > 1:
-        raise UnsupportedError(f"checkpointing {json.dumps(option)} is not simulated")
-    make = _CHECKPOINTS[which[0]]
-    return [make(option[which[0]])]
+    which = [key for key in _CHECKPOINTS if key in said]
+    how = {key: said[key] for key in _HOW if key in said}
+    if len(which) > 1:
+        raise UnsupportedError(f"checkpointing {json.dumps(option)} is not simulated: {' and '.join(which)}")
+    return [_CHECKPOINTS[which[0]](said[which[0]], **how) if which else FullCheckpointing(**how)]
 
 
 def freezing_strategies(option: Any) -> list[Strategy]:

@@ -10,11 +10,13 @@ from hypothesis import strategies as st
 
 from hardware.dtypes import BF16
 from hardware.errors import UnsupportedError, UsageError
-from simulator import Training, simulate
+from simulator import Mesh, Training, simulate
 from simulator.roles import Phase
 from strategies.block_checkpointing import BlockCheckpointing
 from strategies.checkpointing import FullCheckpointing
 from strategies.contract import StrategyContract
+from strategies.ddp import Ddp
+from strategies.freezing import Freezing
 from strategies.interval_checkpointing import IntervalCheckpointing
 from strategies.uniform_checkpointing import UniformCheckpointing
 from tests.strategies import uniform_llama
@@ -36,6 +38,14 @@ class TestUniformCheckpointing(StrategyContract):
 
 class TestUnevenChunks(StrategyContract):
     strategy: ClassVar[UniformCheckpointing] = UniformCheckpointing(layers=4)
+
+
+class TestReentrant(StrategyContract):
+    strategy = FullCheckpointing(reentrant=True)
+
+
+class TestReentrantInterval(StrategyContract):
+    strategy = IntervalCheckpointing(n=3, reentrant=True)
 
 
 def peak(layers, *strategies):
@@ -79,3 +89,20 @@ def test_more_layers_than_there_are():
 def test_two_at_once():
     with pytest.raises(UnsupportedError, match="checkpoint_every does not go with another checkpointing"):
         simulate(uniform_llama(2), TRAINING, [FullCheckpointing(), IntervalCheckpointing(n=2)])
+
+
+def test_a_reentrant_checkpoint_holds_the_gradient_it_came_with():
+
+    reentrant, other = (sum(peak(6, FullCheckpointing(reentrant=flag)).values()) for flag in (True, False))
+    assert reentrant > other
+
+
+def test_reentrant_checkpoints_need_a_gradient_to_pass_on():
+    strategies = [UniformCheckpointing(layers=2, reentrant=True), Freezing(embeddings=True)]
+    with pytest.raises(UnsupportedError, match="a reentrant checkpoint needs an input that requires a gradient"):
+        simulate(uniform_llama(4), TRAINING, strategies)
+
+
+def test_reentrant_checkpoints_and_hooks():
+    with pytest.raises(UnsupportedError, match="under a framework's hooks are not modelled"):
+        simulate(uniform_llama(2), TRAINING, [FullCheckpointing(reentrant=True), Ddp()], mesh=Mesh(dp_replicate=2))

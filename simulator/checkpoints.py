@@ -1,0 +1,213 @@
+"""Checkpointed regions of a forward graph: what they keep, what backward runs again, and what holds what until when."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import attrs
+
+from hardware.errors import UnsupportedError
+from simulator.graph import ForwardGraph, Op, Storage, Uses
+from simulator.plan import Plan
+from simulator.recorder import Recorder
+from simulator.roles import Phase, Role
+from simulator.runtime import Runtime
+
+
+@attrs.define(eq=False)
+class Region:
+    """The ops of one checkpoint: their saved tensors are dropped and recomputed in backward.
+
+    Non-reentrant (torch/utils/checkpoint.py `_checkpoint_without_reentrant_generator`): the arguments live until the
+    last saved tensor has been used, and recomputation stops early, at the last tensor that forward saved.
+    Reentrant (`CheckpointFunction`): forward records nothing, backward runs all of it again and a backward inside it;
+    positional arguments live until that has ended, what the function was bound to as long as the graph.
+    """
+
+    ops: list[Op]
+    first: int
+    """Index in the graph of its first op."""
+    rerun: list[Op]
+    """What is run again: all ops, or those before recomputation stops."""
+    arguments: list[Storage]
+    bound: list[Storage]
+    """Of a reentrant checkpoint: what stays until the graph goes."""
+    first_saver: Op
+    last_saver: Op
+    outputs: list[Storage]
+    """What the ops after it read of what it makes."""
+    recomputed: dict[Storage, Storage] | None = None
+
+
+class Checkpoints:
+    """The regions of a plan, and their recomputation.
+
+    Args:
+        use: why each op needs storages.
+    """
+
+    def __init__(self, plan: Plan, use: Mapping[Op, Uses]) -> None:
+        self.reentrant = plan.reentrant
+        self.region_of: dict[Op, Region] = {}
+        self._graph: ForwardGraph = plan.graph
+        self._use = use
+        self._recorder = Recorder()
+        self._runtimes: Sequence[Runtime] = ()
+        found: dict[int, list[Op]] = {}
+        for op in self._graph.ops:
+            number = None if op.slot is None else plan.checkpoints.get(op.slot)
+            if number is not None:
+                found.setdefault(number, []).append(op)
+        for ops in found.values():
+            # a checkpoint in which autograd saves nothing, because all of it is frozen, is none
+            if any(self._use[op].saves for op in ops):
+                self.region_of |= dict.fromkeys(ops, self._region(ops))
+                self._check(ops)
+
+    def _check(self, ops: Sequence[Op]) -> None:
+        """`UnsupportedError` where a reentrant checkpoint has no input through which a gradient reaches its weights."""
+        made = {id(tensor) for op in ops for tensor in op.outputs}
+        inputs = {t.storage for op in ops for t in op.inputs if t.requires_grad and id(t) not in made}
+        if self.reentrant and all(storage.persistent for storage in inputs):
+            rule = "an input that requires a gradient"
+            raise UnsupportedError(
+                f"a reentrant checkpoint needs {rule}: train the embeddings, or leave 'reentrant' out"
+            )
+
+    def begin(self, recorder: Recorder, runtimes: Sequence[Runtime]) -> None:
+        """A backward begins: nothing is recomputed yet."""
+        self._recorder, self._runtimes = recorder, runtimes
+        for region in self.region_of.values():
+            region.recomputed = None
+
+    def nested(self, op: Op) -> Region | None:
+        """The region whose own backward runs `op`'s, inside that of the whole graph."""
+        return self.region_of.get(op) if self.reentrant else None
+
+    def saves(self, op: Op) -> list[Storage]:
+        """What forward keeps for the backward of `op`."""
+        return [] if op in self.region_of else self._use[op].saves
+
+    def unborn(self, op: Op) -> Iterable[Storage]:
+        """What forward does not make of what `op` makes, because nothing is recorded."""
+        return op.only_recorded if self.nested(op) else ()
+
+    def bound(self) -> list[Storage]:
+        """What checkpoints hold until the graph goes, once for each that does."""
+        regions = dict.fromkeys(self.region_of.values())
+        return [storage for region in regions for storage in region.bound]
+
+    def saved(self, op: Op) -> tuple[list[Storage], list[Storage]]:
+        """What `op` saved, to be released when its backward node has ended, or as soon as its function returns."""
+        region = self.region_of.get(op)
+        if region is None or not self._use[op].saves:
+            return self._use[op].saves, []
+        if region.recomputed is None:
+            self.recompute(region)
+        assert region.recomputed is not None
+        unpacked = [region.recomputed.get(storage, storage) for storage in self._use[op].saves]
+        if self.reentrant:
+            return unpacked, []
+        return (region.arguments if op is region.first_saver else []), unpacked
+
+    def leave(self, region: Region) -> list[Storage]:
+        """The backward inside a reentrant `region` has ended: its outputs go, and then what is returned here."""
+        assert region.recomputed is not None
+        for storage in region.outputs:
+            self._recorder.release(region.recomputed[storage])
+        return region.arguments
+
+    def recompute(self, region: Region) -> None:
+        """Run the region's ops again into storages of their own; what is not saved dies where recomputation stops."""
+        recorder = self._recorder
+        module, slot = recorder.module, recorder.slot
+        recorder.phase = Phase.RECOMPUTE
+        copies = {s: _copy(s) for op in region.rerun for s in self._graph.births(op)}
+        region.recomputed = places = copies.copy()
+        uses, leftover = self._recompute_uses(region, copies)
+        for op in region.rerun:
+            self._save_again(op, places, copies)
+            self._run(op, [copies[s] for s in self._graph.births(op)], uses)
+            for storage in (*self._use[op].reads, *self._use[op].holds):
+                if storage in copies:
+                    recorder.release(copies[storage])
+        if region.last_saver not in region.rerun:
+            self._save_again(region.last_saver, places, copies)
+        for storage in leftover:
+            recorder.release(storage)
+        for runtime in self._runtimes:
+            runtime.end_recomputation()
+        recorder.phase = Phase.BACKWARD
+        recorder.module, recorder.slot = module, slot
+
+    def _run(self, op: Op, births: list[Storage], uses: Mapping[Storage, int]) -> None:
+        """Record `op` again; each birth is then held once per use instead of by its maker."""
+        self._recorder.module, self._recorder.slot = op.module, op.slot
+        self._recorder.run(op.name, births)
+        for storage in births:
+            self._recorder.retain(storage, uses.get(storage, 0))
+            self._recorder.release(storage)
+
+    def _save_again(self, op: Op, places: dict[Storage, Storage], copies: Mapping[Storage, Storage]) -> None:
+        """Hold what `op` saves of what is not recomputed: of a weight, what it consists of at this moment.
+
+        The pack hook detaches each tensor (torch/utils/checkpoint.py `_recomputation_hook`), so that a framework that
+        lets go of a gathered weight after its module frees nothing. Otherwise autograd keeps the parameter itself,
+        whose memory is exchanged.
+        """
+        self._recorder.module, self._recorder.slot = op.module, op.slot
+        for runtime in self._runtimes:
+            runtime.before_recomputed(op)
+        for storage in self._use[op].saves:
+            if storage not in copies:
+                place = next((p for runtime in self._runtimes if (p := runtime.place_of(storage))), storage)
+                places[storage] = place
+                self._recorder.retain(place)
+
+    def _recompute_uses(
+        self, region: Region, copies: dict[Storage, Storage]
+    ) -> tuple[dict[Storage, int], list[Storage]]:
+        """References to the copies, and those that outlive the last op run (frames unwound, casts of autocast)."""
+        uses: dict[Storage, int] = {}
+        run = set(region.rerun)
+        casts = [s for s in copies if s.cached_by_autocast]
+        leftover = [copies[s] for s in casts]
+        kept = [*casts, *(region.outputs if self.reentrant else [])]
+        for op in region.ops:
+            kept += [*self._use[op].saves, *self._use[op].holds, *(self._use[op].reads if op in run else [])]
+            leftover += [copies[s] for s in self._use[op].holds if s in copies and op not in run]
+        for storage in kept:
+            if storage in copies:
+                uses[copies[storage]] = uses.get(copies[storage], 0) + 1
+        return uses, leftover
+
+    def _region(self, ops: list[Op]) -> Region:
+        """A checkpoint of `ops`: what the first of its layers is called with is its argument, in any case."""
+        graph = self._graph
+        slots = dict.fromkeys(op.slot for op in ops if op.slot is not None)
+        made = {storage for op in ops for storage in graph.births(op)}
+        called = dict.fromkeys(s for slot in slots for s in graph.arguments[slot] if s not in made)
+        savers = [op for op in ops if self._use[op].saves]
+        within = set(ops)
+        outputs = [s for s in made if any("reads" in e for o, e in graph.edges.succ[s].items() if o not in within)]
+        arguments = list(called)
+        bound = arguments[graph.positional.get(next(iter(slots)), 1) :] if self.reentrant else []
+        return Region(
+            ops=ops,
+            first=graph.ops.index(ops[0]),
+            rerun=ops if self.reentrant else _until_last_save(ops, savers[-1]),
+            arguments=[storage for storage in arguments if storage not in bound],
+            bound=bound,
+            first_saver=savers[0],
+            last_saver=savers[-1],
+            outputs=outputs,
+        )
+
+
+def _until_last_save(ops: list[Op], last: Op) -> list[Op]:
+    """Recomputation stops at the last saved tensor: before its op if it is an input, after it if an output."""
+    return ops[: ops.index(last) + (1 if last.saves_late else 0)]
+
+
+def _copy(storage: Storage) -> Storage:
+    return attrs.evolve(storage, label=f"recompute.{storage.label}", role=Role.RECOMPUTE)
