@@ -171,6 +171,11 @@ def make_plan(
     return Plan(model, training, mesh or Mesh(), rank, unrolled=unrolled)
 
 
+def _hooks_embeddings(plan: Plan) -> bool:
+    """transformers' own checkpointing, of single layers, asks for the gradient of the embedded tokens."""
+    return plan.training.implementation == "transformers" and bool(plan.recomputed) and plan.together == 1
+
+
 def _is_frozen(plan: Plan) -> Callable[[str, int | None], bool]:
     """Whether a weight, given its label and its layer's slot, needs no gradient."""
     slots = {s for s, place in enumerate(plan.layout.places) if place.base + place.offset < plan.frozen_layers}
@@ -212,5 +217,5 @@ def _regime(plan: Plan) -> Regime:
         cast_inputs=plan.cast_inputs,
         tensor_parallel=plan.tensor_parallel,
         memory_efficient_linear=plan.memory_efficient_linear,
-        embeddings_require_grad=training.implementation == "transformers" and bool(plan.recomputed),
+        embeddings_require_grad=_hooks_embeddings(plan),
     )
