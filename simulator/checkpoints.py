@@ -30,12 +30,16 @@ class Region:
     rerun: list[Op]
     """What is run again: all ops, or those before recomputation stops."""
     arguments: list[Storage]
+    offloaded: list[Storage]
+    """Arguments that are in host memory until the region is run again."""
     bound: list[Storage]
     """Of a reentrant checkpoint: what stays until the graph goes."""
     first_saver: Op
     last_saver: Op
     outputs: list[Storage]
     """What the ops after it read of what it makes."""
+    kept: dict[Op, list[Storage]]
+    """Ops whose outputs stay from forward, and those outputs."""
     recomputed: dict[Storage, Storage] | None = None
 
 
@@ -49,6 +53,7 @@ class Checkpoints:
     def __init__(self, plan: Plan, use: Mapping[Op, Uses]) -> None:
         self.reentrant = plan.reentrant
         self.region_of: dict[Op, Region] = {}
+        self._plan = plan
         self._graph: ForwardGraph = plan.graph
         self._use = use
         self._recorder = Recorder()
@@ -88,6 +93,11 @@ class Checkpoints:
         """What forward keeps for the backward of `op`."""
         return [] if op in self.region_of else self._use[op].saves
 
+    def kept(self, op: Op) -> list[Storage]:
+        """What forward keeps of what `op` makes, instead of running it again."""
+        region = self.region_of.get(op)
+        return region.kept.get(op, []) if region is not None else []
+
     def unborn(self, op: Op) -> Iterable[Storage]:
         """What forward does not make of what `op` makes, because nothing is recorded."""
         return op.only_recorded if self.nested(op) else ()
@@ -108,7 +118,13 @@ class Checkpoints:
         unpacked = [region.recomputed.get(storage, storage) for storage in self._use[op].saves]
         if self.reentrant:
             return unpacked, []
-        return (region.arguments if op is region.first_saver else []), unpacked
+        return (self._held_by_frame(region) if op is region.first_saver else []), unpacked
+
+    @staticmethod
+    def _held_by_frame(region: Region) -> list[Storage]:
+        """What goes with a checkpoint's last saved tensor: its arguments, and kept outputs that nobody asked for."""
+        run = set(region.rerun)
+        return [*region.arguments, *(s for op, outputs in region.kept.items() if op not in run for s in outputs)]
 
     def leave(self, region: Region) -> list[Storage]:
         """The backward inside a reentrant `region` has ended: its outputs go, and then what is returned here."""
@@ -122,12 +138,14 @@ class Checkpoints:
         recorder = self._recorder
         module, slot = recorder.module, recorder.slot
         recorder.phase = Phase.RECOMPUTE
-        copies = {s: _copy(s) for op in region.rerun for s in self._graph.births(op)}
+        copies = {s: s if op in region.kept else _copy(s) for op in region.rerun for s in self._graph.births(op)}
+        copies |= {s: attrs.evolve(s, label=f"from_host.{s.label}", role=Role.RECOMPUTE) for s in region.offloaded}
         region.recomputed = places = copies.copy()
         uses, leftover = self._recompute_uses(region, copies)
+        self._fetch([copies[storage] for storage in region.offloaded], region.ops[0], uses)
         for op in region.rerun:
             self._save_again(op, places, copies)
-            self._run(op, [copies[s] for s in self._graph.births(op)], uses)
+            self._run(op, [copies[s] for s in self._graph.births(op)], uses, kept=op in region.kept)
             for storage in (*self._use[op].reads, *self._use[op].holds):
                 if storage in copies:
                     recorder.release(copies[storage])
@@ -140,10 +158,19 @@ class Checkpoints:
         recorder.phase = Phase.BACKWARD
         recorder.module, recorder.slot = module, slot
 
-    def _run(self, op: Op, births: list[Storage], uses: Mapping[Storage, int]) -> None:
-        """Record `op` again; each birth is then held once per use instead of by its maker."""
+    def _fetch(self, arguments: Sequence[Storage], first: Op, uses: Mapping[Storage, int]) -> None:
+        """Copy offloaded arguments back (torch/autograd/graph.py `save_on_cpu`); the unpacking frame holds them."""
+        self._recorder.module, self._recorder.slot = first.module, first.slot
+        for storage in arguments:
+            self._recorder.run("_to_copy.default", [storage])
+            self._recorder.retain(storage, uses[storage])
+            self._recorder.release(storage)
+
+    def _run(self, op: Op, births: list[Storage], uses: Mapping[Storage, int], *, kept: bool) -> None:
+        """Record `op` again, or take what was kept; each birth is then held once per use instead of by its maker."""
         self._recorder.module, self._recorder.slot = op.module, op.slot
-        self._recorder.run(op.name, births)
+        if not kept:
+            self._recorder.run(op.name, births)
         for storage in births:
             self._recorder.retain(storage, uses.get(storage, 0))
             self._recorder.release(storage)
@@ -171,8 +198,8 @@ class Checkpoints:
         uses: dict[Storage, int] = {}
         run = set(region.rerun)
         casts = [s for s in copies if s.cached_by_autocast]
-        leftover = [copies[s] for s in casts]
-        kept = [*casts, *(region.outputs if self.reentrant else [])]
+        leftover = [copies[s] for s in (*casts, *region.offloaded)]
+        kept = [*casts, *region.offloaded, *(region.outputs if self.reentrant else [])]
         for op in region.ops:
             kept += [*self._use[op].saves, *self._use[op].holds, *(self._use[op].reads if op in run else [])]
             leftover += [copies[s] for s in self._use[op].holds if s in copies and op not in run]
@@ -191,17 +218,32 @@ class Checkpoints:
         within = set(ops)
         outputs = [s for s in made if any("reads" in e for o, e in graph.edges.succ[s].items() if o not in within)]
         arguments = list(called)
-        bound = arguments[graph.positional.get(next(iter(slots)), 1) :] if self.reentrant else []
+        positional = graph.positional.get(next(iter(slots)), 1)
+        bound = arguments[positional:] if self.reentrant else []
+        offloaded = arguments[:positional] if self._plan.offloaded else []
         return Region(
             ops=ops,
             first=graph.ops.index(ops[0]),
             rerun=ops if self.reentrant else _until_last_save(ops, savers[-1]),
-            arguments=[storage for storage in arguments if storage not in bound],
+            arguments=[storage for storage in arguments if storage not in (*bound, *offloaded)],
+            offloaded=offloaded,
             bound=bound,
             first_saver=savers[0],
             last_saver=savers[-1],
             outputs=outputs,
+            kept=self._kept(ops),
         )
+
+    def _kept(self, ops: Sequence[Op]) -> dict[Op, list[Storage]]:
+        """The outputs that stay (torch/utils/checkpoint.py `_CachingTorchDispatchMode`)."""
+        found = {}
+        seen = 0
+        for op in ops:
+            seen += op.name == self._plan.alternate_op
+            recomputed = op.name == self._plan.alternate_op and seen % 2 == 0
+            if op.name in self._plan.kept_ops and not recomputed:
+                found[op] = self._graph.births(op)
+        return found
 
 
 def _until_last_save(ops: list[Op], last: Op) -> list[Op]:

@@ -146,6 +146,11 @@ class MicroBatch:
         """References that the edges of the graph stand for; a checkpointed op's saves do not count."""
         uses: dict[Storage, int] = {}
         for op in self.graph.ops:
-            for storage in (*self._use[op].reads, *self._use[op].holds, *self._checkpoints.saves(op)):
+            for storage in (
+                *self._use[op].reads,
+                *self._use[op].holds,
+                *self._checkpoints.saves(op),
+                *self._checkpoints.kept(op),
+            ):
                 uses[storage] = uses.get(storage, 0) + 1
         return uses

@@ -48,8 +48,14 @@ class Plan:
     """Saved-set policy: the layers whose saved tensors are dropped and recomputed in backward."""
     reentrant: bool = False
     """Whether checkpoints are reentrant: a backward of their own inside that of the whole graph."""
+    offloaded: bool = False
+    """Whether the inputs that checkpoints keep are in host memory."""
     together: int = 1
     """How many consecutive layers, counted from the first, are one checkpoint."""
+    kept_ops: frozenset[str] = frozenset()
+    """Ops whose outputs checkpoints keep instead of running them again (selective activation checkpointing)."""
+    alternate_op: str | None = None
+    """The one of them of which every second is run again all the same."""
     frozen: frozenset[str] = frozenset()
     """Labels of the weights that need no gradient, in every layer that has them."""
     frozen_layers: int = 0
@@ -172,7 +178,7 @@ def make_plan(
 
 
 def _hooks_embeddings(plan: Plan) -> bool:
-    """transformers' own checkpointing, of single layers, asks for the gradient of the embedded tokens."""
+    """Transformers' own checkpointing, of single layers, asks for the gradient of the embedded tokens."""
     return plan.training.implementation == "transformers" and bool(plan.recomputed) and plan.together == 1
 
 

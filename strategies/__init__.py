@@ -18,6 +18,7 @@ from strategies.fsdp2 import Fsdp2
 from strategies.gemini import Gemini
 from strategies.interval_checkpointing import IntervalCheckpointing
 from strategies.megatron import MegatronDistributedOptimizer
+from strategies.op_checkpointing import OpCheckpointing
 from strategies.tensor_parallel import TensorParallel
 from strategies.uniform_checkpointing import UniformCheckpointing
 from strategies.zero_redundancy import ZeroRedundancy
@@ -31,6 +32,7 @@ _BUILT_IN: tuple[StrategyFactory, ...] = (
     IntervalCheckpointing,
     BlockCheckpointing,
     UniformCheckpointing,
+    OpCheckpointing,
     Freezing,
     BitFit,
     TensorParallel,

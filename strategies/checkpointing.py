@@ -12,8 +12,9 @@ from simulator.plan import Plan
 from simulator.workload import MEGATRON
 from strategies.options import flag, option
 
-#: What the option says that all checkpointing of layers has.
+#: What the options say that checkpointing of layers has.
 REENTRANT = "use_reentrant=True of torch.utils.checkpoint: its own backward inside that of the graph"
+OFFLOAD = "layer inputs wait in pinned host memory (save_on_cpu; transformers' offload=True)"
 
 
 @attrs.frozen(kw_only=True)
@@ -28,15 +29,24 @@ class FullCheckpointing:
     """
 
     reentrant: bool = option(False, flag, REENTRANT)
+    offload: bool = option(False, flag, OFFLOAD)
     name: str = attrs.field(default="full_checkpointing", init=False)
 
     def __call__(self, plan: Plan) -> Plan:
         """The plan with every layer recomputed."""
-        return recompute_layers(plan, self.name, range(len(plan.model.layers)), reentrant=self.reentrant)
+        return recompute_layers(
+            plan, self.name, range(len(plan.model.layers)), reentrant=self.reentrant, offload=self.offload
+        )
 
 
 def recompute_layers(
-    plan: Plan, name: str, layers: Iterable[int], together: int = 1, *, reentrant: bool = False
+    plan: Plan,
+    name: str,
+    layers: Iterable[int],
+    together: int = 1,
+    *,
+    reentrant: bool = False,
+    offload: bool = False,
 ) -> Plan:
     """`plan` with `layers` recomputed, `together` of them as one checkpoint.
 
@@ -49,12 +59,16 @@ def recompute_layers(
     if plan.recomputed:
         raise UnsupportedError(f"{name} does not go with another checkpointing: choose one of the two")
     chosen = sorted(layers)
+    if offload and (reentrant or together > 1 or plan.training.implementation != "transformers"):
+        raise UnsupportedError(
+            f"'offload' of {name} goes with transformers' own, non-reentrant checkpoints of one layer"
+        )
     if reentrant:
         refuse_reentrant(plan, name)
         # a gradient made in one checkpoint is what the one before it begins with, across the layers between them
         gaps = [after - before for before, after in pairwise(chosen)]
         plan = attrs.evolve(plan, reach=max(plan.reach, *gaps, 1))
-    return attrs.evolve(plan, recomputed=frozenset(chosen), together=together, reentrant=reentrant)
+    return attrs.evolve(plan, recomputed=frozenset(chosen), together=together, reentrant=reentrant, offloaded=offload)
 
 
 def refuse_reentrant(plan: Plan, name: str) -> None:

@@ -13,6 +13,7 @@ from strategies.block_checkpointing import BlockCheckpointing
 from strategies.checkpointing import FullCheckpointing
 from strategies.freezing import Freezing
 from strategies.interval_checkpointing import IntervalCheckpointing
+from strategies.op_checkpointing import OpCheckpointing
 from strategies.uniform_checkpointing import UniformCheckpointing
 
 #: The option of a case that says what is checkpointed -> the strategy that does it.
@@ -22,7 +23,7 @@ _CHECKPOINTS: dict[str, Callable[..., Strategy]] = {
     "together": lambda value, **how: UniformCheckpointing(layers=value, **how),
 }
 #: Options that say how.
-_HOW = ("reentrant",)
+_HOW = ("reentrant", "offload")
 
 
 def checkpointing_strategies(option: Any) -> list[Strategy]:
@@ -34,13 +35,21 @@ def checkpointing_strategies(option: Any) -> list[Strategy]:
     if option in (None, False):
         return []
     said = {} if option is True else option
-    if not isinstance(said, Mapping) or set(said) - set(_CHECKPOINTS) - set(_HOW):
+    if not isinstance(said, Mapping) or set(said) - set(_CHECKPOINTS) - {*_HOW, "ops"}:
         raise UnsupportedError(f"checkpointing {json.dumps(option)} is not known: true, false or an object")
+    if "ops" in said:
+        return [_ops(said)]
     which = [key for key in _CHECKPOINTS if key in said]
     how = {key: said[key] for key in _HOW if key in said}
     if len(which) > 1:
         raise UnsupportedError(f"checkpointing {json.dumps(option)} is not simulated: {' and '.join(which)}")
     return [_CHECKPOINTS[which[0]](said[which[0]], **how) if which else FullCheckpointing(**how)]
+
+
+def _ops(said: Mapping[str, Any]) -> Strategy:
+    if set(said) - {"ops", "every"} or said["ops"] not in ("torchtitan", "every_mm"):
+        raise UnsupportedError(f"checkpointing {json.dumps(said)} is not simulated")
+    return OpCheckpointing(n=said.get("every", 1), every_second_mm=said["ops"] == "torchtitan")
 
 
 def freezing_strategies(option: Any) -> list[Strategy]:

@@ -92,7 +92,6 @@ def test_two_at_once():
 
 
 def test_a_reentrant_checkpoint_holds_the_gradient_it_came_with():
-
     reentrant, other = (sum(peak(6, FullCheckpointing(reentrant=flag)).values()) for flag in (True, False))
     assert reentrant > other
 
