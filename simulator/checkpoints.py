@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import attrs
 
 from hardware.errors import UnsupportedError
-from simulator.graph import ForwardGraph, Op, Storage, Uses
+from simulator.graph import ATTENTION_CORE, ForwardGraph, Op, Storage, Uses
 from simulator.plan import Plan
 from simulator.recorder import Recorder
 from simulator.roles import Phase, Role
@@ -58,16 +58,47 @@ class Checkpoints:
         self._use = use
         self._recorder = Recorder()
         self._runtimes: Sequence[Runtime] = ()
-        found: dict[int, list[Op]] = {}
-        for op in self._graph.ops:
-            number = None if op.slot is None else plan.checkpoints.get(op.slot)
-            if number is not None:
-                found.setdefault(number, []).append(op)
-        for ops in found.values():
+        for ops in self._find():
             # a checkpoint in which autograd saves nothing, because all of it is frozen, is none
             if any(self._use[op].saves for op in ops):
                 self.region_of |= dict.fromkeys(ops, self._region(ops))
                 self._check(ops)
+
+    def _find(self) -> list[list[Op]]:
+        """The ops of each checkpoint: those of a layer or of several, or the runs of ops of one module."""
+        found: dict[tuple[object, ...], list[Op]] = {}
+        before: Op | None = None
+        run = 0
+        for op in self._graph.ops:
+            number = None if op.slot is None else self._plan.checkpoints.get(op.slot)
+            module = self._module(op)
+            run += before is not None and module != self._module(before)
+            before = op
+            if number is not None and module is not None:
+                found.setdefault((number, module, run if module else 0), []).append(op)
+        return list(found.values())
+
+    def _module(self, op: Op) -> str | None:
+        """The checkpointed module that `op` is in; "" where layers are checkpoints as a whole, None outside all."""
+        if not self._plan.recomputed_modules:
+            return ""
+        names = op.module.split(".")
+        inside = [i for i, name in enumerate(names) if name in self._plan.recomputed_modules]
+        if inside:
+            return ".".join(names[: inside[0] + 1])
+        return op.part if op.part in self._plan.recomputed_modules else None
+
+    def _called_with(self, ops: Sequence[Op]) -> list[Storage]:
+        """The arguments of a checkpoint: what layers are called with, or what modules read from outside."""
+        made = {storage for op in ops for storage in self._graph.births(op)}
+        slots = dict.fromkeys(op.slot for op in ops if op.slot is not None)
+        called = [storage for slot in slots for storage in self._graph.arguments[slot]]
+        if self._plan.recomputed_modules:
+            read = [s for op in ops for s in self._use[op].reads if s not in made]
+            if any(op.part == ATTENTION_CORE for op in ops):  # layers hand on to attention what they are called with
+                read += called[1:]
+            return [s for s in dict.fromkeys(read) if not s.persistent and not s.cached_by_autocast]
+        return list(dict.fromkeys(s for s in called if s not in made))
 
     def _check(self, ops: Sequence[Op]) -> None:
         """`UnsupportedError` where a reentrant checkpoint has no input through which a gradient reaches its weights."""
@@ -211,14 +242,12 @@ class Checkpoints:
     def _region(self, ops: list[Op]) -> Region:
         """A checkpoint of `ops`: what the first of its layers is called with is its argument, in any case."""
         graph = self._graph
-        slots = dict.fromkeys(op.slot for op in ops if op.slot is not None)
         made = {storage for op in ops for storage in graph.births(op)}
-        called = dict.fromkeys(s for slot in slots for s in graph.arguments[slot] if s not in made)
         savers = [op for op in ops if self._use[op].saves]
         within = set(ops)
         outputs = [s for s in made if any("reads" in e for o, e in graph.edges.succ[s].items() if o not in within)]
-        arguments = list(called)
-        positional = graph.positional.get(next(iter(slots)), 1)
+        arguments = self._called_with(ops)
+        positional = 1 if ops[0].slot is None else graph.positional[ops[0].slot]
         bound = arguments[positional:] if self.reentrant else []
         offloaded = arguments[:positional] if self._plan.offloaded else []
         return Region(

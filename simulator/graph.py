@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 #: The stream that kernels run on unless a framework says otherwise.
 COMPUTE = "compute"
+#: The part of an attention module between its projections.
+ATTENTION_CORE = "core_attention"
 #: A tensor's logical shape: each axis is a group of dimensions, e.g. ``(("b",), ("s",), ("a", "d"))``.
 Shape = tuple[tuple[Dim, ...], ...]
 
@@ -98,6 +100,8 @@ class Op:
     backward: BackwardRule | None = None
     saves_late: bool = False
     """Whether what it saves is packed after the kernel ran, not before: an output, or by a function in Python."""
+    part: str = ""
+    """The part of its module that it belongs to, where that part has a name but no module of its own."""
     only_recorded: tuple[Storage, ...] = ()
     """What it makes for the sake of backward alone: not under ``torch.no_grad``."""
     attributes: dict[str, Any] = attrs.field(factory=dict)

@@ -39,9 +39,10 @@ class MicroBatch:
         self._initial = self._runtimes = runtimes
         self._use = {op: self.graph.uses(op) for op in self.graph.ops}
         self._checkpoints = Checkpoints(job.plan, self._use)
-        if job.plan.reentrant and runtimes:
+        if runtimes and (job.plan.reentrant or job.plan.recomputed_modules):
+            kind = "reentrant checkpoints" if job.plan.reentrant else "checkpoints of modules"
             raise UnsupportedError(
-                "reentrant checkpoints under a framework's hooks are not modelled: use one of the two"
+                f"{kind} under a framework's hooks are not modelled: use full_checkpointing as it is"
             )
         self._uses = self._count_uses()
         self.after_forward: AfterForward | None = None

@@ -48,6 +48,8 @@ class Plan:
     """Saved-set policy: the layers whose saved tensors are dropped and recomputed in backward."""
     reentrant: bool = False
     """Whether checkpoints are reentrant: a backward of their own inside that of the whole graph."""
+    recomputed_modules: frozenset[str] = frozenset()
+    """Modules, or parts of modules, of those layers that are checkpoints of their own; nothing means whole layers."""
     offloaded: bool = False
     """Whether the inputs that checkpoints keep are in host memory."""
     together: int = 1
@@ -179,7 +181,12 @@ def make_plan(
 
 def _hooks_embeddings(plan: Plan) -> bool:
     """Transformers' own checkpointing, of single layers, asks for the gradient of the embedded tokens."""
-    return plan.training.implementation == "transformers" and bool(plan.recomputed) and plan.together == 1
+    return (
+        plan.training.implementation == "transformers"
+        and bool(plan.recomputed)
+        and plan.together == 1
+        and not plan.recomputed_modules
+    )
 
 
 def _is_frozen(plan: Plan) -> Callable[[str, int | None], bool]:

@@ -8,7 +8,7 @@ from simulator import ops
 from simulator.blocks.heads import States, head_dims, separate_states
 from simulator.blocks.linear import projection
 from simulator.blocks.rotary import Rotate, rotate
-from simulator.graph import Tensor
+from simulator.graph import ATTENTION_CORE, Tensor
 from simulator.model import AttentionSpec
 from simulator.sizes import Dim
 from simulator.trace import Trace
@@ -89,6 +89,13 @@ def attention(
     t: Trace, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, spec: AttentionSpec, *, fp32_softmax: bool
 ) -> tuple[Tensor, Tensor | None]:
     """The attention interface that ``attn_implementation`` names; returns output ``[b, s, a, d]`` and weights."""
+    with t.part(ATTENTION_CORE):
+        return _attention(t, query, key, value, mask, spec, fp32_softmax=fp32_softmax)
+
+
+def _attention(
+    t: Trace, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, spec: AttentionSpec, *, fp32_softmax: bool
+) -> tuple[Tensor, Tensor | None]:
     if t.regime.attention == "eager":
         return eager_attention(t, query, key, value, mask, spec, fp32_softmax=fp32_softmax)
     if t.regime.attention == "flash_attention_2":

@@ -8,11 +8,13 @@ from typing import Any
 
 from hardware.errors import UnsupportedError
 from simulator.plan import Strategy
+from strategies.attention_checkpointing import AttentionCheckpointing
 from strategies.bitfit import BitFit
 from strategies.block_checkpointing import BlockCheckpointing
 from strategies.checkpointing import FullCheckpointing
 from strategies.freezing import Freezing
 from strategies.interval_checkpointing import IntervalCheckpointing
+from strategies.module_checkpointing import ModuleCheckpointing
 from strategies.op_checkpointing import OpCheckpointing
 from strategies.uniform_checkpointing import UniformCheckpointing
 
@@ -21,6 +23,8 @@ _CHECKPOINTS: dict[str, Callable[..., Strategy]] = {
     "every": lambda value, **how: IntervalCheckpointing(n=value, **how),
     "first": lambda value, **how: BlockCheckpointing(layers=value, **how),
     "together": lambda value, **how: UniformCheckpointing(layers=value, **how),
+    "modules": lambda value, **how: ModuleCheckpointing(modules="+".join(value), **how),
+    "core_attention": lambda _, **how: AttentionCheckpointing(**how),
 }
 #: Options that say how.
 _HOW = ("reentrant", "offload")
