@@ -5,6 +5,7 @@ from __future__ import annotations
 import attrs
 
 from hardware.errors import UnsupportedError, UsageError
+from simulator.graph import ATTENTION_CORE
 from simulator.plan import Plan
 from strategies.checkpointing import recompute_layers
 from strategies.options import option, text
@@ -26,6 +27,10 @@ class ModuleCheckpointing:
             raise UsageError(
                 f"'modules' must name modules of a layer: {unknown[0]!r}; there are {', '.join(sorted(found))}"
             )
+        attending = {name for op in plan.graph.ops if op.part == ATTENTION_CORE for name in _inside(op.module)}
+        if plan.training.autocast is not None and modules & attending:
+            rule = "under autocast torch saves fewer tensors when it runs an attention module again, and stops"
+            raise UnsupportedError(f"'modules' {self.modules}: {rule}; use 16-bit weights, or full checkpointing")
         return recompute_modules(plan, self.name, modules)
 
 

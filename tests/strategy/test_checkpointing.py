@@ -148,7 +148,17 @@ def test_unknown_modules():
         simulate(uniform_llama(2), TRAINING, [ModuleCheckpointing(modules="mpl")])
 
 
-@pytest.mark.parametrize("how", [{"reentrant": True}])
-def test_offloading_is_transformers_own(how):
+def test_offloading_is_transformers_own():
     with pytest.raises(UnsupportedError, match="'offload' of full_checkpointing goes with"):
-        simulate(uniform_llama(2), TRAINING, [FullCheckpointing(offload=True, **how)])
+        simulate(uniform_llama(2), TRAINING, [FullCheckpointing(offload=True, reentrant=True)])
+
+
+def test_attention_modules_under_autocast():
+    training = Training(micro_batch=2, seq_len=64, autocast=BF16)
+    with pytest.raises(UnsupportedError, match="under autocast torch saves fewer tensors"):
+        simulate(uniform_llama(2), training, [ModuleCheckpointing(modules="self_attn")])
+
+
+def test_modules_under_hooks():
+    with pytest.raises(UnsupportedError, match="checkpoints of modules under a framework's hooks are not modelled"):
+        simulate(uniform_llama(2), TRAINING, [ModuleCheckpointing(), Ddp()], mesh=Mesh(dp_replicate=2))
