@@ -6,7 +6,10 @@ input_buffer.cpp (`InputBuffer::accumulate`) and functions/accumulate_grad.h (`A
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import attrs
 
 from hardware.dtypes import DType
 from simulator.graph import ForwardGraph, Op, Shape, Storage, Tensor, flat, make_storage, make_tensor
@@ -15,9 +18,19 @@ from simulator.roles import Phase, Role
 from simulator.runtime import Runtime
 from simulator.sizes import Dim
 
-#: Gives the storages that stand for an op's saved ones when its backward runs: those released when the node
-#: has ended, and those released as soon as its function returns (unpacked from checkpointing's recomputation).
-SavedStorages = Callable[[Op], tuple[list[Storage], list[Storage]]]
+if TYPE_CHECKING:
+    from simulator.checkpoints import Checkpoints, Region
+
+
+@attrs.define(eq=False)
+class Inner:
+    """A backward that runs inside that of the whole graph (reentrant checkpointing)."""
+
+    region: Region
+    received: list[Storage]
+    """The gradients it was started with, which the outer node holds."""
+    totals: dict[Storage, tuple[Tensor, Tensor]] = attrs.field(factory=dict)
+    """Arguments of the region, detached from the graph outside, and the gradients that they have so far."""
 
 
 def is_broadcast(gradient: Tensor, tensor: Tensor) -> bool:
@@ -31,7 +44,7 @@ class Autograd:
     Args:
         graph: the forward pass.
         recorder: where steps and references go on from the end of forward.
-        saved: looks up what an op saved, recomputing it first where checkpointing dropped it.
+        checkpoints: looks up what an op saved, recomputing it first where checkpointing dropped it.
         gradients: parameter storage to gradient storage; filled here. A parameter that is in it
             already (gradient accumulation, ``zero_grad(set_to_none=False)``) accumulates in place.
         runtimes: what frameworks do before each node and after each accumulated gradient.
@@ -42,7 +55,7 @@ class Autograd:
         self,
         graph: ForwardGraph,
         recorder: Recorder,
-        saved: SavedStorages,
+        checkpoints: Checkpoints,
         gradients: dict[Storage, Storage],
         *,
         runtimes: Sequence[Runtime] = (),
@@ -54,7 +67,8 @@ class Autograd:
         self.recorder = recorder
         self.gradients = gradients
         self.kernel_workspace = kernel_workspace
-        self._saved = saved
+        self._checkpoints = checkpoints
+        self._inner: Inner | None = None
         self.kept: list[Storage] = []
         """Gradients of leaves that are made anew in every micro-batch: they last as long as the graph."""
         self._pending: dict[int, list[Tensor | None]] = {}
@@ -80,8 +94,11 @@ class Autograd:
         self.recorder.retain(seed.storage)  # the caller of backward() holds it to the end
         self._pending[loss.producer] = [self._loss_gradient(seed)]
         for index in range(loss.producer, -1, -1):
+            if self._inner is not None and index < self._inner.region.first:
+                self._leave(self._inner)
             gradients = self._pending.pop(index, None)
             if gradients is not None:
+                self._enter(self.graph.ops[index], gradients)
                 self._evaluate(self.graph.ops[index], gradients)
         for runtime in self._runtimes:
             runtime.end_backward()
@@ -156,6 +173,29 @@ class Autograd:
 
     # the engine ----------------------------------------------------------------------------------------------------
 
+    def _enter(self, op: Op, gradients: list[Tensor | None]) -> None:
+        """`CheckpointFunction.backward` (torch/utils/checkpoint.py): all is run again, then its own backward begins."""
+        region = self._checkpoints.nested(op)
+        if region is None or self._inner is not None:
+            return
+        self._inner = Inner(region, [gradient.storage for gradient in gradients if gradient is not None])
+        for storage in self._inner.received:
+            self.recorder.retain(storage)
+        self._checkpoints.recompute(region)
+
+    def _leave(self, inner: Inner) -> None:
+        """It returns the gradients of its arguments, which go on in the graph outside."""
+        self._inner = None
+        owned = [(tensor, self._owned(total)) for tensor, total in inner.totals.values()]
+        saved = self._checkpoints.leave(inner.region)
+        self._release(inner.received)
+        self._release(saved)
+        for tensor, total in owned:
+            if tensor.producer is None:
+                self._accumulate_grad(tensor.storage, total)
+            else:
+                self._send(total, tensor)
+
     def _evaluate(self, op: Op, gradients: list[Tensor | None]) -> None:
         recorder = self.recorder
         for runtime in self._runtimes:
@@ -165,7 +205,7 @@ class Autograd:
             self._slot = op.slot
         recorder.module, recorder.slot = op.module, op.slot
         self._node = op
-        saved, early = self._found = self._saved(op)
+        saved, early = self._found = self._checkpoints.saved(op)
         assert op.backward is not None
         results: list[Tensor | None] = []
         for gradient, tensor in zip(op.backward(self, op, gradients), op.inputs, strict=True):
@@ -211,12 +251,21 @@ class Autograd:
         return new
 
     def _send(self, gradient: Tensor, tensor: Tensor) -> None:
+        if self._inner is not None and self._is_argument(tensor, self._inner.region):
+            _, old = self._inner.totals.get(tensor.storage, (tensor, None))
+            self._inner.totals[tensor.storage] = tensor, self._accumulate(old, gradient)
+            return
         if tensor.producer is None:
             self._send_to_leaf(gradient, tensor)
             return
         width = len(self.graph.ops[tensor.producer].outputs)
         buffers = self._pending.setdefault(tensor.producer, [None] * width)
         buffers[tensor.output_index] = self._accumulate(buffers[tensor.output_index], gradient)
+
+    @staticmethod
+    def _is_argument(tensor: Tensor, region: Region) -> bool:
+        outside = tensor.producer is None or tensor.producer < region.first
+        return outside and not tensor.storage.persistent
 
     def _accumulate(self, old: Tensor | None, new: Tensor) -> Tensor:
         """Fan-in: in place when the buffer holds the only reference to `old` and it is no view."""
@@ -273,13 +322,18 @@ class Autograd:
             runtime.accumulated(parameter)
 
     def _keep_gradient(self, parameter: Storage, gradient: Tensor) -> None:
-        if self.recorder.references(gradient.storage) > 1 and not self._weights_are_views:
-            copy = self.like("clone(grad)", gradient)
-            self._made.clear()
-            self.recorder.release(gradient.storage)
-            gradient = copy
+        gradient = gradient if self._weights_are_views else self._owned(gradient)
         gradient.storage.role = Role.GRADIENT
         if parameter.persistent:
             self.gradients[parameter] = gradient.storage
         else:
             self.kept.append(gradient.storage)
+
+    def _owned(self, gradient: Tensor) -> Tensor:
+        """What becomes `.grad`: the gradient itself where nobody else holds it, else a copy."""
+        if self.recorder.references(gradient.storage) == 1:
+            return gradient
+        copy = self.like("clone(grad)", gradient)
+        self._made.clear()
+        self.recorder.release(gradient.storage)
+        return copy

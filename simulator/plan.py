@@ -51,8 +51,18 @@ class Plan:
     """How linear layers that run on float8 copies are scaled; None where none do."""
     recomputed: frozenset[int] = frozenset()
     """Saved-set policy: the layers whose saved tensors are dropped and recomputed in backward."""
+    reentrant: bool = False
+    """Whether checkpoints are reentrant: a backward of their own inside that of the whole graph."""
+    recomputed_modules: frozenset[str] = frozenset()
+    """Modules, or parts of modules, of those layers that are checkpoints of their own; nothing means whole layers."""
+    offloaded: bool = False
+    """Whether the inputs that checkpoints keep are in host memory."""
     together: int = 1
     """How many consecutive layers, counted from the first, are one checkpoint."""
+    kept_ops: frozenset[str] = frozenset()
+    """Ops whose outputs checkpoints keep instead of running them again (selective activation checkpointing)."""
+    alternate_op: str | None = None
+    """The one of them of which every second is run again all the same."""
     frozen: frozenset[str] = frozenset()
     """Labels of the weights that need no gradient, in every layer that has them."""
     frozen_layers: int = 0
@@ -176,6 +186,16 @@ def make_plan(
     return Plan(model, training, mesh or Mesh(), rank, unrolled=unrolled)
 
 
+def _hooks_embeddings(plan: Plan) -> bool:
+    """Transformers' own checkpointing, of single layers, asks for the gradient of the embedded tokens."""
+    return (
+        plan.training.implementation == "transformers"
+        and bool(plan.recomputed)
+        and plan.together == 1
+        and not plan.recomputed_modules
+    )
+
+
 def _is_frozen(plan: Plan) -> Callable[[str, int | None], bool]:
     """Whether a weight, given its label and its layer's slot, needs no gradient."""
     slots = {s for s, place in enumerate(plan.layout.places) if place.base + place.offset < plan.frozen_layers}
@@ -237,6 +257,6 @@ def _regime(plan: Plan) -> Regime:
         liger=training.liger,
         items_in_batch=training.items_in_batch,
         memory_efficient_linear=plan.memory_efficient_linear,
-        embeddings_require_grad=training.implementation == "transformers" and bool(plan.recomputed),
+        embeddings_require_grad=_hooks_embeddings(plan),
         float8=plan.float8,
     )

@@ -104,6 +104,7 @@ class Trace:
         self._squeezed: dict[tuple[Shape, int], Shape] = {}
         self._role = Role.ACTIVATION
         self._first_op = 0
+        self._part = ""
 
     # names ---------------------------------------------------------------------------------------------------------
 
@@ -157,12 +158,20 @@ class Trace:
         frame.close()
 
     @contextmanager
-    def layer(self, slot: int, *arguments: Tensor | None) -> Iterator[None]:
-        """Everything inside belongs to layer `slot` of the stack, called with `arguments`."""
+    def layer(self, slot: int, *arguments: Tensor | None, positional: int = 1) -> Iterator[None]:
+        """Everything inside belongs to layer `slot` of the stack, called with `arguments`, some of them by position."""
         self.graph.arguments[slot] = [t.storage for t in arguments if t is not None]
+        self.graph.positional[slot] = sum(1 for t in arguments[:positional] if t is not None)
         self.slot, self._first_op = slot, len(self.graph.ops)
         yield
         self.slot, self._first_op = None, 0
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Everything inside is part `name` of its module (see `Op.part`)."""
+        self._part = name
+        yield
+        self._part = ""
 
     def leave_model(self) -> None:
         """The model has returned: what follows (a loss outside the module) runs in the caller's frame."""
@@ -264,7 +273,7 @@ class Trace:
         **attributes: object,
     ) -> tuple[Tensor, ...]:
         """Record an op: it reads `inputs`, makes `outputs` (fresh, or views of inputs) and saves `saves`."""
-        op = Op(name, self.module, self.slot, tuple(inputs), tuple(outputs), attributes=attributes)
+        op = Op(name, self.module, self.slot, tuple(inputs), tuple(outputs), part=self._part, attributes=attributes)
         self.graph.ops.append(op)
         differentiable = backward is not None and any(t.requires_grad for t in inputs)
         op.backward = backward if differentiable else None

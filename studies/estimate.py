@@ -135,6 +135,7 @@ class Estimate:
             "peak": _step_dict(self.peak, self.report),
             "cold": _step_dict(self.report.cold, self.report),
             "steady": _step_dict(self.report.steady, self.report),
+            "host_bytes": self.report.host_bytes,
             "headroom_bytes": self.headroom,
             "min_headroom_bytes": self.min_headroom,
             "fits": self.verdict in (Verdict.FITS, Verdict.TOO_LITTLE_HEADROOM),

@@ -45,6 +45,9 @@ CHECKPOINTING = {
     "every": "checkpoint_every",
     "block": "checkpoint_block",
     "uniform": "checkpoint_uniform",
+    "selective": "checkpoint_attention",
+    "modules": "checkpoint_modules",
+    "ops": "checkpoint_ops",
 }
 _PERCENTAGE = re.compile(r"([0-9]{1,2}(?:\.[0-9]{1,9})?)\s*%")
 #: ``2.13``, or all that `torch.__version__` says, such as ``2.6.0+cu124``.

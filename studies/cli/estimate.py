@@ -165,6 +165,7 @@ def _summary(result: Estimate) -> Table:
         ("", METRIC_NOTE),
         ("capacity", f"{span} ({result.cluster.gpu.name}; {capacity.evidence})"),
         ("headroom", both(result.headroom)),
+        *([("host", f"{both(report.host_bytes)} of checkpoints")] if report.host_bytes else []),
         ("verdict", result.verdict.text),
         ("where", _where(result)),
         ("cold step", f"{gib(report.cold.nbytes)}, in {report.cold.phase.value}"),
