@@ -37,7 +37,7 @@ _SWITCHES = (
     *("optimizer_in_backward", "grad_scaler", "items_in_batch"),
 )
 _SIMULATED = {"dtype", "autocast", "attn", "sdpa_backend", "experts", "batch", "seq", "grad_accum", "optimizer", "clip"}
-_SIMULATED |= {"zero_grad", "liger", "checkpointing", "freeze", "prune", "float8", *_SWITCHES}
+_SIMULATED |= {"zero_grad", "expert_imbalance", "liger", "checkpointing", "freeze", "prune", "float8", *_SWITCHES}
 #: Options that leave dense training as it is: where to record, inference, the model's name (its line has it).
 _HARMLESS = {"timeline", "layers", "logits_to_keep_prefill", "new_tokens"}
 _HARMLESS |= {"model", "config_override", "config_class", "config", "tags", "id"}
@@ -151,6 +151,7 @@ def _training(case: Mapping[str, Any], family: str) -> Training:
         attention=case.get("attn", "sdpa"),
         sdpa_backend=case.get("sdpa_backend", "auto"),
         experts=case.get("experts") or "grouped_mm",
+        expert_imbalance=case.get("expert_imbalance", 1.0),
         attention_mask="full" if case.get("attention_mask") else "none",
         keep_outputs=bool(case.get("keep_outputs")),
         clip=case.get("clip") or None,
