@@ -53,7 +53,8 @@ def test_the_accuracy_table_says_what_validation_finds(title):
 def options_of(command):
     """Every long option of a command and of the commands below it."""
     below = getattr(command, "commands", {})
-    own = {name for parameter in command.params for name in parameter.opts if name.startswith("--")}
+    given = [name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)]
+    own = {name for name in given if name.startswith("--")}
     return own.union(*map(options_of, below.values()))
 
 
