@@ -186,7 +186,7 @@ def _check_patches(plan: Plan) -> None:
     training = plan.training
     check_family(training.liger, plan.model.family)
     for field, given in (("liger", training.liger.kernels), ("items_in_batch", training.items_in_batch)):
-        if given and (plan.hooks or plan.tensor_parallel):
+        if given and plan.tensor_parallel:
             raise UnsupportedError(
                 f"{field!r} is not modelled together with {', '.join(plan.applied)} yet: leave one of them out"
             )

@@ -11,12 +11,12 @@ import attrs
 
 from hardware.dtypes import TRAINING_DTYPES, DType, dtype
 from hardware.errors import UnsupportedError, UsageError
-from simulator.liger import Liger, default_kernels, liger
 from simulator.model import ModelSpec
 from simulator.plan import Strategy
 from simulator.reading import spec_from_class
 from simulator.workload import IMPLEMENTATIONS, Optimizer, Training
 from strategies.checkpointing import FullCheckpointing
+from studies.validation.liger_switches import liger_of
 
 #: What a line may hold a recorded peak of.
 QUANTITIES = ("first_iteration", "steady", "prefill", "decode", "generate")
@@ -149,18 +149,13 @@ def _training(case: Mapping[str, Any], family: str) -> Training:
         keep_outputs=bool(case.get("keep_outputs")),
         clip=case.get("clip") or None,
         zero_grad=case.get("zero_grad", "none"),
-        liger=_liger(case.get("liger"), family),
+        liger=liger_of(case.get("liger"), family),
         items_in_batch=bool(case.get("items_in_batch")),
         # the oracle runs a CPU build of torch: it has no fused silu_backward, and cannot see inside kernels
         fused_activation_backward=False,
         kernel_workspace=False,
         tensor_subclasses=True,
     )
-
-
-def _liger(switches: Any, family: str) -> Liger:
-    """What a case switches on: names of kernels, or ``default`` for what the family's function patches."""
-    return liger(default_kernels(family) if switches == "default" else tuple(switches or ()))
 
 
 def _dtype(name: Any) -> DType:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import attrs
 import pytest
 from hypothesis import given
@@ -12,6 +15,7 @@ from simulator import Training, simulate
 from simulator.liger import FAMILIES, KERNELS, Liger, default_kernels, liger
 from simulator.mesh import Mesh
 from simulator.model import AttentionSpec
+from simulator.reading import read_model
 from simulator.roles import Role
 from simulator.workload import Optimizer
 from strategies.fsdp2 import Fsdp2
@@ -124,3 +128,27 @@ def test_frameworks_and_other_implementations_are_refused(field):
         attrs.evolve(TRAINING, implementation="torchtitan", **field)
     with pytest.raises(UnsupportedError, match="not modelled together with fsdp2 yet"):
         simulate(uniform_llama(2), attrs.evolve(TRAINING, **field), [Fsdp2()], mesh=Mesh(dp_shard=2))
+
+
+DOCUMENT = (Path(__file__).parents[2] / "docs" / "kernels.md").read_text(encoding="utf-8")
+
+
+def test_the_document_lists_every_family():
+    documented = {}
+    row = re.compile(r"^\| (`\w+`(?:, `\w+`)*) \| ((?:\*?`\w+`\*?(?:, )?)+) \|$", re.MULTILINE)
+    for families, kernels in row.findall(DOCUMENT):
+        defaults = tuple(name for off, name in re.findall(r"(\*?)`(\w+)`", kernels) if not off)
+        for family in re.findall(r"\w+", families):
+            documented[family] = (set(re.findall(r"\w+", kernels)), set(defaults))
+    assert documented == {family: (set(known), set(default_kernels(family))) for family, known in FAMILIES.items()}
+
+
+def test_the_document_says_what_each_saves():
+    rows = dict(re.findall(r"^\| (.*?) \|.*\| ([0-9]+\.[0-9]{2}) \|$", DOCUMENT, re.MULTILINE))
+    model = read_model("llama-3.1-8b")
+    training = Training(seq_len=8192, weights=BF16, optimizer=Optimizer(name="adamw_8bit"))
+    for name, said in rows.items():
+        kernels = {"none": (), "`--liger`": default_kernels("llama")}.get(name, (name.split(",")[0].strip("`"),))
+        found = simulate(model, attrs.evolve(training, liger=liger(kernels))).steady.nbytes / 2**30
+        assert f"{found:.2f}" == said, name
+    assert len(rows) == 7
