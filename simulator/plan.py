@@ -182,11 +182,15 @@ def apply(plan: Plan, strategies: Sequence[Strategy]) -> Plan:
 
 
 def _check_patches(plan: Plan) -> None:
-    """Refuse what was not compared with recordings: Liger's kernels and a divided loss inside a framework."""
+    """Refuse what was not compared with recordings: Liger's kernels and a divided loss inside some frameworks."""
     training = plan.training
     check_family(training.liger, plan.model.family)
-    for field, given in (("liger", training.liger.kernels), ("items_in_batch", training.items_in_batch)):
-        if given and plan.tensor_parallel:
+    other = [hooks for hooks in plan.hooks if not getattr(hooks, "around_liger", False)]
+    for field, given, refused in (
+        ("liger", training.liger.kernels, other),
+        ("items_in_batch", training.items_in_batch, plan.hooks),
+    ):
+        if given and (refused or plan.tensor_parallel):
             raise UnsupportedError(
                 f"{field!r} is not modelled together with {', '.join(plan.applied)} yet: leave one of them out"
             )

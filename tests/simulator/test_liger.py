@@ -18,6 +18,7 @@ from simulator.model import AttentionSpec
 from simulator.reading import read_model
 from simulator.roles import Role
 from simulator.workload import Optimizer
+from strategies.fsdp1 import Fsdp1
 from strategies.fsdp2 import Fsdp2
 from tests.simulator import test_properties as properties
 from tests.strategies import liger_runs, uniform_llama
@@ -123,11 +124,24 @@ def test_another_activation_is_refused():
 
 
 @pytest.mark.parametrize("field", [{"liger": liger(("rope",))}, {"items_in_batch": True}])
-def test_frameworks_and_other_implementations_are_refused(field):
+def test_other_implementations_are_refused(field):
     with pytest.raises(UnsupportedError, match="goes with implementation transformers, not 'torchtitan'"):
         attrs.evolve(TRAINING, implementation="torchtitan", **field)
-    with pytest.raises(UnsupportedError, match="not modelled together with fsdp2 yet"):
-        simulate(uniform_llama(2), attrs.evolve(TRAINING, **field), [Fsdp2()], mesh=Mesh(dp_shard=2))
+
+
+@pytest.mark.parametrize(
+    ("field", "strategy"),
+    [({"liger": liger(("rope",))}, Fsdp1()), ({"items_in_batch": True}, Fsdp1()), ({"items_in_batch": True}, Fsdp2())],
+)
+def test_a_framework_that_was_not_compared_is_refused(field, strategy):
+    with pytest.raises(UnsupportedError, match=f"not modelled together with {strategy.name} yet: leave one of them"):
+        simulate(uniform_llama(2), attrs.evolve(TRAINING, **field), [strategy], mesh=Mesh(dp_shard=2))
+
+
+def test_a_loss_that_does_not_take_the_items_is_refused():
+    model = read_model("gemma-3-4b-it")
+    with pytest.raises(UnsupportedError, match="not taken by Gemma 3 with its vision tower: leave it out"):
+        simulate(model, attrs.evolve(TRAINING, items_in_batch=True))
 
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "kernels.md").read_text(encoding="utf-8")
