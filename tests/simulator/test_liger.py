@@ -18,7 +18,7 @@ from simulator.model import AttentionSpec
 from simulator.reading import read_model
 from simulator.roles import Role
 from simulator.workload import Optimizer
-from strategies.fsdp1 import Fsdp1
+from strategies.deepspeed.zero12 import DeepSpeedZero2
 from strategies.fsdp2 import Fsdp2
 from tests.simulator import test_properties as properties
 from tests.strategies import liger_runs, uniform_llama
@@ -131,7 +131,7 @@ def test_other_implementations_are_refused(field):
 
 @pytest.mark.parametrize(
     ("field", "strategy"),
-    [({"liger": liger(("rope",))}, Fsdp1()), ({"items_in_batch": True}, Fsdp1()), ({"items_in_batch": True}, Fsdp2())],
+    [({"liger": liger(("rope",))}, DeepSpeedZero2()), ({"items_in_batch": True}, Fsdp2())],
 )
 def test_a_framework_that_was_not_compared_is_refused(field, strategy):
     with pytest.raises(UnsupportedError, match=f"not modelled together with {strategy.name} yet: leave one of them"):

@@ -56,7 +56,7 @@ def test_parameters(line):
 
 
 def test_several_devices():
-    """Around a Llama: FSDP2, HSDP, DDP and ZeroRedundancyOptimizer; recorded as other cases of several devices are."""
+    """Around a Llama: FSDP1, FSDP2, HSDP, DDP and ZeroRedundancyOptimizer."""
     rows = validate_oracle(DISTRIBUTED).rows
     assert [row.name for row in rows if row.error_pct != 0] == []
     assert [row.name for row in rows if row.phase_expected != row.phase_simulated] == []
