@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from hardware.dtypes import FP32, DType
+from hardware.dtypes import DType
 from simulator.graph import ForwardGraph, Op, Shape, Storage, Tensor, flat, make_storage, make_tensor
 from simulator.recorder import Recorder
 from simulator.roles import Phase, Role
@@ -55,6 +55,8 @@ class Autograd:
         self.gradients = gradients
         self.kernel_workspace = kernel_workspace
         self._saved = saved
+        self.kept: list[Storage] = []
+        """Gradients of leaves that are made anew in every micro-batch: they last as long as the graph."""
         self._pending: dict[int, list[Tensor | None]] = {}
         self._leaves: dict[Storage, Tensor] = {}
         self._expected = self._count_leaf_uses()
@@ -73,10 +75,10 @@ class Autograd:
         assert loss is not None
         assert loss.producer is not None
         self.recorder.phase = Phase.BACKWARD
-        seed = self.fresh("ones_like.default", loss.shape, FP32)
+        seed = self.fresh("ones_like.default", loss.shape, loss.dtype)
         self._made.clear()
         self.recorder.retain(seed.storage)  # the caller of backward() holds it to the end
-        self._pending[loss.producer] = [seed]
+        self._pending[loss.producer] = [self._loss_gradient(seed)]
         for index in range(loss.producer, -1, -1):
             gradients = self._pending.pop(index, None)
             if gradients is not None:
@@ -84,6 +86,14 @@ class Autograd:
         for runtime in self._runtimes:
             runtime.end_backward()
         self.recorder.release(seed.storage)
+
+    def _loss_gradient(self, seed: Tensor) -> Tensor:
+        gradient = seed
+        for runtime in self._runtimes:
+            given, gradient = gradient, runtime.seed(self, gradient)
+            if gradient is not given:
+                self._replace(given, gradient)
+        return gradient
 
     # what rules call -----------------------------------------------------------------------------------------------
 
@@ -269,4 +279,7 @@ class Autograd:
             self.recorder.release(gradient.storage)
             gradient = copy
         gradient.storage.role = Role.GRADIENT
-        self.gradients[parameter] = gradient.storage
+        if parameter.persistent:
+            self.gradients[parameter] = gradient.storage
+        else:
+            self.kept.append(gradient.storage)
