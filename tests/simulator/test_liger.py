@@ -18,7 +18,9 @@ from simulator.model import AttentionSpec
 from simulator.reading import read_model
 from simulator.roles import Role
 from simulator.workload import Optimizer
+from strategies.bitfit import BitFit
 from strategies.deepspeed.zero12 import DeepSpeedZero2
+from strategies.float8 import Float8
 from strategies.fsdp2 import Fsdp2
 from tests.simulator import test_properties as properties
 from tests.strategies import liger_runs, uniform_llama
@@ -134,8 +136,16 @@ def test_other_implementations_are_refused(field):
     [({"liger": liger(("rope",))}, DeepSpeedZero2()), ({"items_in_batch": True}, Fsdp2())],
 )
 def test_a_framework_that_was_not_compared_is_refused(field, strategy):
-    with pytest.raises(UnsupportedError, match=f"not modelled together with {strategy.name} yet: leave one of them"):
+    with pytest.raises(UnsupportedError, match=f"not modelled together with {strategy.name} yet: leave one out"):
         simulate(uniform_llama(2), attrs.evolve(TRAINING, **field), [strategy], mesh=Mesh(dp_shard=2))
+
+
+@pytest.mark.parametrize(("strategy", "name"), [(BitFit(), "frozen weights"), (Float8(), "float8")])
+def test_other_changes_of_the_model_are_refused(strategy, name):
+    layer = attrs.evolve(uniform_llama(1).layers[0], token_mixer=AttentionSpec(4, 2, 8, bias=True))
+    model = attrs.evolve(uniform_llama(1), layers=(layer,))
+    with pytest.raises(UnsupportedError, match=f"'liger' is not modelled together with {name} yet: leave one out"):
+        simulate(model, attrs.evolve(TRAINING, micro_batch=2, liger=liger(("swiglu",))), [strategy])
 
 
 def test_a_loss_that_does_not_take_the_items_is_refused():
