@@ -216,14 +216,24 @@ def apply(plan: Plan, strategies: Sequence[Strategy]) -> Plan:
 
 
 def _check_patches(plan: Plan) -> None:
-    """Refuse what was not compared with recordings: Liger's kernels and a divided loss inside a framework."""
+    """Refuse what was not compared with recordings: Liger's kernels and a divided loss amid other changes."""
     training = plan.training
     check_family(training.liger, plan.model.family)
-    for field, given in (("liger", training.liger.kernels), ("items_in_batch", training.items_in_batch)):
-        if given and (plan.hooks or plan.tensor_parallel):
-            raise UnsupportedError(
-                f"{field!r} is not modelled together with {', '.join(plan.applied)} yet: leave one of them out"
-            )
+    parallel = ["tensor_parallel"] if plan.tensor_parallel else []
+    others = [hooks for hooks in plan.hooks if not getattr(hooks, "around_liger", False)]
+    amid_liger = [*parallel, *map(_name, others), *(["float8"] if plan.float8 else [])]
+    if plan.frozen or plan.frozen_layers:
+        amid_liger.append("frozen weights")
+    for field, given, amid in (
+        ("liger", training.liger.kernels, amid_liger),
+        ("items_in_batch", training.items_in_batch, [*parallel, *map(_name, plan.hooks)]),
+    ):
+        if given and amid:
+            raise UnsupportedError(f"{field!r} is not modelled together with {', '.join(amid)} yet: leave one out")
+
+
+def _name(hooks: Hooks) -> str:
+    return str(getattr(hooks, "name", type(hooks).__name__))
 
 
 def _check_items(trace: Trace) -> None:

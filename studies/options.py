@@ -312,14 +312,21 @@ def _freezing(text: str | None) -> tuple[Strategy, ...]:
 def _liger(options: TrainingOptions, family: str) -> Liger:
     if options.liger and options.liger_kernels is not None:
         raise UsageError("'liger' switches the usual kernels on, 'liger_kernels' those it names: give one of the two")
-    names = default_kernels(family) if options.liger else tuple(filter(None, (options.liger_kernels or "").split(",")))
-    if options.liger_kernels is not None and not names:
-        raise UsageError(f"'liger_kernels' must name some of {', '.join(KERNELS)}: {options.liger_kernels!r}")
+    names = default_kernels(family) if options.liger else _kernel_names(options.liger_kernels)
     if options.multiprocessors is None:
         return liger(names)
     if "rms_norm" not in names:
         raise UsageError("'multiprocessors' matter to Liger's rms_norm alone: switch it on, or leave them out")
     return liger(names, multiprocessors=options.multiprocessors)
+
+
+def _kernel_names(text: str | None) -> tuple[str, ...]:
+    names = () if text is None else tuple(text.split(","))
+    if "" in names:
+        raise UsageError(f"'liger_kernels' must name some of {', '.join(KERNELS)}: {text!r}")
+    if len(set(names)) < len(names):
+        raise UsageError(f"'liger_kernels' must name each once: {text!r}")
+    return names
 
 
 def parse_headroom(text: str, capacity: int) -> int:

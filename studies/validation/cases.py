@@ -11,13 +11,13 @@ import attrs
 
 from hardware.dtypes import TRAINING_DTYPES, DType, dtype
 from hardware.errors import UnsupportedError, UsageError
-from simulator.liger import Liger, default_kernels, liger
 from simulator.model import ModelSpec
 from simulator.plan import Strategy
 from simulator.reading import spec_from_class
 from simulator.workload import IMPLEMENTATIONS, OPTIONS, Optimizer, Training
 from strategies.float8 import Float8
 from studies.pruning import parse_prunings
+from studies.validation.liger_switches import liger_of
 from studies.validation.regimes import checkpointing_strategies, freezing_strategies
 
 #: What a line may hold a recorded peak of.
@@ -162,18 +162,13 @@ def _training(case: Mapping[str, Any], family: str) -> Training:
         grad_scaler=bool(case.get("grad_scaler")),
         optimizer_in_backward=bool(case.get("optimizer_in_backward")),
         zero_grad=case.get("zero_grad", "none"),
-        liger=_liger(case.get("liger"), family),
+        liger=liger_of(case.get("liger"), family),
         items_in_batch=bool(case.get("items_in_batch")),
         # the oracle runs a CPU build of torch: it has no fused silu_backward for fakes, and cannot see inside kernels
         fused_activation_backward=not case.get("fake", True),
         kernel_workspace=False,
         tensor_subclasses=True,
     )
-
-
-def _liger(switches: Any, family: str) -> Liger:
-    """What a case switches on: names of kernels, or ``default`` for what the family's function patches."""
-    return liger(default_kernels(family) if switches == "default" else tuple(switches or ()))
 
 
 def _dtype(name: Any) -> DType:
