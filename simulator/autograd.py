@@ -61,6 +61,8 @@ class Autograd:
         self._made: list[Tensor] = []
         self._serial = 0
         self._slot = recorder.slot
+        self._fusing = False
+        """Whether the node being evaluated is part of a fused kernel: what it makes is not in memory."""
         # a second micro-batch's gradients live beside the first's, so they need names of their own
         self._tag = "more" if gradients else "grad"
 
@@ -93,6 +95,8 @@ class Autograd:
     def prepare(self, name: str, shape: Shape, dtype: DType, memory: tuple[Dim, ...] | None = None) -> Tensor:
         """A tensor that a kernel with several outputs will allocate; pass it to `kernel`."""
         self._serial += 1
+        if self._fusing:
+            return self._virtual(name, shape, dtype, memory)
         label = f"{self.recorder.module}.{self._tag}.{name}.{self._serial}"
         tensor = make_tensor(make_storage(label, flat(shape), dtype, Role.BACKWARD, self.recorder.slot), shape, dtype)
         tensor.memory = memory or tensor.memory
@@ -137,6 +141,7 @@ class Autograd:
         recorder.module, recorder.slot = op.module, op.slot
         saved, early = self._saved(op)
         assert op.backward is not None
+        self._fusing = op.fused
         results: list[Tensor | None] = []
         for gradient, tensor in zip(op.backward(self, op, gradients), op.inputs, strict=True):
             wanted = gradient is not None and tensor.requires_grad
@@ -146,6 +151,9 @@ class Autograd:
         self._release_made()
         self._release(early)
         results = [g and self._validate(g, t) for g, t in zip(results, op.inputs, strict=True)]
+        self._fusing = False
+        if op.fused:
+            results = self._leave_kernel(op, results, [g.storage for g in gradients if g is not None], saved)
         for gradient in gradients:
             if gradient is not None:
                 recorder.release(gradient.storage)
@@ -153,6 +161,45 @@ class Autograd:
         for gradient, tensor in zip(results, op.inputs, strict=True):
             if gradient is not None:
                 self._send(gradient, tensor)
+
+    # fused kernels -------------------------------------------------------------------------------------------------
+
+    def _virtual(self, name: str, shape: Shape, dtype: DType, memory: tuple[Dim, ...] | None) -> Tensor:
+        """What a fused kernel has in registers only."""
+        label = f"{self.recorder.module}.{self._tag}.fused.{name}.{self._serial}"
+        storage = make_storage(label, (0,), dtype, Role.BACKWARD, self.recorder.slot)
+        tensor = make_tensor(storage, shape, dtype)
+        tensor.memory = memory or tensor.memory
+        self._made.append(tensor)
+        return tensor
+
+    def _leave_kernel(
+        self, op: Op, results: list[Tensor | None], read: list[Storage], saved: list[Storage]
+    ) -> list[Tensor | None]:
+        """Gradients that a kernel outside the fused one, another layer or a weight wants are written to memory."""
+        left: list[Tensor | None] = []
+        for gradient, tensor in zip(results, op.inputs, strict=True):
+            if gradient is not None and gradient.storage not in read and self._is_virtual(gradient):
+                self.recorder.hold_for(gradient.storage, [*read, *saved])
+            wanted = gradient is not None and not self._stays_fused(op, tensor)
+            left.append(self._written(gradient) if gradient is not None and wanted else gradient)
+        return left
+
+    def _stays_fused(self, op: Op, tensor: Tensor) -> bool:
+        maker = None if tensor.producer is None else self.graph.ops[tensor.producer]
+        return maker is not None and maker.fused and maker.slot == op.slot
+
+    @staticmethod
+    def _is_virtual(gradient: Tensor) -> bool:
+        return 0 in getattr(gradient.storage.size, "dims", ())
+
+    def _written(self, gradient: Tensor) -> Tensor:
+        if not self._is_virtual(gradient):
+            return gradient
+        written = self.like("fused_backward", gradient)
+        self._made.clear()
+        self.recorder.release(gradient.storage)
+        return written
 
     def _release_made(self) -> None:
         """The node's function returns: its temporaries go."""
@@ -181,14 +228,29 @@ class Autograd:
         if tensor.producer is None:
             self._send_to_leaf(gradient, tensor)
             return
-        width = len(self.graph.ops[tensor.producer].outputs)
+        maker = self.graph.ops[tensor.producer]
+        fused = maker.fused and maker.slot == self.recorder.slot
+        width = len(maker.outputs)
         buffers = self._pending.setdefault(tensor.producer, [None] * width)
-        buffers[tensor.output_index] = self._accumulate(buffers[tensor.output_index], gradient)
+        buffers[tensor.output_index] = self._accumulate(buffers[tensor.output_index], gradient, fused=fused)
 
-    def _accumulate(self, old: Tensor | None, new: Tensor) -> Tensor:
+    def _sum_in_kernel(self, old: Tensor, new: Tensor) -> Tensor:
+        """The sum of two gradients inside the kernel that reads both."""
+        self._serial += 1
+        total = self._virtual("add(engine)", old.shape, old.dtype, old.memory)
+        self._made.clear()
+        self.recorder.run("fused_backward", [total.storage])
+        self.recorder.hold_for(total.storage, [old.storage, new.storage])
+        self.recorder.release(old.storage)
+        self.recorder.release(new.storage)
+        return total
+
+    def _accumulate(self, old: Tensor | None, new: Tensor, *, fused: bool = False) -> Tensor:
         """Fan-in: in place when the buffer holds the only reference to `old` and it is no view."""
         if old is None:
             return new
+        if fused:
+            return self._sum_in_kernel(old, new)
         if not old.is_view and self.recorder.references(old.storage) == 1:
             self.recorder.run("add_(engine)", [])
             self.recorder.release(new.storage)

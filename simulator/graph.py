@@ -99,6 +99,8 @@ class Op:
     saves_late: bool = False
     """Whether what it saves is packed after the kernel ran, not before: an output, or by a function in Python."""
     attributes: dict[str, Any] = attrs.field(factory=dict)
+    fused: bool = False
+    """Whether a compiler makes it, and its backward, part of a kernel with its neighbours."""
 
 
 @attrs.define(eq=False)

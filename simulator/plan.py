@@ -10,6 +10,7 @@ import attrs
 
 from hardware.dtypes import DType
 from simulator.families import families
+from simulator.fusion import compile_layers
 from simulator.graph import ForwardGraph
 from simulator.layout import Layout, layout_of, unrolled_layout
 from simulator.mesh import Mesh
@@ -46,6 +47,8 @@ class Plan:
     """Whether a framework's own ``linear`` runs instead of torch's: its backward takes the weight as it is then."""
     float8: str | None = None
     """How linear layers that run on float8 copies are scaled; None where none do."""
+    compiled: bool = False
+    """Whether each layer is compiled by itself: an approximation."""
     recomputed: frozenset[int] = frozenset()
     """Saved-set policy: the layers whose saved tensors are dropped and recomputed in backward."""
     hooks: tuple[Hooks, ...] = ()
@@ -97,6 +100,8 @@ class Plan:
         recipe = families.get(model.family).recipe(training.implementation)
         recipe(trace, model, self.layout.built(model.layers))
         trace.end_autocast()
+        if self.compiled:
+            compile_layers(trace)
         trace.dim(TRAINABLE_TENSORS, _trainable_tensors(trace.graph, self.layout))
         return trace
 

@@ -26,6 +26,7 @@ class Recorder:
     def __init__(self) -> None:
         self.steps: list[Step] = []
         self._references: dict[Storage, int] = {}
+        self._sources: dict[Storage, list[Storage]] = {}
         self.phase = Phase.FORWARD
         self.module = ""
         self.slot: int | None = None
@@ -34,6 +35,7 @@ class Recorder:
         """A recorder that goes on from here with steps of its own."""
         other = Recorder()
         other._references = dict(self._references)
+        other._sources = {storage: list(sources) for storage, sources in self._sources.items()}
         return other
 
     def run(self, name: str, births: list[Storage]) -> None:
@@ -67,6 +69,14 @@ class Recorder:
             return
         del self._references[storage]
         self.steps[-1].deaths.append(storage)
+        for source in self._sources.pop(storage, ()):
+            self.release(source)
+
+    def hold_for(self, storage: Storage, sources: list[Storage]) -> None:
+        """Keep `sources` until `storage` dies: what is not in memory itself is computed from them when it is needed."""
+        for source in sources:
+            self.retain(source)
+        self._sources.setdefault(storage, []).extend(sources)
 
     def unmake(self, storage: Storage) -> None:
         """The kernel that made `storage` wrote somewhere else instead; nobody but the caller may hold it."""

@@ -17,6 +17,7 @@ from simulator.model import ModelSpec
 from simulator.plan import Strategy
 from simulator.workload import LARGEST_ACCUMULATION, OPTIONS, PAGED, Optimizer, Training
 from strategies.checkpointing import FullCheckpointing
+from strategies.compilation import CompileLayers
 from strategies.float8 import Float8
 from studies.parallelism import Degrees, parallelise
 from studies.pruning import parse_prunings
@@ -65,6 +66,7 @@ class TrainingOptions:
     implementation: str | None = None
     loss: str | None = None
     float8: str | None = None
+    compile: str | None = None
     prune: Sequence[str] = ()
     """Each ``STRUCTURE=AMOUNT[@LAYERS]``, applied before everything else."""
     strategy: Sequence[str] = ()
@@ -121,7 +123,8 @@ def resolve(options: TrainingOptions, model: ModelSpec, world: int = 1) -> Resol
     )
     prunings = parse_prunings(options.prune)
     low = (Float8(recipe=options.float8),) if options.float8 is not None else ()
-    strategies = (*prunings, *low, *_strategies(chosen["checkpointing"]), *strategies)
+    compiled = _compiled(options.compile)
+    strategies = (*prunings, *low, *compiled, *_strategies(chosen["checkpointing"]), *strategies)
     return Resolved(training, mesh, strategies, (*chosen.assumed(training), *assumed, *model.assumptions), prunings)
 
 
@@ -245,6 +248,15 @@ def _strategies(checkpointing: str) -> tuple[Strategy, ...]:
     if checkpointing not in CHECKPOINTING:
         raise unknown_name("checkpointing", checkpointing, CHECKPOINTING)
     return (FullCheckpointing(),) if checkpointing == "full" else ()
+
+
+def _compiled(what: str | None) -> tuple[Strategy, ...]:
+    """``--compile``: each layer by itself; the whole model as one graph fuses its loss, too."""
+    if what == "model":
+        raise UnsupportedError("'compile' model is not modelled yet; use layers")
+    if what not in (None, "none", "layers"):
+        raise unknown_name("compile", what, ("layers", "model", "none"))
+    return (CompileLayers(),) if what == "layers" else ()
 
 
 def parse_optimizer(text: str) -> Optimizer:
