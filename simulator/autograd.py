@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from hardware.dtypes import FP32, DType
+from simulator.fusion_order import kernel_order
 from simulator.graph import ForwardGraph, Op, Shape, Storage, Tensor, flat, make_storage, make_tensor
 from simulator.recorder import Recorder
 from simulator.roles import Phase, Role
 from simulator.runtime import Runtime
-from simulator.sizes import Dim
+from simulator.sizes import Dim, size_of
 
 #: Gives the storages that stand for an op's saved ones when its backward runs: those released when the node
 #: has ended, and those released as soon as its function returns (unpacked from checkpointing's recomputation).
@@ -76,7 +77,7 @@ class Autograd:
         self._made.clear()
         self.recorder.retain(seed.storage)  # the caller of backward() holds it to the end
         self._pending[loss.producer] = [seed]
-        for index in range(loss.producer, -1, -1):
+        for index in kernel_order(self.graph, loss.producer):
             gradients = self._pending.pop(index, None)
             if gradients is not None:
                 self._evaluate(self.graph.ops[index], gradients)
@@ -152,15 +153,13 @@ class Autograd:
         self._release(early)
         results = [g and self._validate(g, t) for g, t in zip(results, op.inputs, strict=True)]
         self._fusing = False
+        read = [gradient.storage for gradient in gradients if gradient is not None]
         if op.fused:
-            results = self._leave_kernel(op, results, [g.storage for g in gradients if g is not None], saved)
-        for gradient in gradients:
-            if gradient is not None:
-                recorder.release(gradient.storage)
-        self._release(saved)
+            self._hold_sources(results, read, saved)
+        self._release([*read, *saved])
         for gradient, tensor in zip(results, op.inputs, strict=True):
             if gradient is not None:
-                self._send(gradient, tensor)
+                self._send(self._written(op, gradient, tensor), tensor)
 
     # fused kernels -------------------------------------------------------------------------------------------------
 
@@ -173,17 +172,11 @@ class Autograd:
         self._made.append(tensor)
         return tensor
 
-    def _leave_kernel(
-        self, op: Op, results: list[Tensor | None], read: list[Storage], saved: list[Storage]
-    ) -> list[Tensor | None]:
-        """Gradients that a kernel outside the fused one, another layer or a weight wants are written to memory."""
-        left: list[Tensor | None] = []
-        for gradient, tensor in zip(results, op.inputs, strict=True):
-            if gradient is not None and gradient.storage not in read and self._is_virtual(gradient):
-                self.recorder.hold_for(gradient.storage, [*read, *saved])
-            wanted = gradient is not None and not self._stays_fused(op, tensor)
-            left.append(self._written(gradient) if gradient is not None and wanted else gradient)
-        return left
+    def _hold_sources(self, results: list[Tensor | None], read: list[Storage], saved: list[Storage]) -> None:
+        """What a kernel reads stays until all that it computes is in memory."""
+        for storage in {g.storage: None for g in results if g is not None and self._is_virtual(g)}:
+            if storage not in read:
+                self.recorder.hold_for(storage, [*read, *saved])
 
     def _stays_fused(self, op: Op, tensor: Tensor) -> bool:
         maker = None if tensor.producer is None else self.graph.ops[tensor.producer]
@@ -193,9 +186,17 @@ class Autograd:
     def _is_virtual(gradient: Tensor) -> bool:
         return 0 in getattr(gradient.storage.size, "dims", ())
 
-    def _written(self, gradient: Tensor) -> Tensor:
-        if not self._is_virtual(gradient):
+    def _written(self, op: Op, gradient: Tensor, tensor: Tensor) -> Tensor:
+        """A gradient that another kernel, another layer or a weight wants, in memory: in place of what dies with it."""
+        if not op.fused or not self._is_virtual(gradient) or self._stays_fused(op, tensor):
             return gradient
+        size = size_of(flat(gradient.shape), gradient.dtype.bits)
+        dying = self.recorder.dying_with(gradient.storage)
+        place = next((s for s in dying if s.size == size and s.dtype == gradient.dtype), None)
+        if place is not None:
+            self.recorder.retain(place)
+            self.recorder.release(gradient.storage)
+            return Tensor(place, gradient.shape, gradient.memory, gradient.dtype)
         written = self.like("fused_backward", gradient)
         self._made.clear()
         self.recorder.release(gradient.storage)

@@ -82,6 +82,9 @@ class _Layer:
             self._read_through(op)
         for storage in self.maker.keys() - self.materialised:
             storage.size = NOTHING
+        for op in self.ops:
+            if op.fused:
+                self._write_in_place(op)
 
     def _keep_statistics(self) -> None:
         """A fused softmax can be recomputed from two numbers per row (torch/_decomp `_softmax`: amax and sum)."""
@@ -193,6 +196,28 @@ class _Layer:
         for storage in self.uses[op].holds:
             if storage in self.maker and not storage.cached_by_autocast:
                 self._drop_edge(storage, op, "holds")
+
+    def _write_in_place(self, op: Op) -> None:
+        """A kernel's result takes the place of an input as large that nothing needs afterwards."""
+        edges = self.graph.edges
+        for result in [s for s in self.graph.births(op) if s in self.materialised]:
+            for source in self.graph.uses(op).reads:
+                if source.size == result.size and source.dtype == result.dtype and self._ends_at(source, op):
+                    edges.add_edge(next(iter(edges.pred[source])), result)
+                    edges.remove_edge(op, result)
+                    for reader in list(edges.succ[source]):
+                        if reader is not op:
+                            edges.add_edge(result, reader, reads=True)
+                    edges.remove_node(source)
+                    break
+
+    def _ends_at(self, source: Storage, op: Op) -> bool:
+        """Whether `op` is the last that needs `source`, which this layer made."""
+        place = {each: index for index, each in enumerate(self.ops)}
+        return source in self.maker and all(
+            place.get(reader, len(place)) <= place[op] and set(edge) == {"reads"}
+            for reader, edge in self.graph.edges.succ[source].items()
+        )
 
     def _drop_edge(self, storage: Storage, op: Op, why: str) -> None:
         edge = self.graph.edges.edges[storage, op]

@@ -72,6 +72,18 @@ class Recorder:
         for source in self._sources.pop(storage, ()):
             self.release(source)
 
+    def dying_with(self, storage: Storage) -> list[Storage]:
+        """What dies when one reference to `storage` is dropped, itself and what it is computed from."""
+        left: dict[Storage, int] = {}
+        pending, dead = [storage], []
+        while pending:
+            one = pending.pop()
+            left[one] = left.get(one, self.references(one)) - 1
+            if left[one] == 0 and not one.persistent:
+                dead.append(one)
+                pending += self._sources.get(one, [])
+        return dead
+
     def hold_for(self, storage: Storage, sources: list[Storage]) -> None:
         """Keep `sources` until `storage` dies: what is not in memory itself is computed from them when it is needed."""
         for source in sources:
