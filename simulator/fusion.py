@@ -3,7 +3,7 @@
 The cut follows AOTAutograd's partitioner (torch/_functorch/partitioners.py `solve_min_cut`): what a matrix product or
 attention needs in backward is saved, and everything between is recomputed from the fewest bytes. A fused chain of
 elementwise ops and reductions allocates nothing but what leaves it. Left out are the partitioner's weight on distance,
-the chains that Inductor cuts in two, and the buffers that it reuses in place.
+the chains that Inductor cuts in two, and the gradients of norms' weights that it puts off to the end of backward.
 """
 
 from __future__ import annotations

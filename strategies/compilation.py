@@ -30,7 +30,7 @@ class CompileLayers:
         if any(isinstance(layer.channel_mixer, ExpertsSpec) for layer in plan.model.layers):
             raise UnsupportedError("'compile' with a mixture of experts is not modelled: its router breaks the graph")
         line = (
-            "approximate: --compile layers stands for what Inductor fuses and AOTAutograd saves; it was compared with "
-            "saved bytes per layer, not with peaks"
+            "approximate: --compile layers stands for what Inductor fuses and AOTAutograd saves; compared with what "
+            "single layers save and allocate in forward, not with peaks of whole runs"
         )
         return attrs.evolve(plan, compiled=True, assumptions=(*plan.assumptions, line))

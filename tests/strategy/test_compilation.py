@@ -13,6 +13,8 @@ from hardware.errors import UnsupportedError
 from simulator import Mesh, Training, simulate
 from simulator.plan import apply, make_plan
 from simulator.reading import read_model, spec_from_config
+from simulator.roles import Phase
+from simulator.timeline import moments
 from strategies.checkpointing import FullCheckpointing
 from strategies.compilation import CompileLayers
 from strategies.contract import StrategyContract
@@ -28,7 +30,7 @@ from tests.strategies import model_specs, trainings, uniform_llama
 RECORDED = Path(__file__).parents[1] / "data" / "oracle" / "compiled_layers.jsonl"
 LINES = [json.loads(line) for line in RECORDED.read_text(encoding="utf-8").splitlines()]
 #: What flash attention on a GPU saves beside what the CPU's kernel does: two random seeds.
-SEEDS = ("rng_state", "unused")
+SEEDS = {"rng_state", "unused"}
 
 
 class TestCompileLayers(StrategyContract):
@@ -46,12 +48,17 @@ class TestCompileRecomputedLayers(StrategyContract):
     before = (CompileLayers(),)
 
 
+def is_seed(storage):
+    """Whether flash attention on a GPU made it, for dropout."""
+    return not SEEDS.isdisjoint(storage.label.split("."))
+
+
 def saved_by_layer(model, training, layer):
     """Bytes of every storage that one compiled layer makes and saves."""
     plan = apply(make_plan(model, training), [CompileLayers()])
     saves = {s for op in plan.graph.ops if op.slot == layer for s in plan.graph.uses(op).saves}
     made = [s for s in saves if s.slot == layer and not s.persistent]
-    return {s.label: int(s.size.nbytes(plan.dimensions.bindings)) for s in made if s.label.split(".")[-2] not in SEEDS}
+    return {s.label: int(s.size.nbytes(plan.dimensions.bindings)) for s in made if not is_seed(s)}
 
 
 @pytest.mark.parametrize("line", LINES, ids=lambda line: f"{line['family']}-{line['attention']}")
@@ -59,6 +66,32 @@ def test_a_layer_saves_what_the_partitioner_saves(line):
     training = Training(micro_batch=2, seq_len=48, weights=BF16, attention=line["attention"], kernel_workspace=False)
     saved = saved_by_layer(spec_from_config(line["config"], "recorded"), training, 1)
     assert sorted(saved.values()) == sorted(nbytes for *_, nbytes in line["saved"])
+
+
+@pytest.mark.parametrize(
+    ("family", "attention", "nbytes"),
+    [("llama", "sdpa", 212736), ("llama", "eager", 344064), ("gemma2", "eager", 363264)],
+)
+def test_forward_allocates_what_inductor_does(family, attention, nbytes):
+    """Buffers that are live at once in the wrapper code that Inductor writes for the forward of these layers."""
+    config = next(x["config"] for x in LINES if (x["family"], x["attention"]) == (family, attention))
+    training = Training(micro_batch=2, seq_len=48, weights=BF16, attention=attention, kernel_workspace=False)
+    model = spec_from_config({**config, "num_hidden_layers": 3}, "recorded")
+    program = simulate(model, training, [CompileLayers()]).program
+    live, before, most = 0, None, 0
+    for moment in moments(program.steady):
+        before = live if before is None and moment.layer == 1 else before
+        live += sum(_nbytes(s, program) for s in moment.step.births)
+        if moment.layer == 1 and moment.step.phase is Phase.FORWARD:
+            most = max(most, live - before)
+        live -= sum(_nbytes(s, program) for s in moment.step.deaths)
+    assert most == nbytes
+
+
+def _nbytes(reference, program):
+    """Bytes of a storage, random seeds left out."""
+    storage = reference.storage
+    return 0 if is_seed(storage) else int(storage.size.nbytes(program.bindings))
 
 
 @settings(deadline=None, max_examples=20)
