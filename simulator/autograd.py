@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from hardware.dtypes import FP32, DType
+from simulator.fused_backward import FusedKernels
 from simulator.fusion_order import kernel_order
 from simulator.graph import ForwardGraph, Op, Shape, Storage, Tensor, flat, make_storage, make_tensor
 from simulator.recorder import Recorder
 from simulator.roles import Phase, Role
 from simulator.runtime import Runtime
-from simulator.sizes import Dim, size_of
+from simulator.sizes import Dim
 
 #: Gives the storages that stand for an op's saved ones when its backward runs: those released when the node
 #: has ended, and those released as soon as its function returns (unpacked from checkpointing's recomputation).
@@ -62,6 +63,7 @@ class Autograd:
         self._made: list[Tensor] = []
         self._serial = 0
         self._slot = recorder.slot
+        self._kernels = FusedKernels(graph, recorder)
         self._fusing = False
         """Whether the node being evaluated is part of a fused kernel: what it makes is not in memory."""
         # a second micro-batch's gradients live beside the first's, so they need names of their own
@@ -96,11 +98,13 @@ class Autograd:
     def prepare(self, name: str, shape: Shape, dtype: DType, memory: tuple[Dim, ...] | None = None) -> Tensor:
         """A tensor that a kernel with several outputs will allocate; pass it to `kernel`."""
         self._serial += 1
-        if self._fusing:
-            return self._virtual(name, shape, dtype, memory)
         label = f"{self.recorder.module}.{self._tag}.{name}.{self._serial}"
-        tensor = make_tensor(make_storage(label, flat(shape), dtype, Role.BACKWARD, self.recorder.slot), shape, dtype)
-        tensor.memory = memory or tensor.memory
+        if self._fusing:
+            tensor = self._kernels.virtual(label, shape, dtype, memory)
+        else:
+            storage = make_storage(label, flat(shape), dtype, Role.BACKWARD, self.recorder.slot)
+            tensor = make_tensor(storage, shape, dtype)
+            tensor.memory = memory or tensor.memory
         self._made.append(tensor)
         return tensor
 
@@ -142,6 +146,8 @@ class Autograd:
         recorder.module, recorder.slot = op.module, op.slot
         saved, early = self._saved(op)
         assert op.backward is not None
+        if op.fused:
+            saved, early = [*saved, *early], []  # the kernel reads them when its results are written
         self._fusing = op.fused
         results: list[Tensor | None] = []
         for gradient, tensor in zip(op.backward(self, op, gradients), op.inputs, strict=True):
@@ -155,52 +161,17 @@ class Autograd:
         self._fusing = False
         read = [gradient.storage for gradient in gradients if gradient is not None]
         if op.fused:
-            self._hold_sources(results, read, saved)
+            self._kernels.hold_sources(results, [*read, *saved])
         self._release([*read, *saved])
         for gradient, tensor in zip(results, op.inputs, strict=True):
             if gradient is not None:
                 self._send(self._written(op, gradient, tensor), tensor)
 
-    # fused kernels -------------------------------------------------------------------------------------------------
-
-    def _virtual(self, name: str, shape: Shape, dtype: DType, memory: tuple[Dim, ...] | None) -> Tensor:
-        """What a fused kernel has in registers only."""
-        label = f"{self.recorder.module}.{self._tag}.fused.{name}.{self._serial}"
-        storage = make_storage(label, (0,), dtype, Role.BACKWARD, self.recorder.slot)
-        tensor = make_tensor(storage, shape, dtype)
-        tensor.memory = memory or tensor.memory
-        self._made.append(tensor)
-        return tensor
-
-    def _hold_sources(self, results: list[Tensor | None], read: list[Storage], saved: list[Storage]) -> None:
-        """What a kernel reads stays until all that it computes is in memory."""
-        for storage in {g.storage: None for g in results if g is not None and self._is_virtual(g)}:
-            if storage not in read:
-                self.recorder.hold_for(storage, [*read, *saved])
-
-    def _stays_fused(self, op: Op, tensor: Tensor) -> bool:
-        maker = None if tensor.producer is None else self.graph.ops[tensor.producer]
-        return maker is not None and maker.fused and maker.slot == op.slot
-
-    @staticmethod
-    def _is_virtual(gradient: Tensor) -> bool:
-        return 0 in getattr(gradient.storage.size, "dims", ())
-
     def _written(self, op: Op, gradient: Tensor, tensor: Tensor) -> Tensor:
-        """A gradient that another kernel, another layer or a weight wants, in memory: in place of what dies with it."""
-        if not op.fused or not self._is_virtual(gradient) or self._stays_fused(op, tensor):
+        """The `gradient` of `tensor` in memory, where something else than a fused kernel wants it."""
+        if self._kernels.stays(op, gradient, tensor):
             return gradient
-        size = size_of(flat(gradient.shape), gradient.dtype.bits)
-        dying = self.recorder.dying_with(gradient.storage)
-        place = next((s for s in dying if s.size == size and s.dtype == gradient.dtype), None)
-        if place is not None:
-            self.recorder.retain(place)
-            self.recorder.release(gradient.storage)
-            return Tensor(place, gradient.shape, gradient.memory, gradient.dtype)
-        written = self.like("fused_backward", gradient)
-        self._made.clear()
-        self.recorder.release(gradient.storage)
-        return written
+        return self._kernels.in_place(gradient) or self._replace(gradient, self.like("fused_backward", gradient))
 
     def _release_made(self) -> None:
         """The node's function returns: its temporaries go."""
@@ -235,23 +206,14 @@ class Autograd:
         buffers = self._pending.setdefault(tensor.producer, [None] * width)
         buffers[tensor.output_index] = self._accumulate(buffers[tensor.output_index], gradient, fused=fused)
 
-    def _sum_in_kernel(self, old: Tensor, new: Tensor) -> Tensor:
-        """The sum of two gradients inside the kernel that reads both."""
-        self._serial += 1
-        total = self._virtual("add(engine)", old.shape, old.dtype, old.memory)
-        self._made.clear()
-        self.recorder.run("fused_backward", [total.storage])
-        self.recorder.hold_for(total.storage, [old.storage, new.storage])
-        self.recorder.release(old.storage)
-        self.recorder.release(new.storage)
-        return total
-
     def _accumulate(self, old: Tensor | None, new: Tensor, *, fused: bool = False) -> Tensor:
         """Fan-in: in place when the buffer holds the only reference to `old` and it is no view."""
         if old is None:
             return new
         if fused:
-            return self._sum_in_kernel(old, new)
+            self._serial += 1
+            label = f"{self.recorder.module}.{self._tag}.add(engine).{self._serial}"
+            return self._kernels.total(label, old, new)
         if not old.is_view and self.recorder.references(old.storage) == 1:
             self.recorder.run("add_(engine)", [])
             self.recorder.release(new.storage)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import attrs
 
 from simulator.graph import Storage
@@ -84,7 +86,7 @@ class Recorder:
                 pending += self._sources.get(one, [])
         return dead
 
-    def hold_for(self, storage: Storage, sources: list[Storage]) -> None:
+    def hold_for(self, storage: Storage, sources: Sequence[Storage]) -> None:
         """Keep `sources` until `storage` dies: what is not in memory itself is computed from them when it is needed."""
         for source in sources:
             self.retain(source)

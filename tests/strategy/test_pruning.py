@@ -136,6 +136,43 @@ def test_experts_and_their_channels():
     assert simulate(model, Training(seq_len=8)).parameters > report.parameters
 
 
+SIZES = {"hidden_size": 96, "num_hidden_layers": 3, "num_attention_heads": 6, "vocab_size": 77}
+EXPERTS = {**SIZES, "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 160, "num_experts_per_tok": 2}
+LATENT = {"kv_lora_rank": 56, "q_lora_rank": 80, "qk_rope_head_dim": 16, "qk_nope_head_dim": 24, "v_head_dim": 32}
+ROUTED = {"n_routed_experts": 8, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 3, "moe_intermediate_size": 72}
+OTHERS = {
+    "mixtral": {**EXPERTS, "num_local_experts": 8},
+    "qwen3_moe": {**EXPERTS, "num_experts": 8, "moe_intermediate_size": 56},
+    "deepseek_v3": {
+        **SIZES,
+        **LATENT,
+        **ROUTED,
+        "num_key_value_heads": 6,
+        "intermediate_size": 320,
+        "first_k_dense_replace": 1,
+    },
+    "gpt_neox": {**SIZES, "intermediate_size": 160},
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "smaller", "pruning"),
+    [
+        ("mixtral", {"num_local_experts": 5}, PruneExperts(3)),
+        ("mixtral", {"intermediate_size": 128}, PruneChannels("20%")),
+        ("qwen3_moe", {"num_attention_heads": 4}, PruneHeads(2)),
+        ("deepseek_v3", {"num_attention_heads": 4, "num_key_value_heads": 4}, PruneHeads(2)),
+        ("deepseek_v3", {"n_routed_experts": 6}, PruneExperts("25%")),
+        ("gpt_neox", {"intermediate_size": 120}, PruneChannels(40)),
+    ],
+)
+def test_other_families_pruned_are_those_of_their_configs(family, smaller, pruning):
+    whole = {"model_type": family, **OTHERS[family]}
+    training = Training(micro_batch=2, seq_len=16, weights=BF16, attention="eager")
+    built = found(spec_from_config({**whole, **smaller}, "smaller"), [], training)
+    assert found(spec_from_config(whole, "whole"), [pruning], training) == built
+
+
 def moe(**options):
     sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 32, "intermediate_size": 16}
     more = {"num_hidden_layers": 2, "vocab_size": 64, "num_local_experts": 8, "num_experts_per_tok": 2}
@@ -169,10 +206,10 @@ def test_sharding_works_on_what_is_left(owner):
     ("strategy", "problem"),
     [
         (PruneHeads(3), "'heads' to prune must be a multiple of 2, not 3 of 4: remove 2"),
-        (PruneHeads(4), "'heads' to prune must be from 1 to 3, not 4"),
-        (PruneHeads("10%"), r"'heads' to prune must be from 1 to 3, not 0 \(10%\)"),
-        (PruneGroups(2), "'groups' to prune must be from 1 to 1, not 2"),
-        (PruneChannels(48), "'channels' to prune must be from 1 to 47"),
+        (PruneHeads(4), "'heads' to prune must be from 1 on, fewer than the layer's 4: 4"),
+        (PruneHeads("10%"), r"'heads' to prune must be from 1 on, fewer than the layer's 4: 0 \(10%\)"),
+        (PruneGroups(2), "'groups' to prune must be from 1 on, fewer than the layer's 2: 2"),
+        (PruneChannels(48), "'channels' to prune must be from 1 on, fewer than the layer's 48"),
         (PruneLayers((2,)), "'layers' to prune must be from 0 to 1 in uniform, not 2"),
         (PruneLayers((0, 1)), "'layers' to prune must leave at least one of 2"),
         (PruneExperts(1), "prune_experts: llama uniform has no experts"),
