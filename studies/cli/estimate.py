@@ -66,7 +66,7 @@ def command(
         list[str] | None,
         typer.Option(
             help="STRUCTURE=AMOUNT[@LAYERS]: heads, groups, channels or experts, e.g. heads=4, channels=25%@0,4-7; "
-            "or layers=2,5-7. May be repeated."
+            "hidden=25%; or layers=2,5-7. May be repeated."
         ),
     ] = None,
     strategy: Annotated[

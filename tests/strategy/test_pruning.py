@@ -20,7 +20,7 @@ from strategies.checkpointing import FullCheckpointing
 from strategies.contract import StrategyContract
 from strategies.ddp import Ddp
 from strategies.fsdp2 import Fsdp2
-from strategies.pruning import PruneChannels, PruneExperts, PruneGroups, PruneHeads, PruneLayers, prunings
+from strategies.pruning import PruneChannels, PruneExperts, PruneGroups, PruneHeads, PruneHidden, PruneLayers, prunings
 from studies.validation import oracle_case, read_cases, validate_oracle
 from tests.strategies import model_specs, trainings, uniform_llama
 
@@ -39,6 +39,10 @@ class TestPruneGroups(StrategyContract):
 
 class TestPruneChannels(StrategyContract):
     strategy = PruneChannels("30%", (0,))
+
+
+class TestPruneHidden(StrategyContract):
+    strategy = PruneHidden("25%")
 
 
 class TestPruneLayers(StrategyContract):
@@ -66,8 +70,8 @@ def test_parameters_of_real_models(line):
 # against the model of these sizes -------------------------------------------------------------------------------------
 
 
-def config(family, heads=8, kv_heads=4, width=96, layers=4):
-    sizes = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": 8, "hidden_size": 48}
+def config(family, heads=8, kv_heads=4, width=96, layers=4, hidden=48):
+    sizes = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": 8, "hidden_size": hidden}
     more = {"intermediate_size": width, "num_hidden_layers": layers, "vocab_size": 130}
     more |= {"layer_types": ["full_attention"] * layers} if family == "gemma2" else {}
     return {"model_type": family, **sizes, **more, "max_position_embeddings": 64, "sliding_window": 32}
@@ -84,17 +88,19 @@ def found(model, strategies, training):
     per_group=st.integers(0, 1),
     groups=st.integers(0, 3),
     channels=st.integers(0, 95),
+    hidden=st.sampled_from([0, 24]),
     gone=st.sets(st.integers(0, 3), max_size=3),
     training=trainings(),
 )
-def test_a_pruned_model_is_the_model_of_its_config(family, per_group, groups, channels, gone, training):
+def test_a_pruned_model_is_the_model_of_its_config(family, per_group, groups, channels, hidden, gone, training):
     """Built from a config with fewer heads, channels and layers, it needs the same memory at every peak."""
     pruning = [PruneHeads(4 * per_group)] if per_group else []
     pruning += [PruneGroups(groups)] if groups else []
     pruning += [PruneChannels(channels)] if channels else []
+    pruning += [PruneHidden(hidden)] if hidden else []
     pruning += [PruneLayers(tuple(gone))] if gone else []
     kv_heads = 4 - groups
-    smaller = config(family, kv_heads * (2 - per_group), kv_heads, 96 - channels, 4 - len(gone))
+    smaller = config(family, kv_heads * (2 - per_group), kv_heads, 96 - channels, 4 - len(gone), 48 - hidden)
     try:
         built = found(spec_from_config(smaller, "smaller"), [], training)
     except UnsupportedError:
@@ -206,10 +212,10 @@ def test_sharding_works_on_what_is_left(owner):
     ("strategy", "problem"),
     [
         (PruneHeads(3), "'heads' to prune must be a multiple of 2, not 3 of 4: remove 2"),
-        (PruneHeads(4), "'heads' to prune must be from 1 on, fewer than the layer's 4: 4"),
-        (PruneHeads("10%"), r"'heads' to prune must be from 1 on, fewer than the layer's 4: 0 \(10%\)"),
-        (PruneGroups(2), "'groups' to prune must be from 1 on, fewer than the layer's 2: 2"),
-        (PruneChannels(48), "'channels' to prune must be from 1 on, fewer than the layer's 48"),
+        (PruneHeads(4), "'heads' to prune must be from 1 on, fewer than the 4 there are: 4"),
+        (PruneHeads("10%"), r"'heads' to prune must be from 1 on, fewer than the 4 there are: 0 \(10%\)"),
+        (PruneGroups(2), "'groups' to prune must be from 1 on, fewer than the 2 there are: 2"),
+        (PruneChannels(48), "'channels' to prune must be from 1 on, fewer than the 48 there are"),
         (PruneLayers((2,)), "'layers' to prune must be from 0 to 1 in uniform, not 2"),
         (PruneLayers((0, 1)), "'layers' to prune must leave at least one of 2"),
         (PruneExperts(1), "prune_experts: llama uniform has no experts"),
@@ -251,4 +257,4 @@ def test_a_layer_without_what_is_pruned():
 
 
 def test_the_registry_names_what_can_be_pruned():
-    assert {"channels", "experts", "groups", "heads", "layers"} <= set(prunings.names())
+    assert {"channels", "experts", "groups", "heads", "hidden", "layers"} <= set(prunings.names())
