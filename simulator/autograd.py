@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 import attrs
 
 from hardware.dtypes import DType
+from simulator.fused_backward import FusedKernels
+from simulator.fusion_order import kernel_order
 from simulator.graph import ForwardGraph, Op, Shape, Storage, Tensor, flat, make_storage, make_tensor
 from simulator.recorder import Recorder
 from simulator.roles import Phase, Role
@@ -80,6 +82,9 @@ class Autograd:
         self._found: tuple[list[Storage], list[Storage]] = ([], [])
         self._overwritten: list[Storage] = []
         self._slot = recorder.slot
+        self._kernels = FusedKernels(graph, recorder)
+        self._fusing = False
+        """Whether the node being evaluated is part of a fused kernel: what it makes is not in memory."""
         # a second micro-batch's gradients live beside the first's, so they need names of their own
         self._tag = "more" if gradients else "grad"
 
@@ -93,7 +98,7 @@ class Autograd:
         self._made.clear()
         self.recorder.retain(seed.storage)  # the caller of backward() holds it to the end
         self._pending[loss.producer] = [self._loss_gradient(seed)]
-        for index in range(loss.producer, -1, -1):
+        for index in kernel_order(self.graph, loss.producer):
             if self._inner is not None and index < self._inner.region.first:
                 self._leave(self._inner)
             gradients = self._pending.pop(index, None)
@@ -124,8 +129,12 @@ class Autograd:
         """A tensor that a kernel with several outputs will allocate; pass it to `kernel`."""
         self._serial += 1
         label = f"{self.recorder.module}.{self._tag}.{name}.{self._serial}"
-        tensor = make_tensor(make_storage(label, flat(shape), dtype, Role.BACKWARD, self.recorder.slot), shape, dtype)
-        tensor.memory = memory or tensor.memory
+        if self._fusing:
+            tensor = self._kernels.virtual(label, shape, dtype, memory)
+        else:
+            storage = make_storage(label, flat(shape), dtype, Role.BACKWARD, self.recorder.slot)
+            tensor = make_tensor(storage, shape, dtype)
+            tensor.memory = memory or tensor.memory
         self._made.append(tensor)
         return tensor
 
@@ -207,6 +216,9 @@ class Autograd:
         self._node = op
         saved, early = self._found = self._checkpoints.saved(op)
         assert op.backward is not None
+        if op.fused:
+            saved, early = [*saved, *early], []  # the kernel reads them when its results are written
+        self._fusing = op.fused
         results: list[Tensor | None] = []
         for gradient, tensor in zip(op.backward(self, op, gradients), op.inputs, strict=True):
             wanted = gradient is not None and tensor.requires_grad
@@ -219,13 +231,21 @@ class Autograd:
         self._release_made()
         self._release(early)
         results = [g and self._validate(g, t) for g, t in zip(results, op.inputs, strict=True)]
-        for gradient in gradients:
-            if gradient is not None:
-                recorder.release(gradient.storage)
-        self._release(saved)
+        self._fusing = False
+        read = [gradient.storage for gradient in gradients if gradient is not None]
+        if op.fused:
+            self._kernels.hold_sources(results, [*read, *saved])
+        self._release([*read, *saved])
         for gradient, tensor in zip(results, op.inputs, strict=True):
             if gradient is not None:
-                self._send(gradient, tensor)
+                self._send(self._written(op, gradient, tensor), tensor)
+
+    def _written(self, op: Op, gradient: Tensor, tensor: Tensor) -> Tensor:
+        """The `gradient` of `tensor` in memory, where something else than a fused kernel wants it."""
+        if self._kernels.stays(op, gradient, tensor):
+            return gradient
+        place = None if tensor.is_parameter else self._kernels.in_place(gradient)  # a weight's outlives this backward
+        return place or self._replace(gradient, self.like("fused_backward", gradient))
 
     def _release_made(self) -> None:
         """The node's function returns: its temporaries go."""
@@ -258,19 +278,25 @@ class Autograd:
         if tensor.producer is None:
             self._send_to_leaf(gradient, tensor)
             return
-        width = len(self.graph.ops[tensor.producer].outputs)
+        maker = self.graph.ops[tensor.producer]
+        fused = maker.fused and maker.slot == self.recorder.slot
+        width = len(maker.outputs)
         buffers = self._pending.setdefault(tensor.producer, [None] * width)
-        buffers[tensor.output_index] = self._accumulate(buffers[tensor.output_index], gradient)
+        buffers[tensor.output_index] = self._accumulate(buffers[tensor.output_index], gradient, fused=fused)
 
     @staticmethod
     def _is_argument(tensor: Tensor, region: Region) -> bool:
         outside = tensor.producer is None or tensor.producer < region.first
         return outside and not tensor.storage.persistent
 
-    def _accumulate(self, old: Tensor | None, new: Tensor) -> Tensor:
+    def _accumulate(self, old: Tensor | None, new: Tensor, *, fused: bool = False) -> Tensor:
         """Fan-in: in place when the buffer holds the only reference to `old` and it is no view."""
         if old is None:
             return new
+        if fused:
+            self._serial += 1
+            label = f"{self.recorder.module}.{self._tag}.add(engine).{self._serial}"
+            return self._kernels.total(label, old, new)
         if not old.is_view and self.recorder.references(old.storage) == 1:
             self.recorder.run("add_(engine)", [])
             self.recorder.release(new.storage)

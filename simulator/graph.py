@@ -107,6 +107,8 @@ class Op:
     only_recorded: tuple[Storage, ...] = ()
     """What it makes for the sake of backward alone: not under ``torch.no_grad``."""
     attributes: dict[str, Any] = attrs.field(factory=dict)
+    fused: bool = False
+    """Whether a compiler makes it, and its backward, part of a kernel with its neighbours."""
 
 
 @attrs.define(eq=False)

@@ -12,6 +12,7 @@ from hardware.dtypes import DType
 from hardware.errors import UnsupportedError
 from simulator.decoder import items_of
 from simulator.families import families
+from simulator.fusion import compile_layers
 from simulator.graph import ForwardGraph
 from simulator.layout import Layout, layout_of, unrolled_layout
 from simulator.liger import check_family
@@ -49,6 +50,8 @@ class Plan:
     """Whether a framework's own ``linear`` runs instead of torch's: its backward takes the weight as it is then."""
     float8: str | None = None
     """How linear layers that run on float8 copies are scaled; None where none do."""
+    compiled: bool = False
+    """Whether each layer is compiled by itself: an approximation."""
     recomputed: frozenset[int] = frozenset()
     """Saved-set policy: the layers whose saved tensors are dropped and recomputed in backward."""
     reentrant: bool = False
@@ -118,6 +121,8 @@ class Plan:
         recipe(trace, model, self.layout.built(model.layers))
         trace.end_autocast()
         _check_items(trace)
+        if self.compiled:
+            compile_layers(trace)
         trace.dim(TRAINABLE_TENSORS, _trainable_tensors(trace.graph, self.layout))
         return trace
 

@@ -18,6 +18,7 @@ from simulator.mesh import Mesh
 from simulator.model import ExpertsSpec, ModelSpec
 from simulator.plan import Strategy
 from simulator.workload import LARGEST_ACCUMULATION, Training
+from strategies.compilation import CompileLayers
 from strategies.float8 import Float8
 from strategies.freezing import Freezing
 from strategies.interval_checkpointing import IntervalCheckpointing
@@ -95,6 +96,7 @@ class TrainingOptions:
     """Of the GPU; the backward of Liger's norm allocates by them."""
     items_in_batch: bool = False
     float8: str | None = None
+    compile: str | None = None
     prune: Sequence[str] = ()
     """Each ``STRUCTURE=AMOUNT[@LAYERS]``, applied before everything else."""
     strategy: Sequence[str] = ()
@@ -159,7 +161,8 @@ def resolve(options: TrainingOptions, model: ModelSpec, world: int = 1) -> Resol
     )
     prunings = parse_prunings(options.prune)
     low = (Float8(recipe=options.float8),) if options.float8 is not None else ()
-    regimes = (*low, *_checkpointing(options, chosen["checkpointing"]), *_freezing(options.freeze))
+    compiled = _compiled(options.compile)
+    regimes = (*low, *compiled, *_checkpointing(options, chosen["checkpointing"]), *_freezing(options.freeze))
     assumptions = (*chosen.assumed(training), *why_scaled, *assumed, *model.assumptions)
     return Resolved(training, mesh, (*prunings, *regimes, *strategies), assumptions, prunings)
 
@@ -295,6 +298,15 @@ def _checkpointing(options: TrainingOptions, text: str) -> tuple[Strategy, ...]:
     if name is None and comma:
         raise UsageError(f"'checkpointing' none has no options: {settings!r}; leave them out")
     return (parse_strategy(f"{name}{comma}{settings}"),) if name else ()
+
+
+def _compiled(what: str | None) -> tuple[Strategy, ...]:
+    """``--compile``: each layer by itself; the whole model as one graph fuses its loss, too."""
+    if what == "model":
+        raise UnsupportedError("'compile' model is not modelled yet; use layers")
+    if what not in (None, "none", "layers"):
+        raise unknown_name("compile", what, ("layers", "model", "none"))
+    return (CompileLayers(),) if what == "layers" else ()
 
 
 def _freezing(text: str | None) -> tuple[Strategy, ...]:

@@ -91,11 +91,14 @@ def command(
     float8: Annotated[
         Text, typer.Option(help="Linear layers on float8 copies, scaled tensorwise or rowwise (torchao, eager).")
     ] = None,
+    compile_: Annotated[
+        Text, typer.Option("--compile", help="none, or layers: torch.compile of each layer, approximately.")
+    ] = None,
     prune: Annotated[
         list[str] | None,
         typer.Option(
             help="STRUCTURE=AMOUNT[@LAYERS]: heads, groups, channels or experts, e.g. heads=4, channels=25%@0,4-7; "
-            "or layers=2,5-7. May be repeated."
+            "hidden=25%; or layers=2,5-7. May be repeated."
         ),
     ] = None,
     strategy: Annotated[
@@ -117,7 +120,7 @@ def command(
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 5 where something is not modelled.")] = False,
 ) -> int:
     """Estimate the GPU memory of one training step on every rank."""
-    given = {**locals(), "prune": tuple(prune or ()), "strategy": tuple(strategy or ())}
+    given = {**locals(), "compile": compile_, "prune": tuple(prune or ()), "strategy": tuple(strategy or ())}
     del strict  # the entry point reads it: it only changes an exit code
     from studies.options import TrainingOptions
     from studies.plots import check_target
