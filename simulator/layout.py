@@ -4,16 +4,23 @@ A pattern that repeats k times is built as its first, one middle and its last tu
 turn then stands for k - 2 of them. So cost does not grow with depth, nothing at a boundary is
 special-cased, and alternating stacks (sliding / full attention) work like uniform ones.
 Where a layer's steps reach r layers away (prefetching), r turns are built at each end.
+
+A list without such a pattern may still have few kinds of layers (Nemotron 3): there a layer stands
+for every other of its kind with the same neighbours, wherever it is.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable, Sequence
 
 import attrs
 
 from simulator.model import LayerSpec
 
+#: How many layers to each side make a layer's neighbours: its steps name storages of the next one, whose own names
+#: follow from the one after that.
+NEIGHBOURS = 2
 #: Longest pattern looked for; real models alternate with periods up to 8 (Jamba: 8 layers).
 LONGEST_PERIOD = 16
 
@@ -47,11 +54,14 @@ class Place:
     run: Run
     turn: int
     offset: int
+    others: tuple[int, ...] = ()
+    """Real layers that it stands for besides, where these do not follow one another."""
 
     @property
     def repeats(self) -> int:
         """How many turns of the real model this built turn stands for."""
-        return 1 + self.run.hidden_turns if self.turn == self.run.reach else 1
+        hidden = self.run.hidden_turns if self.turn == self.run.reach else 0
+        return 1 + hidden + len(self.others)
 
     @property
     def base(self) -> int:
@@ -68,8 +78,16 @@ class Layout:
     places: tuple[Place, ...]
     """One per built slot."""
 
+    @property
+    def scattered(self) -> bool:
+        """Whether built layers stand for others here and there."""
+        return any(place.others for place in self.places)
+
     def slots(self) -> list[int]:
         """For every layer of the real model, the built slot that is it or stands for it."""
+        if self.scattered:
+            own = {layer: slot for slot, place in enumerate(self.places) for layer in (place.base, *place.others)}
+            return [own[layer] for layer in range(len(own))]
         found = []
         for run in self.runs:
             for turn in range(run.count):
@@ -103,6 +121,53 @@ def layout_of(layers: Sequence[Hashable], reach: int = 1, together: int = 1) -> 
         position += period * count
         first += width * count
     return Layout(tuple(runs), tuple(places))
+
+
+def layout_by_neighbours(layers: Sequence[Hashable]) -> Layout:
+    """The layout in which a layer stands for all of its kind with the same `NEIGHBOURS` layers to both sides.
+
+    What is built has the same neighbours everywhere, because it is cut at such layers only.
+    """
+    windows = _windows(_kinds(layers))
+    kept = _shortened(windows)
+    others: dict[int, list[int]] = {}
+    for layer in sorted(set(range(len(layers))) - set(kept)):
+        others.setdefault(windows[layer], []).append(layer)
+    runs = tuple(Run(layer, 1, 1, slot) for slot, layer in enumerate(kept))
+    return Layout(runs, tuple(Place(run, 0, 0, tuple(others.pop(windows[run.start], ()))) for run in runs))
+
+
+def _shortened(windows: list[int]) -> list[int]:
+    """The layers that are left without stretches that end like what is before them and are built elsewhere."""
+    kept, position = list(range(len(windows))), 0
+    while position < len(kept):
+        built = Counter(windows[layer] for layer in kept)
+        for end in reversed(range(position + 1, len(kept))):
+            if windows[kept[end]] == windows[kept[position]]:
+                stretch = Counter(windows[layer] for layer in kept[position + 1 : end + 1])
+                if all(built[window] > count for window, count in stretch.items()):
+                    del kept[position + 1 : end + 1]
+                    break
+        else:
+            position += 1
+    return kept
+
+
+def _windows(kinds: list[int]) -> list[int]:
+    """A number for every layer, the same where it and its neighbours are of the same kinds.
+
+    The first and the last of a kind are like no other: what all layers of a kind share (a mask) goes with them.
+    """
+    around = [-1] * NEIGHBOURS
+    padded = [*around, *kinds, *around]
+    last = {kind: layer for layer, kind in enumerate(kinds)}
+    first = {kind: layer for layer, kind in reversed(list(enumerate(kinds)))}
+    numbers: dict[tuple[int, ...], int] = {}
+    windows = []
+    for layer, kind in enumerate(kinds):
+        window = padded[layer : layer + 2 * NEIGHBOURS + 1]
+        windows.append((*window, layer == first[kind], layer == last[kind]))
+    return [numbers.setdefault(window, len(numbers)) for window in windows]
 
 
 def unrolled_layout(layers: Sequence[Hashable]) -> Layout:

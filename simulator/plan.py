@@ -14,7 +14,7 @@ from simulator.decoder import items_of
 from simulator.families import families
 from simulator.fusion import compile_layers
 from simulator.graph import ForwardGraph
-from simulator.layout import Layout, layout_of, unrolled_layout
+from simulator.layout import Layout, layout_by_neighbours, layout_of, unrolled_layout
 from simulator.liger import check_family
 from simulator.mesh import Mesh
 from simulator.model import ModelSpec
@@ -91,7 +91,17 @@ class Plan:
             (layer, index in self.recomputed, index < self.frozen_layers, other)
             for index, (layer, other) in enumerate(zip(layers, others, strict=True))
         ]
-        return unrolled_layout(kinds) if self.unrolled else layout_of(kinds, self.reach, self.together)
+        if self.unrolled:
+            return unrolled_layout(kinds)
+        layout = layout_of(kinds, self.reach, self.together)
+        if len(layout.runs) == 1 or self.hooks or self.layer_kinds or self.together > 1 or self._steps_in_backward:
+            return layout
+        return min(layout, layout_by_neighbours(kinds), key=lambda each: len(each.places))
+
+    @property
+    def _steps_in_backward(self) -> bool:
+        """Whether something acts on weights while backward goes over the layers."""
+        return self.training.optimizer_in_backward or self.training.grad_scaler
 
     @property
     def graph(self) -> ForwardGraph:

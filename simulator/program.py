@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import groupby
+from collections.abc import Mapping, Sequence
+from itertools import groupby, pairwise
 
 import attrs
 
@@ -84,8 +84,34 @@ class TreeBuilder:
         Steps that neither allocate nor free (views, in-place updates) are left out.
         """
         active = [part for step in steps if step.births or step.deaths for part in self._by_layer(step)]
-        parts = [self._part(list(group)) for _, group in groupby(active, key=self._turn)]
+        groups = [list(group) for _, group in groupby(active, key=self._turn)]
+        parts = self._spread(groups) if self._layout.scattered else [self._part(group) for group in groups]
         return parts[0] if len(parts) == 1 else Seq(tuple(parts))
+
+    def _spread(self, groups: list[list[RecordedStep]]) -> list[Node]:
+        """Passes over the built layers, from the first or the last on, as passes over those of the real model."""
+        parts: list[Node] = []
+        one_pass: dict[int, Leaf] = {}
+        for before, group in zip([None, *groups], groups, strict=False):
+            slot, last = group[0].slot, before and before[0].slot
+            if slot is None or last is None or slot in one_pass:
+                parts += self._over_layers(one_pass)
+                one_pass = {}
+            if slot is None:
+                parts.append(self._part(group))
+            else:
+                one_pass[slot] = Leaf(tuple(_inside(step, slot, 1, 1) for step in group))
+        return [*parts, *self._over_layers(one_pass)]
+
+    def _over_layers(self, leaves: Mapping[int, Leaf]) -> list[Node]:
+        order = list(leaves)
+        up = all(first < second for first, second in pairwise(order))
+        down = all(first > second for first, second in pairwise(order))
+        assert up or down, "layers without a period take turns"
+        layers = list(enumerate(self._layout.slots()))
+        backward = len(order) == 1 and any(_descends(leaf.steps) for leaf in leaves.values())
+        visited = layers if up and not backward else layers[::-1]
+        return [Repeat(1, leaves[slot], layer, 1) for layer, slot in visited if slot in leaves]
 
     def _turn(self, step: RecordedStep) -> tuple[int, int] | None:
         """What steps of one turn of a pattern have in common; None outside the stack."""
@@ -144,6 +170,6 @@ def _inside(step: RecordedStep, first: int, period: int, reach: int) -> Step:
     return Step(step.name, step.phase, step.module, offset, births, deaths)
 
 
-def _descends(steps: Sequence[RecordedStep]) -> bool:
+def _descends(steps: Sequence[RecordedStep | Step]) -> bool:
     """Backward visits layers last to first."""
     return any(step.phase in (Phase.BACKWARD, Phase.RECOMPUTE) for step in steps)

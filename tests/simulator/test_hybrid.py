@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from hardware.errors import UnsupportedError, UsageError
 from simulator import Training, simulate
 from simulator.reading import read_model, spec_from_class, spec_from_config
+from simulator.timeline import moments
 from tests.simulator import test_properties as properties
 from tests.strategies import hybrid_specs, trainings
 
@@ -33,6 +35,34 @@ def test_repeats_stand_for_every_layer(model, training, strategies):
 @given(hybrid_specs(max_layers=4), trainings())
 def test_naive_interpreter_agrees(model, training):
     properties.test_naive_interpreter_agrees.hypothesis.inner_test(model, training)
+
+
+@settings(some, max_examples=8)
+@given(
+    st.lists(st.sampled_from(("ME", "MEM*E", "M-", "MM*E")), min_size=12, max_size=16), trainings(), properties.choices
+)
+def test_layers_without_a_period_run_as_if_all_were_built(parts, training, strategies):
+    """Step by step, with what each allocates and frees."""
+    sizes = {"hidden_size": 16, "vocab_size": 20, "intermediate_size": 24, "moe_intermediate_size": 16, "head_dim": 8}
+    keys = sizes | {"mamba_num_heads": 4, "mamba_head_dim": 4, "n_groups": 2, "ssm_state_size": 4, "chunk_size": 8}
+    model = spec_from_class("NemotronHConfig", keys | {"hybrid_override_pattern": "".join(parts)}, "m")
+    short, long = (properties.report_of(model, training, strategies, unrolled=flag) for flag in (False, True))
+    if short is None:
+        return
+    assert steps(short) == steps(long)
+
+
+def steps(report):
+    """Name, bytes allocated and freed of every step."""
+    bindings, found = report.program.bindings, []
+    for node in (report.program.load, report.program.cold, report.program.steady):
+        for moment in moments(node):
+            births, deaths = (
+                sum(int(each.storage.size.allocated(bindings)) for each in part)
+                for part in (moment.step.births, moment.step.deaths)
+            )
+            found.append((moment.step.name, births, deaths))
+    return found
 
 
 def test_the_report_says_which_path_is_simulated():
