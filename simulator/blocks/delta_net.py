@@ -116,6 +116,8 @@ def gated_delta_net(t: Trace, x: Tensor, mask: Tensor | None, spec: DeltaNetSpec
         beta, decay, states = _states(t, mixed, b, a, heads, local)
         out = local("core_attn_out", _chunk_gated_delta_rule(t, *states, decay, beta, heads))
         gate, rows = z.shape, (flat(z.shape[:-1]), z.shape[-1])
+        if not out.dense and out.shape[0]:  # between the sequences of a batch lies the padding
+            out = ops.clone(t, out)
         out = local("core_attn_out", ops.reshape(t, out, rows))
         if not z.dense and heads.values != heads.keys:  # part of the only key head: between its rows lies the rest
             z = ops.clone(t, z)
