@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from hardware.dtypes import BF16, FP16, FP32
 from simulator.mesh import Mesh
-from simulator.model import AttentionSpec, FeedForwardSpec, LayerSpec, ModelSpec
+from simulator.model import AttentionSpec, DeltaNetSpec, FeedForwardSpec, LayerSpec, ModelSpec
 from simulator.units import WRAPS
 from simulator.workload import IMPLEMENTATIONS, OPTIONS, Optimizer, Training
 from strategies.fsdp2 import Fsdp2
@@ -88,6 +88,24 @@ def attention_specs(draw: st.DrawFn, family: str, hidden: int) -> AttentionSpec:
         rotary=window is not None if family in ROTATED_IN_WINDOWS else family != "smollm3" or draw(st.booleans()),
         rotary_dim=hidden // 4 if family in PARTLY_ROTATED and hidden % 8 == 0 else None,
     )
+
+
+@st.composite
+def delta_models(draw: st.DrawFn) -> ModelSpec:
+    """Small models of delta nets and at least one layer of gated attention."""
+    key_heads = draw(st.integers(1, 3))
+    delta = DeltaNetSpec(
+        key_heads=key_heads,
+        value_heads=key_heads * draw(st.integers(1, 3)),
+        key_dim=draw(st.integers(1, 20)),
+        value_dim=draw(st.integers(1, 20)),
+        kernel=draw(st.integers(1, 4)),
+    )
+    attention = AttentionSpec(draw(st.sampled_from((2, 4))), 2, head_dim=8, rotary_dim=draw(st.sampled_from((None, 4))))
+    mixers = draw(st.permutations([attention, *draw(st.lists(st.sampled_from((delta, attention)), max_size=5))]))
+    layers = tuple(LayerSpec(mixer, FeedForwardSpec(width=24)) for mixer in mixers)
+    family = draw(st.sampled_from(("qwen3_next", "qwen3_5_text")))
+    return ModelSpec("random-delta", family, hidden=16, vocab=40, max_positions=2**20, layers=layers)
 
 
 @st.composite
