@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hardware.dtypes import BF16, FP32
 from hardware.errors import UnsupportedError, UsageError
 from simulator import Training
-from simulator.blocks import delta_net
+from simulator.blocks import delta_rule
 from simulator.lowering import lower
 from simulator.mesh import Mesh
 from simulator.model import DeltaNetSpec
@@ -23,16 +23,16 @@ from tests.simulator.naive import NaiveMicroBatches
 from tests.strategies import delta_models
 
 some = settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-lengths = st.integers(1, 700) | st.integers(1, 11).map(lambda chunks: chunks * delta_net.CHUNK)
+lengths = st.integers(1, 700) | st.integers(1, 11).map(lambda chunks: chunks * delta_rule.CHUNK)
 regimes = st.sampled_from([(FP32, None), (BF16, None), (FP32, BF16)])
 choices = st.sampled_from([(), (FullCheckpointing(),)])
 MOST_CHUNKS = 11
 
 
-def report_of(model, training, strategies=(), *, built=delta_net.BUILT_TURNS, unrolled=False):
+def report_of(model, training, strategies=(), *, built=delta_rule.BUILT_TURNS, unrolled=False):
     """A report, in which so many turns of each loop are built."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(delta_net, "BUILT_TURNS", built)
+        patch.setattr(delta_rule, "BUILT_TURNS", built)
         plan = apply(make_plan(model, training, unrolled=unrolled), strategies)
         return Report(plan, lower(plan))
 
