@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -16,6 +17,7 @@ from simulator.model import DeltaNetSpec
 from simulator.plan import apply, make_plan
 from simulator.reading import read_model, spec_from_class
 from simulator.report import Report
+from simulator.sizes import RepeatedSize, size_of, symbol
 from simulator.timeline import moments
 from strategies.checkpointing import FullCheckpointing
 from strategies.tensor_parallel import TensorParallel
@@ -70,6 +72,20 @@ def born(program):
             found += [live] if moment.step.births else []
             live -= sum(int(r.storage.size.allocated(program.bindings)) for r in moment.step.deaths)
     return found
+
+
+@some
+@given(st.integers(1, 10**6), st.lists(st.integers(0, 10**5), min_size=1))
+def test_each_of_many_allocations_is_rounded(elements, counts):
+    """So many allocations, each a multiple of 512 bytes: as ints, as an array and as a symbol."""
+    size = RepeatedSize(size_of(("n",), 32), "count")
+    one = size.each.allocated({"n": elements})
+    array = size.allocated({"n": elements, "count": np.array(counts)})
+    formula = size.allocated({"n": elements, "count": symbol("count")})
+    for index, count in enumerate(counts):
+        bindings = {"n": elements, "count": count}
+        assert count * one == size.allocated(bindings) == array[index] == formula.subs({symbol("count"): count})
+        assert size.nbytes(bindings) == 4 * size.elements(bindings) == 4 * count * elements
 
 
 @pytest.mark.parametrize("preset", ["Qwen3-Next-80B-A3B-Instruct", "Qwen3.5-27B"])
