@@ -11,7 +11,15 @@ from hardware.dtypes import BF16, FP16, FP32
 from simulator.liger import FAMILIES as LIGER_FAMILIES
 from simulator.liger import default_kernels, liger
 from simulator.mesh import Mesh
-from simulator.model import AttentionSpec, ExpertsSpec, FeedForwardSpec, LayerSpec, ModelSpec, StateSpaceSpec
+from simulator.model import (
+    AttentionSpec,
+    DeltaNetSpec,
+    ExpertsSpec,
+    FeedForwardSpec,
+    LayerSpec,
+    ModelSpec,
+    StateSpaceSpec,
+)
 from simulator.reading import spec_from_config
 from simulator.units import WRAPS
 from simulator.workload import IMPLEMENTATIONS, OPTIONS, SCALE_TYPES, Optimizer, Training
@@ -142,6 +150,24 @@ def state_space_specs(draw: st.DrawFn) -> StateSpaceSpec:
         bias=draw(st.booleans()),
         conv_bias=draw(st.booleans()),
     )
+
+
+@st.composite
+def delta_models(draw: st.DrawFn) -> ModelSpec:
+    """Small models of delta nets and at least one layer of gated attention."""
+    key_heads = draw(st.integers(1, 3))
+    delta = DeltaNetSpec(
+        key_heads=key_heads,
+        value_heads=key_heads * draw(st.integers(1, 3)),
+        key_dim=draw(st.integers(1, 20)),
+        value_dim=draw(st.integers(1, 20)),
+        kernel=draw(st.integers(1, 4)),
+    )
+    attention = AttentionSpec(draw(st.sampled_from((2, 4))), 2, head_dim=8, rotary_dim=draw(st.sampled_from((None, 4))))
+    mixers = draw(st.permutations([attention, *draw(st.lists(st.sampled_from((delta, attention)), max_size=5))]))
+    layers = tuple(LayerSpec(mixer, FeedForwardSpec(width=24)) for mixer in mixers)
+    family = draw(st.sampled_from(("qwen3_next", "qwen3_5_text")))
+    return ModelSpec("random-delta", family, hidden=16, vocab=40, max_positions=2**20, layers=layers)
 
 
 @st.composite
