@@ -96,7 +96,8 @@ def forward(t: Trace, spec: ModelSpec, layers: decoder.BuiltLayers) -> None:
             logits = _classifier(t, hidden, spec.classifier, outer)
         else:
             logits = outer("logits", _masked_lm_head(t, hidden, spec, vocabulary))
-        encoder.cross_entropy(t, logits, labels)
+        loss = encoder.cross_entropy(t, logits, labels)
+    decoder.leave_with(t, logits, loss)
 
 
 def _embeddings(t: Trace, ids: Tensor, spec: ModelSpec, vocabulary: Tensor) -> Tensor:
