@@ -29,9 +29,11 @@ _DROPOUT_RATES = {
 }
 #: Options of a case that change memory and that we simulate with one value only -> that value.
 _FIXED = {"mode": "train", "lora": None, "device": "cuda", "fake": True, "emulate": True}
-_SWITCHES = ("checkpointing", "attention_mask", "keep_outputs", "dropout_off")
+_SWITCHES = ("checkpointing", "keep_outputs", "dropout_off")
+#: What a case says of its padding mask, as JSON -> `Training.attention_mask`.
+_MASKS = {"null": "none", "false": "none", "true": "full", '"padded"': "padded"}
 _SIMULATED = {"dtype", "autocast", "attn", "sdpa_backend", "experts", "batch", "seq", "grad_accum", "optimizer", "clip"}
-_SIMULATED |= {"zero_grad", *_SWITCHES}
+_SIMULATED |= {"zero_grad", "attention_mask", *_SWITCHES}
 #: Options that leave dense training as it is: where to record, inference, the model's name (its line has it).
 _HARMLESS = {"timeline", "layers", "logits_to_keep_prefill", "new_tokens"}
 _HARMLESS |= {"model", "config_override", "config_class", "config", "tags", "id"}
@@ -119,6 +121,9 @@ def _refuse(case: Mapping[str, Any]) -> None:
     for key in _SWITCHES:
         if case.get(key) not in (None, False, True):
             raise UnsupportedError(f"{key} {json.dumps(case[key])} is not simulated yet, only true and false")
+    mask = json.dumps(case.get("attention_mask"))
+    if mask not in _MASKS:
+        raise UnsupportedError(f"attention_mask {mask} is not simulated yet, only {', '.join(sorted(_MASKS)[1:])}")
     unknown = sorted(set(case) - _SIMULATED - _HARMLESS - set(_FIXED))
     if unknown:
         raise UnsupportedError(f"case option {unknown[0]!r} is not known")
@@ -144,7 +149,7 @@ def _training(case: Mapping[str, Any]) -> Training:
         attention=case.get("attn", "sdpa"),
         sdpa_backend=case.get("sdpa_backend", "auto"),
         experts=case.get("experts") or "grouped_mm",
-        attention_mask="full" if case.get("attention_mask") else "none",
+        attention_mask=_MASKS[json.dumps(case.get("attention_mask"))],
         keep_outputs=bool(case.get("keep_outputs")),
         clip=case.get("clip") or None,
         zero_grad=case.get("zero_grad", "none"),
