@@ -47,7 +47,7 @@ def vocabulary_head(t: Trace, name: str, x: Tensor, tied: Tensor | None, *, bias
         x = local("input", column_input(t, x)) if parallel else x
         rows = t.shard(("V",)) if parallel else ("V",)
         weight = t.matrix("weight", rows, x.shape[-1]) if tied is None else tied
-        logits = ops.linear(t, x, weight, t.vector("bias", rows) if bias else None, rows)
+        logits = ops.linear(t, x, weight, t.vector("bias", rows) if bias else None)
         if parallel is None or parallel.loss:
             return logits
         return ops.gather_output(t, local("output", logits), 2, ("V",))
