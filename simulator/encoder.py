@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from hardware.dtypes import BOOL, INT64
 from simulator import ops
-from simulator.decoder import positions
 from simulator.graph import Tensor, flat
+from simulator.masks import positions
 from simulator.trace import Trace
 
 

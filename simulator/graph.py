@@ -98,6 +98,8 @@ class Op:
     backward: BackwardRule | None = None
     saves_late: bool = False
     """Whether what it saves is packed after the kernel ran, not before: an output, or by a function in Python."""
+    only_saved: bool = False
+    """Whether it stands for turns of a loop that are not built: it makes what is saved of them, and nothing else."""
     attributes: dict[str, Any] = attrs.field(factory=dict)
 
 

@@ -18,6 +18,7 @@ from simulator.timeline import Live
 from simulator.workload import Training
 from studies.breakdown import LayerGroup, by_place
 from studies.options import Resolved, TrainingOptions, parse_headroom, resolve
+from studies.pruning import Saving, savings
 from studies.rules_of_thumb import RuleOfThumb, rules_of_thumb
 
 SCHEMA_VERSION = 1
@@ -54,13 +55,19 @@ class Estimate:
     """The reports of a job's ranks held against a GPU; the rank with the highest peak speaks for all."""
 
     def __init__(
-        self, ranks: Sequence[SimulatedRanks], cluster: Cluster, min_headroom: int, assumptions: tuple[str, ...]
+        self,
+        ranks: Sequence[SimulatedRanks],
+        cluster: Cluster,
+        min_headroom: int,
+        assumptions: tuple[str, ...],
+        savings: Sequence[Saving] = (),
     ) -> None:
         self.ranks = tuple(ranks)
         self.report = ranks[0].report
         self.cluster = cluster
         self.min_headroom = min_headroom
         self.assumptions = assumptions
+        self.savings = tuple(savings)
 
     @property
     def peak(self) -> StepPeak:
@@ -96,6 +103,7 @@ class Estimate:
         strategies = "".join(f", {name.replace('_', ' ')}" for name in self.report.plan.applied)
         strategies += f" on {mesh}" if mesh.world > 1 else ""
         how = f"{training.attention} attention, {training.optimizer.name} ({training.optimizer.implementation})"
+        how += " in backward" if training.optimizer_in_backward else ""
         whose = "" if training.implementation == "transformers" else f", {training.implementation}'s code"
         return f"{regime}, {batch}{more}, {how}{whose}{strategies}"
 
@@ -143,6 +151,7 @@ class Estimate:
             "largest": [_live_dict(live) for live in self.live[:10]],
             "rules_of_thumb": [attrs.asdict(rule) for rule in self.rules_of_thumb],
             "mesh": self.report.plan.mesh.degrees,
+            "pruning": [_saving_dict(each) for each in self.savings],
             "ranks": [_ranks_dict(each) for each in self.ranks],
             "strategies": list(self.report.plan.applied),
             "assumptions": list(self.assumptions),
@@ -161,7 +170,15 @@ def estimate(model: ModelSpec, gpus: str, options: TrainingOptions, min_headroom
     headroom = parse_headroom(min_headroom, cluster.gpu.capacity.low)
     ranks = simulate_ranks(model, resolved)
     assumptions = (*resolved.assumptions, *ranks[0].report.plan.assumptions)
-    return Estimate(ranks, cluster, headroom, assumptions)
+    return Estimate(ranks, cluster, headroom, assumptions, _savings(model, resolved, ranks[0].report))
+
+
+def _savings(model: ModelSpec, resolved: Resolved, after: Report) -> list[Saving]:
+    """What the rank that speaks for all saves by pruning; nothing where nothing is pruned."""
+    if not resolved.prunings:
+        return []
+    unpruned = attrs.evolve(resolved, strategies=resolved.strategies[len(resolved.prunings) :], prunings=())
+    return savings(simulate_ranks(model, unpruned)[0].report, after)
 
 
 def simulate_ranks(model: ModelSpec, resolved: Resolved) -> list[SimulatedRanks]:
@@ -190,7 +207,13 @@ def _training_dict(training: Training) -> dict[str, Any]:
     data["autocast"] = None if training.autocast is None else training.autocast.name
     data["torch"] = ".".join(map(str, training.torch))
     data["optimizer"] = attrs.asdict(training.optimizer)
+    data["liger"] = {"kernels": training.liger.kernels, "multiprocessors": training.liger.multiprocessors}
     return data
+
+
+def _saving_dict(each: Saving) -> dict[str, Any]:
+    unit = "_bytes" if each.is_bytes else "_count"
+    return {"name": each.name, f"before{unit}": each.before, f"after{unit}": each.after, f"saved{unit}": each.saved}
 
 
 def _ranks_dict(each: SimulatedRanks) -> dict[str, Any]:

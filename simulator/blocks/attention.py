@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 from hardware.dtypes import FP32
 from hardware.errors import UnsupportedError
 from simulator import ops
 from simulator.blocks.heads import States, head_dims, separate_states
 from simulator.blocks.linear import projection
-from simulator.blocks.rotary import Rotate, rotate
+from simulator.blocks.rotary import Rotate, liger_rotate, rotate
 from simulator.graph import Tensor
 from simulator.model import AttentionSpec
 from simulator.sizes import Dim
 from simulator.trace import Trace
+
+#: Queries, keys, values ``[b, a, s, d]`` and mask to the output ``[b, s, a, d]`` and the weights of attention.
+Interface = Callable[[Trace, Tensor, Tensor, Tensor, "Tensor | None", AttentionSpec], "tuple[Tensor, Tensor | None]"]
 
 
 def repeat_kv(t: Trace, x: Tensor, heads: tuple[Dim, ...]) -> Tensor:
@@ -133,21 +139,25 @@ def rotary_attention(
     *,
     states: States = separate_states,
     rotate: Rotate = rotate,
+    interface: Interface | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """`LlamaAttention`: q, k, v projections, rotary positions, attention, output projection; and the weights.
 
     Args:
         states: how queries, keys and values are projected.
         rotate: how rotary positions are applied, where the layer has them.
+        interface: what attends; by default what ``attn_implementation`` names, with a softmax in fp32.
     """
     heads, _, d = head_dims(t, spec)
     with t.call("self_attn", x) as local:
         query, key, value = states(t, x, spec, local)
         if spec.rotary:
-            query, key = rotate(t, query, key, *tables)
+            turn = liger_rotate if t.regime.liger.rope else rotate
+            query, key = turn(t, query, key, *tables)
             local("q", query)
             local("k", key)
-        out, weights = attention(t, query, key, value, mask, spec, fp32_softmax=True)
+        attend = interface or partial(attention, fp32_softmax=True)
+        out, weights = attend(t, query, key, value, mask, spec)
         if weights is not None:
             local("weights", weights)
         out = local("out", ops.reshape(t, out, (*x.shape[:-1], (*heads, d))))

@@ -20,6 +20,10 @@ def vocabulary_table(t: Trace, path: str) -> Tensor:
 
 def look_up(t: Trace, table: Tensor, ids: Tensor, name: str) -> Tensor:
     """The `nn.Embedding` `name` of the vocabulary: hidden states of `ids`."""
+    return t.embedded(_rows(t, table, ids, name))
+
+
+def _rows(t: Trace, table: Tensor, ids: Tensor, name: str) -> Tensor:
     with t.call(name, ids):
         if t.style(name) is not Style.VOCABULARY:
             return ops.embedding(t, table, ids)
@@ -33,9 +37,9 @@ def token_embeddings(t: Trace, table: Tensor, ids: Tensor) -> Tensor:
 
 def scaled_embeddings(t: Trace, table: Tensor, ids: Tensor) -> Tensor:
     """`Gemma2TextScaledWordEmbedding` (models/gemma2/modeling_gemma2.py): times the root of the hidden size."""
-    embeds = token_embeddings(t, table, ids)
+    embeds = _rows(t, table, ids, "embed_tokens")
     with t.call("embed_tokens"):
-        return ops.mul(t, embeds, t.buffer("embed_scale", dtype=t.regime.weights))
+        return t.embedded(ops.mul(t, embeds, t.buffer("embed_scale", dtype=t.regime.weights)))
 
 
 def vocabulary_head(t: Trace, name: str, x: Tensor, tied: Tensor | None, *, bias: bool = False) -> Tensor:

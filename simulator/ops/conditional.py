@@ -26,30 +26,29 @@ def _where_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients
 
 
 def masked_fill(t: Trace, x: Tensor, mask: Tensor) -> Tensor:
-    """``x.masked_fill(mask, number)``."""
+    """``x.masked_fill(mask, number)``: a contiguous copy, whatever the layout; saves the mask."""
     out = t.fresh("masked_fill.Scalar", x.shape, x.dtype)
     t.emit("masked_fill.Scalar", [x, mask], [out], saves=[mask], backward=_masked_fill_backward)
     return out
 
 
 def _masked_fill_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients:
-    (gradient,) = gradients
-    assert gradient is not None
-    return [engine.like("masked_fill.Scalar", gradient), None]
+    x, _ = op.inputs
+    return [engine.fresh("masked_fill.Scalar", x.shape, x.dtype), None]
 
 
-def clamp(t: Trace, x: Tensor) -> Tensor:
-    """``x.clamp(min, max)``."""
+def clamp(t: Trace, x: Tensor, *, bounds: int = 2) -> Tensor:
+    """``torch.clamp`` between `bounds` numbers, 1 or 2: its input says where the gradient passes."""
     out = t.fresh("clamp.default", x.shape, x.dtype, x.memory)
-    t.emit("clamp.default", [x], [out], saves=[x], backward=_clamp_backward)
+    t.emit("clamp.default", [x], [out], saves=[x], backward=_clamp_backward, bounds=bounds)
     return out
 
 
 def _clamp_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients:
-    """Both comparisons, and a choice by them (torch/csrc/autograd/FunctionsManual.cpp `clamp_backward`)."""
+    """A comparison per bound, and a choice by them (torch/csrc/autograd/FunctionsManual.cpp `clamp_backward`)."""
     (gradient,) = gradients
     assert gradient is not None
     engine.fresh("scalar_tensor.default", (), gradient.dtype)
-    for name in ("ge.Scalar", "le.Scalar"):
-        engine.like(name, op.inputs[0], BOOL)
+    for _ in range(op.attributes["bounds"]):
+        engine.like("le.Scalar", op.inputs[0], BOOL)
     return [engine.like("where.self", gradient)]

@@ -54,7 +54,8 @@ def _linear_function_backward(engine: Autograd, op: Op, gradients: Gradients) ->
     x, weight, *bias = op.inputs
     for_x = engine.fresh("mm.default", x.shape, x.dtype) if x.requires_grad else None
     for_weight = engine.fresh("mm.default", weight.shape, weight.dtype) if weight.requires_grad else None
-    return [for_x, for_weight, *(engine.fresh("sum.dim_IntList", b.shape, b.dtype) for b in bias)]
+    for_bias = [engine.fresh("sum.dim_IntList", b.shape, b.dtype) if b.requires_grad else None for b in bias]
+    return [for_x, for_weight, *for_bias]
 
 
 def linear_by_matmul(t: Trace, x: Tensor, weight: Tensor, out: Axis) -> Tensor:
@@ -114,7 +115,7 @@ def _addmm_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients
 
 
 def matmul(t: Trace, x: Tensor, y: Tensor, *, autocasts: bool = True) -> Tensor:
-    """``torch.matmul`` of two 4-D tensors: both expand to 3-D (copied where a view will not do), then `bmm`.
+    """``torch.matmul`` of batched tensors: both expand to 3-D (copied where a view will not do), then `bmm`.
 
     Args:
         autocasts: whether autocast, where it is on, casts both; not inside an op that it has cast for already.
@@ -126,7 +127,14 @@ def matmul(t: Trace, x: Tensor, y: Tensor, *, autocasts: bool = True) -> Tensor:
         if y.shape[1] != x.shape[1]:
             y = expand(t, y, (y.shape[0], x.shape[1], *y.shape[2:]))
         result = bmm(t, _to_batches(t, x), _to_batches(t, y))
-        return view(t, result, (*x.shape[:2], x.shape[2], y.shape[3]), "_unsafe_view.default")
+        return view(t, result, (*x.shape[:-1], y.shape[-1]), "_unsafe_view.default")
+
+
+def autocast_bmm(t: Trace, x: Tensor, y: Tensor) -> Tensor:
+    """``torch.bmm`` as a module calls it: autocast, where it is on, casts both, the second first."""
+    with t.call("") as local:
+        y = local("y", autocast(t, y))
+        return bmm(t, local("x", autocast(t, x)), y)
 
 
 def bmm(t: Trace, x: Tensor, y: Tensor) -> Tensor:
@@ -137,7 +145,7 @@ def bmm(t: Trace, x: Tensor, y: Tensor) -> Tensor:
 
 
 def _to_batches(t: Trace, x: Tensor) -> Tensor:
-    shape: Shape = (x.shape[0] + x.shape[1], x.shape[2], x.shape[3])
+    shape: Shape = (flat(x.shape[:-2]), *x.shape[-2:])
     if viewable(x, shape):
         return view(t, x, shape)
     return view(t, clone(t, x), shape, "_unsafe_view.default")
@@ -162,6 +170,9 @@ def _baddbmm_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradien
     """Each product is scaled by alpha (derivatives.yaml `baddbmm`)."""
     results: Gradients = [None]
     for factor in op.inputs[1:]:
+        if not factor.requires_grad:
+            results.append(None)
+            continue
         product = engine.fresh("bmm.default", factor.shape, factor.dtype)
         results.append(engine.fresh("mul.Tensor", factor.shape, factor.dtype))
         engine.free(product)

@@ -29,9 +29,14 @@ def layer_norm(t: Trace, x: Tensor, weight: Tensor, bias: Tensor | None, *, auto
 
 
 def _layer_norm_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients:
-    results = [engine.prepare("native_layer_norm_backward", x.shape, x.dtype) for x in op.inputs]
-    engine.kernel("native_layer_norm_backward.default", results)
-    return list(results)
+    return _masked_backward(engine, op, "native_layer_norm_backward")
+
+
+def _masked_backward(engine: Autograd, op: Op, name: str) -> Gradients:
+    """One kernel for the gradients of those inputs that want one (``output_mask``)."""
+    results = [engine.prepare(name, x.shape, x.dtype) if x.requires_grad else None for x in op.inputs]
+    engine.kernel(f"{name}.default", [result for result in results if result is not None])
+    return results
 
 
 def rms_norm(t: Trace, x: Tensor, weight: Tensor) -> Tensor:
@@ -63,9 +68,7 @@ def _fused_rms_norm(t: Trace, x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _fused_rms_norm_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients:
-    results = [engine.prepare("_fused_rms_norm_backward", x.shape, x.dtype) for x in op.inputs]
-    engine.kernel("_fused_rms_norm_backward.default", results)
-    return list(results)
+    return _masked_backward(engine, op, "_fused_rms_norm_backward")
 
 
 def mean(t: Trace, x: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import attrs
 
 from hardware.dtypes import FP32
-from simulator import blocks, decoder, ops
+from simulator import blocks, decoder, masks, ops
 from simulator.families import Family, families
 from simulator.families.decoder import read_decoder, read_depth, read_even_heads, read_hidden
 from simulator.families.reader import ConfigReader
@@ -49,10 +49,10 @@ def forward(t: Trace, spec: ModelSpec, layers: decoder.BuiltLayers) -> None:
         ones = t.regime.attention_mask == "none"
         if ones:
             local("attention_mask", ops.constant(t, "ones.default", embeds, dtype=FP32, shape=(("b",), ("s",))))
-        mask = decoder.causal_mask(t, embeds, ones=ones)
+        mask = masks.causal_mask(t, embeds, ones=ones)
         if mask is not None:
             local("causal_mask", mask)
-        position_ids = local("position_ids", decoder.positions(t, ids))
+        position_ids = local("position_ids", masks.positions(t, ids))
         table = t.matrix("embed_positions.weight", (t.dim("P", spec.max_positions + OFFSET),), ("h",))
         with t.call("embed_positions"):
             places = local("positions", ops.embedding(t, table, ops.constant(t, "add.Tensor", position_ids)))
@@ -108,4 +108,4 @@ def _attention(t: Trace, x: Tensor, mask: Tensor | None, spec: AttentionSpec) ->
         return out, weights
 
 
-families.add("biogpt", Family("biogpt", read, forward=forward, config_class="BioGptConfig"))
+families.add("biogpt", Family("biogpt", read, forward=forward, config_class="BioGptConfig", bounded_positions=True))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import attrs
 
 from hardware.dtypes import FP32
-from simulator import blocks, decoder, ops
+from simulator import blocks, decoder, masks, ops
 from simulator.families import Family, families
 from simulator.families.decoder import read_decoder, read_even_heads
 from simulator.families.early.gpt import ALIASES
@@ -48,8 +48,8 @@ def forward(t: Trace, spec: ModelSpec, layers: decoder.BuiltLayers) -> None:
     vocabulary = blocks.vocabulary_table(t, "transformer.wte")
     with t.call("transformer") as local:
         embeds = local("inputs_embeds", blocks.look_up(t, vocabulary, ids, "wte"))
-        position_ids = local("position_ids", decoder.positions(t, ids))
-        mask = decoder.causal_mask(t, embeds)
+        position_ids = local("position_ids", masks.positions(t, ids))
+        mask = masks.causal_mask(t, embeds)
         assert mask is not None
         local("causal_mask", mask)
         with t.call("drop"):
@@ -167,4 +167,7 @@ def _attend(t: Trace, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, r
         return ops.matmul(t, weights, value), weights
 
 
-families.add("codegen", Family("codegen", read, forward=forward, config_class="CodeGenConfig", aliases=ALIASES))
+families.add(
+    "codegen",
+    Family("codegen", read, forward=forward, config_class="CodeGenConfig", aliases=ALIASES, bounded_positions=True),
+)

@@ -7,7 +7,7 @@ from typing import Any
 import attrs
 
 from hardware.dtypes import BOOL, FP32
-from simulator import blocks, decoder, ops
+from simulator import blocks, decoder, masks, ops
 from simulator.families import Family, families
 from simulator.families.decoder import read_decoder, read_even_heads, read_hidden
 from simulator.families.reader import ConfigReader
@@ -72,8 +72,8 @@ def forward(t: Trace, spec: ModelSpec, layers: decoder.BuiltLayers) -> None:
     vocabulary = t.matrix("transformer.wte.weight", ("V",), ("h",))
     with t.call("transformer") as local:
         embeds = local("inputs_embeds", ops.embedding(t, vocabulary, ids))
-        position_ids = local("position_ids", decoder.positions(t, ids))
-        mask = decoder.causal_mask(t, embeds)
+        position_ids = local("position_ids", masks.positions(t, ids))
+        mask = masks.causal_mask(t, embeds)
         assert mask is not None
         local("causal_mask", mask)
         table = t.matrix("wpe.weight", (t.dim("P", spec.max_positions),), ("h",))
@@ -142,4 +142,7 @@ def _attend(
         return ops.matmul(t, weights, value), weights
 
 
-families.add("gpt_neo", Family("gpt_neo", read, forward=forward, config_class="GPTNeoConfig", aliases=_ALIASES))
+families.add(
+    "gpt_neo",
+    Family("gpt_neo", read, forward=forward, config_class="GPTNeoConfig", aliases=_ALIASES, bounded_positions=True),
+)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import attrs
 
 from hardware.dtypes import BOOL, FP32, INT32, INT64
-from simulator import blocks, decoder, ops
+from simulator import blocks, decoder, masks, ops
 from simulator.families import Family, families
 from simulator.families.decoder import read_decoder, read_even_heads
 from simulator.families.reader import ConfigReader
@@ -51,7 +51,7 @@ def forward(t: Trace, spec: ModelSpec, layers: decoder.BuiltLayers) -> None:
         hidden = local("hidden", local("inputs_embeds", blocks.look_up(t, vocabulary, ids, "wte")))
         alibi = local("alibi", _alibi(t, hidden, spec))
         with t.call("") as inner:
-            mask = decoder.causal_mask(t, hidden)
+            mask = masks.causal_mask(t, hidden)
             assert mask is not None
             mask = local("causal_mask", ops.constant(t, "_to_copy.default", inner("mask", mask), dtype=BOOL))
         for slot, layer in layers:
@@ -136,4 +136,7 @@ def _attention(t: Trace, x: Tensor, alibi: Tensor, mask: Tensor, spec: Attention
         return local("output", blocks.projection(t, "out_proj", context, ("h",), spec.bias)), weights
 
 
-families.add("mpt", Family("mpt", read, forward=forward, config_class="MptConfig", aliases=_ALIASES))
+families.add(
+    "mpt",
+    Family("mpt", read, forward=forward, config_class="MptConfig", aliases=_ALIASES, bounded_positions=True),
+)

@@ -188,7 +188,7 @@ def _masked_lm_head(t: Trace, x: Tensor, spec: ModelSpec, vocabulary: Tensor) ->
 def _pooler(t: Trace, x: Tensor) -> Tensor:
     """`BertPooler`: what the first token has become."""
     with t.loss_head(), t.call("pooler", x) as local:
-        pooled = local("pooled_output", blocks.projection(t, "dense", ops.first(t, x, 1), ("h",), bias=True))
+        pooled = local("pooled_output", blocks.projection(t, "dense", ops.select(t, x, 1), ("h",), bias=True))
         with t.call("activation", pooled):
             return ops.tanh(t, pooled)
 
@@ -201,4 +201,4 @@ def _classifier(t: Trace, pooled: Tensor, spec: ClassifierSpec, local: Frame) ->
         return local("logits", blocks.projection(t, "classifier", pooled, (t.dim("C", spec.classes),), bias=True))
 
 
-families.add("bert", Family("bert", read, forward=forward, config_class="BertConfig"))
+families.add("bert", Family("bert", read, forward=forward, config_class="BertConfig", bounded_positions=True))
