@@ -35,10 +35,16 @@ def token_embeddings(t: Trace, table: Tensor, ids: Tensor) -> Tensor:
     return look_up(t, table, ids, "embed_tokens")
 
 
-def scaled_embeddings(t: Trace, table: Tensor, ids: Tensor) -> Tensor:
-    """`Gemma2TextScaledWordEmbedding` (models/gemma2/modeling_gemma2.py): times the root of the hidden size."""
+def scaled_embeddings(t: Trace, table: Tensor, ids: Tensor, *, buffer: bool = True) -> Tensor:
+    """`Gemma2TextScaledWordEmbedding` (models/gemma2/modeling_gemma2.py): times the root of the hidden size.
+
+    Args:
+        buffer: whether that is a buffer; else a number (`BioGptScaledWordEmbedding`).
+    """
     embeds = _rows(t, table, ids, "embed_tokens")
     with t.call("embed_tokens"):
+        if not buffer:
+            return t.embedded(ops.mul_scalar(t, embeds))
         return t.embedded(ops.mul(t, embeds, t.buffer("embed_scale", dtype=t.regime.weights)))
 
 
