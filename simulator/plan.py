@@ -220,6 +220,7 @@ def _regime(plan: Plan) -> Regime:
         attention=training.attention,
         sdpa_backend=training.sdpa_backend,
         experts=training.experts,
+        imbalance=training.expert_imbalance,
         torch=training.torch,
         attention_mask=training.attention_mask,
         fused_activation_backward=training.fused_activation_backward,

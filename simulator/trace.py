@@ -24,6 +24,7 @@ class Regime:
     attention: str = "sdpa"
     sdpa_backend: str = "auto"
     experts: str = "grouped_mm"
+    imbalance: float = 1.0
     torch: tuple[int, int] = (2, 13)
     training: bool = True
     implementation: str = "transformers"

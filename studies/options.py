@@ -70,6 +70,7 @@ class TrainingOptions:
     sdpa_backend: str | None = None
     padding: str | None = None
     experts: str | None = None
+    expert_imbalance: float | None = None
     checkpointing: str | None = None
     """``NAME[,option=value...]`` with a name of `CHECKPOINTING`."""
     checkpoint_every: int | None = None
@@ -141,6 +142,7 @@ def resolve(options: TrainingOptions, model: ModelSpec, world: int = 1) -> Resol
         sdpa_backend=chosen["sdpa_backend"],
         attention_mask=chosen["padding"],
         experts=chosen["experts"],
+        expert_imbalance=chosen["expert_imbalance"],
         keep_outputs=options.keep_outputs,
         grad_scaler=scaled,
         optimizer_in_backward=options.optimizer_in_backward,
@@ -174,6 +176,7 @@ class _Chosen:
             "sdpa_backend": "auto",
             "padding": "none",
             "experts": "grouped_mm",
+            "expert_imbalance": 1.0,
             "checkpointing": "none",
             "zero_grad": "none",
             "torch": _dotted(NEWEST_TORCH),
@@ -209,6 +212,8 @@ class _Chosen:
 
     def _matters(self, name: str) -> bool:
         """Whether the model has what an option is about."""
+        if name == "expert_imbalance":
+            return self._routed and self["experts"] == "eager"
         return name != "experts" or self._routed
 
     def _why(self, name: str) -> str:

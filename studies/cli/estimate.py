@@ -41,7 +41,10 @@ def command(
     sdpa_backend: Annotated[Text, typer.Option(help="auto, flash, efficient or math.")] = None,
     padding: Annotated[Text, typer.Option(help="Attention mask: none, full (nothing padded) or padded.")] = None,
     experts: Annotated[
-        Text, typer.Option(help="How experts are run (experts_implementation): grouped_mm or batched_mm.")
+        Text, typer.Option(help="How experts are run (experts_implementation): grouped_mm, batched_mm or eager.")
+    ] = None,
+    expert_imbalance: Annotated[
+        float | None, typer.Option(help="Tokens of the busiest expert over the mean, for experts run eagerly.")
     ] = None,
     checkpointing: Annotated[
         Text, typer.Option(help="Activation checkpointing: none, or NAME[,option=value...] with full, every, ...")
@@ -168,8 +171,18 @@ def _summary(result: Estimate) -> Table:
         ("steady step", f"{gib(report.steady.nbytes)}, in {report.steady.phase.value}"),
         ("model", f"{report.model.name}: {report.parameters:,} parameters, {len(report.model.layers)} layers"),
         ("workload", result.workload),
+        *_routing(result),
     ]
     return Table(f"{report.model.name} on {result.cluster}", rows)
+
+
+def _routing(result: Estimate) -> list[tuple[str, str]]:
+    """How far the peak depends on which experts tokens go to, where it does."""
+    if result.routing is None:
+        return []
+    band = result.routing
+    worst = f"{size(band.worst)} with {band.imbalance:g} times the mean at one expert of each layer"
+    return [("routing", f"{size(band.even)} with even routing to {worst}")]
 
 
 def _pruning(result: Estimate) -> Table:

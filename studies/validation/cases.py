@@ -39,7 +39,8 @@ _SWITCHES = (
 #: What a case says of its padding mask, as JSON -> `Training.attention_mask`.
 _MASKS = {"null": "none", "false": "none", "true": "full", '"padded"': "padded"}
 _SIMULATED = {"dtype", "autocast", "attn", "sdpa_backend", "experts", "batch", "seq", "grad_accum", "optimizer", "clip"}
-_SIMULATED |= {"attention_mask", "zero_grad", "liger", "checkpointing", "freeze", "prune", "float8", *_SWITCHES}
+_SIMULATED |= {"attention_mask", "expert_imbalance", "zero_grad", "liger", "checkpointing", "freeze", "prune", "float8"}
+_SIMULATED |= set(_SWITCHES)
 #: Options that leave dense training as it is: where to record, inference, the model's name (its line has it).
 _HARMLESS = {"timeline", "layers", "logits_to_keep_prefill", "new_tokens"}
 _HARMLESS |= {"model", "config_override", "config_class", "config", "tags", "id"}
@@ -156,6 +157,7 @@ def _training(case: Mapping[str, Any], family: str) -> Training:
         attention=case.get("attn", "sdpa"),
         sdpa_backend=case.get("sdpa_backend", "auto"),
         experts=case.get("experts") or "grouped_mm",
+        expert_imbalance=case.get("expert_imbalance", 1.0),
         attention_mask=_MASKS[json.dumps(case.get("attention_mask"))],
         keep_outputs=bool(case.get("keep_outputs")),
         clip=case.get("clip") or None,
