@@ -49,9 +49,7 @@ def test_more_experts_cost_parameters_and_no_time():
 
 
 def test_the_band_goes_from_even_to_the_most_uneven_routing():
-    result = estimate(
-        read_model("mixtral-8x7b-v0.1"), "1x80GiB", TrainingOptions(experts="eager", seq_len=4096, optimizer="sgd")
-    )
+    result = estimate(read_model("mixtral-8x7b-v0.1"), "1x80GiB", TrainingOptions(experts="eager", seq_len=4096, optimizer="sgd"))
     assert result.routing is not None
     assert result.routing.even == result.peak.nbytes
     assert result.routing.even < result.routing.worst
