@@ -395,9 +395,7 @@ SKETCHES: dict[str, Sketch] = {
     "falcon": _FALCON,
     "bert": _ENCODER,
     "biogpt": attrs.evolve(_EVEN_ALONE, sizes=_DECODER | _POSITIONS),
-    "codegen": Sketch(
-        {"n_embd": 48, "n_layer": 1, "vocab_size": 1, "n_positions": 64}, ({"n_head": 4},), {"rotary_dim": 4}
-    ),
+    "codegen": Sketch({"n_embd": 48, "n_layer": 1, "vocab_size": 1, **_POSITIONS}, ({"n_head": 4},), {"rotary_dim": 4}),
     "gpt_neo": Sketch(
         {"hidden_size": 24, "vocab_size": 1, **_POSITIONS},
         tuple({"num_heads": heads, "num_layers": 2, "attention_types": [[["global", "local"], 1]]} for heads in (1, 2)),

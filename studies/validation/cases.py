@@ -35,11 +35,14 @@ _FIXED = {"mode": "train", "lora": None, "emulate": True}
 #: Where the tensors of a case were: fake ones on a GPU that is not there, or real ones on the CPU.
 _DEVICES = (("cuda", True), ("cpu", False))
 _SWITCHES = (
-    *("attention_mask", "keep_outputs", "dropout_off"),
+    *("keep_outputs", "dropout_off"),
     *("optimizer_in_backward", "grad_scaler", "items_in_batch"),
 )
+#: What a case says of its padding mask, as JSON -> `Training.attention_mask`.
+_MASKS = {"null": "none", "false": "none", "true": "full", '"padded"': "padded"}
 _SIMULATED = {"dtype", "autocast", "attn", "sdpa_backend", "experts", "batch", "seq", "grad_accum", "optimizer", "clip"}
-_SIMULATED |= {"zero_grad", "expert_imbalance", "liger", "checkpointing", "freeze", "prune", "float8", *_SWITCHES}
+_SIMULATED |= {"attention_mask", "expert_imbalance", "zero_grad", "liger", "checkpointing", "freeze", "prune", "float8"}
+_SIMULATED |= set(_SWITCHES)
 #: Options that leave dense training as it is: where to record, inference, the model's name (its line has it).
 _HARMLESS = {"timeline", "layers", "logits_to_keep_prefill", "new_tokens"}
 _HARMLESS |= {"model", "config_override", "config_class", "config", "tags", "id"}
@@ -130,6 +133,9 @@ def _refuse(case: Mapping[str, Any]) -> None:
     for key in _SWITCHES:
         if case.get(key) not in (None, False, True):
             raise UnsupportedError(f"{key} {json.dumps(case[key])} is not simulated yet, only true and false")
+    mask = json.dumps(case.get("attention_mask"))
+    if mask not in _MASKS:
+        raise UnsupportedError(f"attention_mask {mask} is not simulated yet, only {', '.join(sorted(_MASKS)[1:])}")
     unknown = sorted(set(case) - _SIMULATED - _HARMLESS - {"device", "fake", *_FIXED})
     if unknown:
         raise UnsupportedError(f"case option {unknown[0]!r} is not known")
@@ -156,7 +162,7 @@ def _training(case: Mapping[str, Any], family: str) -> Training:
         sdpa_backend=case.get("sdpa_backend", "auto"),
         experts=case.get("experts") or "grouped_mm",
         expert_imbalance=case.get("expert_imbalance", 1.0),
-        attention_mask="full" if case.get("attention_mask") else "none",
+        attention_mask=_MASKS[json.dumps(case.get("attention_mask"))],
         keep_outputs=bool(case.get("keep_outputs")),
         clip=case.get("clip") or None,
         grad_scaler=bool(case.get("grad_scaler")),

@@ -75,10 +75,6 @@ class Engine:
     def like(self, name, tensor, dtype=None):
         return self.fresh(name, tensor.shape, dtype or tensor.dtype, tensor.memory)
 
-    def free(self, *tensors):
-        for tensor in tensors:
-            del self.cells[tensor.storage]
-
     def workspace(self, name, shape, dtype):
         if self.kernel_workspace:
             self.fresh(name, shape, dtype)
