@@ -162,13 +162,15 @@ class Autograd:
     def overwritten(self, name: str, tensor: Tensor) -> Tensor:
         """A gradient that kernel `name` writes over `tensor`, which the node saved.
 
-        The memory stays. Unless somebody else holds it (the caller's frame the logits), it gets a name of backward's
-        own, under which it outlives the next micro-batch's forward.
+        The memory stays. Unless somebody else holds it (the caller's frame the logits), or another input of the node
+        lies in it (halves of one row), it gets a name of backward's own, under which it outlives the next
+        micro-batch's forward.
         """
         assert self._node is not None
         saved, early = self._found
         storage = (early or saved)[self.graph.uses(self._node).saves.index(tensor.storage)]
-        if self.recorder.references(storage) > 1:
+        together = sum(x.storage is tensor.storage for x in self._node.inputs) > 1
+        if together or self.recorder.references(storage) > 1:
             self.recorder.run(name, [])
             return Tensor(storage, tensor.shape, tensor.memory, tensor.dtype)
         self._overwritten.append(storage)
