@@ -41,7 +41,7 @@ class TestBitFit(StrategyContract):
     def plans(self, mesh=None, *, unrolled=False):
         """The same plans, of a model whose projections have biases."""
         for plan in super().plans(mesh, unrolled=unrolled):
-            mixers = [attrs.evolve(each.attention, bias=True, out_bias=True) for each in plan.model.layers]
+            mixers = [attrs.evolve(each.attention, bias=True) for each in plan.model.layers]
             layers = [attrs.evolve(plan.model.layers[0], token_mixer=each) for each in mixers]
             yield attrs.evolve(plan, model=attrs.evolve(plan.model, layers=tuple(layers)))
 
