@@ -7,7 +7,7 @@ import attrs
 from hardware.errors import UnsupportedError
 from simulator.graph import ATTENTION_CORE
 from simulator.plan import Plan
-from strategies.module_checkpointing import recompute_modules
+from strategies.module_checkpointing import recompute_modules, refuse_modules
 
 
 @attrs.frozen
@@ -21,6 +21,7 @@ class AttentionCheckpointing:
 
     def __call__(self, plan: Plan) -> Plan:
         """The plan with every layer's attention core recomputed."""
+        refuse_modules(plan, self.name)
         if not any(op.part == ATTENTION_CORE for op in plan.graph.ops):
             raise UnsupportedError(f"{self.name} of {plan.model.family} is not modelled: use checkpoint_modules")
         return recompute_modules(plan, self.name, frozenset((ATTENTION_CORE,)))

@@ -34,14 +34,19 @@ class ModuleCheckpointing:
         return recompute_modules(plan, self.name, modules)
 
 
+def refuse_modules(plan: Plan, name: str) -> None:
+    """`UnsupportedError` on other code than transformers', or where ranks share the work."""
+    if plan.hooks or plan.tensor_parallel is not None or plan.training.implementation != "transformers":
+        raise UnsupportedError(f"{name} goes with transformers' models on one device: leave it out, or use those")
+
+
 def recompute_modules(plan: Plan, name: str, modules: frozenset[str]) -> Plan:
     """`plan` with `modules` of every layer recomputed.
 
     Raises:
         UnsupportedError: a framework's hooks or tensor parallelism, with which this was not compared.
     """
-    if plan.hooks or plan.tensor_parallel is not None or plan.training.implementation != "transformers":
-        raise UnsupportedError(f"{name} goes with transformers' models on one device: use full checkpointing")
+    refuse_modules(plan, name)
     plan = recompute_layers(plan, name, range(len(plan.model.layers)))
     return attrs.evolve(plan, recomputed_modules=modules)
 
