@@ -83,17 +83,25 @@ class Layout:
         return [(slot, layers[place.base + place.offset]) for slot, place in enumerate(self.places)]
 
 
-def layout_of(layers: Sequence[Hashable], reach: int = 1) -> Layout:
-    """Split a list of layers (or of whatever tells them apart) into runs, so that the fewest layers are built."""
+def layout_of(layers: Sequence[Hashable], reach: int = 1, together: int = 1) -> Layout:
+    """Split a list of layers (or of whatever tells them apart) into runs, so that the fewest layers are built.
+
+    Args:
+        together: how many layers, counted from the first, no run may part from one another.
+    """
     kinds = _kinds(layers)
+    groups = [tuple(kinds[start : start + together]) for start in range(0, len(kinds), together)]
+    numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
     runs: list[Run] = []
     places: list[Place] = []
-    position = 0
-    for period, count in _cut(kinds, 2 * reach + 1):
+    position = first = 0
+    for width, count in _cut([numbers[group] for group in groups], 2 * reach + 1):
+        period = sum(map(len, groups[first : first + width]))
         run = Run(position, period, count, len(places), reach)
         runs.append(run)
         places += [Place(run, turn, offset) for turn in range(run.built) for offset in range(period)]
         position += period * count
+        first += width * count
     return Layout(tuple(runs), tuple(places))
 
 

@@ -52,7 +52,7 @@ class MicroBatch:
         self._job = job
         self._initial = self._runtimes = runtimes
         self._use = {op: self.graph.uses(op) for op in self.graph.ops}
-        self._region_of = self._regions(job.plan.checkpointed)
+        self._region_of = self._regions(job.plan.checkpoints)
         self._uses = self._count_uses()
         self.after_forward: AfterForward | None = None
         """How the last `forward` ended."""
@@ -83,12 +83,15 @@ class MicroBatch:
         self.recorder.phase = Phase.BACKWARD
         for runtime in self._runtimes:
             runtime.begin_backward(turn)
-        self._autograd(self._runtimes).run()
+        engine = self._autograd(self._runtimes)
+        engine.run()
         if self.keep_outputs:
             self._release_outputs()
         assert self.graph.loss is not None
         for tensor in (*self.graph.inputs, *self.graph.held, self.graph.loss):
             self.recorder.release(tensor.storage)
+        for gradient in engine.kept:
+            self.recorder.release(gradient)
         return self.recorder.steps
 
     def _autograd(self, runtimes: Sequence[Runtime]) -> Autograd:
@@ -162,19 +165,23 @@ class MicroBatch:
 
     # checkpointing -------------------------------------------------------------------------------------------------
 
-    def _regions(self, checkpointed: frozenset[int]) -> dict[Op, Region]:
-        by_slot: dict[int, list[Op]] = {}
+    def _regions(self, checkpoints: Mapping[int, int]) -> dict[Op, Region]:
+        found: dict[int, list[Op]] = {}
         for op in self.graph.ops:
-            if op.slot in checkpointed:
-                assert op.slot is not None
-                by_slot.setdefault(op.slot, []).append(op)
-        return {op: region for ops in by_slot.values() for region in [self._region(ops)] for op in ops}
+            number = None if op.slot is None else checkpoints.get(op.slot)
+            if number is not None:
+                found.setdefault(number, []).append(op)
+        # a checkpoint in which autograd saves nothing, because all of it is frozen, is none
+        saving = [ops for ops in found.values() if any(self._use[op].saves for op in ops)]
+        return {op: region for ops in saving for region in [self._region(ops)] for op in ops}
 
     def _region(self, ops: list[Op]) -> Region:
-        slot = ops[0].slot
-        assert slot is not None
+        """A checkpoint of `ops`: what the first of its layers is called with is its argument, in any case."""
+        slots = dict.fromkeys(op.slot for op in ops if op.slot is not None)
+        made = {storage for op in ops for storage in self.graph.births(op)}
+        arguments = dict.fromkeys(s for slot in slots for s in self.graph.arguments[slot] if s not in made)
         savers = [op for op in ops if self._use[op].saves]
-        return Region(_until_last_save(ops, savers[-1]), self.graph.arguments[slot], savers[0], savers[-1])
+        return Region(_until_last_save(ops, savers[-1]), list(arguments), savers[0], savers[-1])
 
     def _saved(self, op: Op) -> tuple[list[Storage], list[Storage]]:
         """What `op` saved, to be released when its backward node has ended, or as soon as its function returns."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import attrs
 
 from hardware.dtypes import DType
 from simulator.graph import BackwardRule, ForwardGraph, Op, Shape, Tensor, flat, make_storage, make_tensor
+from simulator.liger import Liger
 from simulator.roles import Role
 from simulator.sizes import Dim, Dimensions, Value, product, size_of
 from simulator.tensor_parallel import AXIS, DTENSOR, Style, TensorParallelism
@@ -23,6 +24,7 @@ class Regime:
     attention: str = "sdpa"
     sdpa_backend: str = "auto"
     experts: str = "grouped_mm"
+    imbalance: float = 1.0
     torch: tuple[int, int] = (2, 13)
     training: bool = True
     implementation: str = "transformers"
@@ -42,6 +44,14 @@ class Regime:
     loss: str = "default"
     memory_efficient_linear: bool = False
     """Whether a framework replaces ``torch.nn.functional.linear`` by one that saves the weight itself."""
+    liger: Liger = attrs.field(factory=Liger)
+    """Kernels of Liger-Kernel in place of torch's ops."""
+    items_in_batch: bool = False
+    """Whether the caller passes ``num_items_in_batch``, by which the model divides a summed loss."""
+    embeddings_require_grad: bool = False
+    """Whether a hook makes the embedded tokens require a gradient, even of a frozen table."""
+    float8: str | None = None
+    """How linear layers that run on float8 copies are scaled: ``tensorwise`` or ``rowwise``."""
 
 
 class Frame:
@@ -77,11 +87,14 @@ class Frame:
 class Trace:
     """Builds a `ForwardGraph` op by op."""
 
-    def __init__(self, regime: Regime, dimensions: Dimensions) -> None:
+    def __init__(
+        self, regime: Regime, dimensions: Dimensions, frozen: Callable[[str, int | None], bool] = lambda *_: False
+    ) -> None:
         import networkx as nx
 
         self.regime = regime
         self.dimensions = dimensions
+        self._frozen = frozen
         self.graph = ForwardGraph(nx.DiGraph())
         self.slot: int | None = None
         self.module = ""
@@ -167,7 +180,7 @@ class Trace:
     def parameter(self, name: str, *dims: Dim, dtype: DType | None = None) -> Tensor:
         """A weight: alive before and after, with a gradient."""
         tensor = self._leaf(name, dims, dtype or self.regime.weights, Role.PARAMETER)
-        tensor.requires_grad = self.regime.training
+        tensor.requires_grad = self.regime.training and not self._frozen(tensor.storage.label, self.slot)
         self.graph.parameters.append(tensor)
         if self.regime.tensor_parallel:
             self._place(tensor, name, dims)
@@ -296,6 +309,16 @@ class Trace:
         """An alias of `source` with another shape, to be handed to `emit`."""
         shape, (order,) = self.squeezed(shape), self.squeezed((memory or source.memory,))
         return Tensor(source.storage, shape, order, source.dtype, is_view=True, dense=source.dense)
+
+    def embedded(self, tensor: Tensor) -> Tensor:
+        """What the module that embeds the tokens returns, made a leaf whose gradient lasts where a hook asks for one.
+
+        Source: transformers/modeling_utils.py `enable_input_require_grads`, which checkpointing of layers calls.
+        """
+        if self.regime.embeddings_require_grad and not tensor.requires_grad:
+            tensor.requires_grad = True
+            self.graph.held = (*self.graph.held, tensor)
+        return tensor
 
     def drop(self, tensor: Tensor) -> None:
         """A Python reference to `tensor` ends after the op that ran last."""

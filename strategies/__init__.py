@@ -6,15 +6,20 @@ from collections.abc import Callable
 
 from hardware.registry import Registry
 from simulator.plan import Strategy
+from strategies.bitfit import BitFit
+from strategies.block_checkpointing import BlockCheckpointing
 from strategies.checkpointing import FullCheckpointing
 from strategies.ddp import Ddp
 from strategies.deepspeed.zero3 import DeepSpeedZero3
 from strategies.deepspeed.zero12 import DeepSpeedZero1, DeepSpeedZero2
+from strategies.freezing import Freezing
 from strategies.fsdp1 import Fsdp1
 from strategies.fsdp2 import Fsdp2
 from strategies.gemini import Gemini
+from strategies.interval_checkpointing import IntervalCheckpointing
 from strategies.megatron import MegatronDistributedOptimizer
 from strategies.tensor_parallel import TensorParallel
+from strategies.uniform_checkpointing import UniformCheckpointing
 from strategies.zero_redundancy import ZeroRedundancy
 
 #: Makes a strategy from its options.
@@ -23,6 +28,11 @@ StrategyFactory = Callable[..., Strategy]
 strategies: Registry[StrategyFactory] = Registry("strategy", "vramsim.strategies")
 _BUILT_IN: tuple[StrategyFactory, ...] = (
     FullCheckpointing,
+    IntervalCheckpointing,
+    BlockCheckpointing,
+    UniformCheckpointing,
+    Freezing,
+    BitFit,
     TensorParallel,
     Ddp,
     ZeroRedundancy,

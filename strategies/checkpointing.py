@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import attrs
 
 from hardware.errors import UnsupportedError
@@ -22,6 +24,17 @@ class FullCheckpointing:
 
     def __call__(self, plan: Plan) -> Plan:
         """The plan with every layer recomputed."""
-        if plan.training.implementation in MEGATRON:
-            raise UnsupportedError(f"{self.name} of Megatron-LM's own code is not modelled: leave it out")
-        return attrs.evolve(plan, recomputed=frozenset(range(len(plan.model.layers))))
+        return recompute_layers(plan, self.name, range(len(plan.model.layers)))
+
+
+def recompute_layers(plan: Plan, name: str, layers: Iterable[int], together: int = 1) -> Plan:
+    """`plan` with `layers` recomputed, `together` of them as one checkpoint.
+
+    Raises:
+        UnsupportedError: another strategy says what is recomputed, or Megatron-LM's own model.
+    """
+    if plan.training.implementation in MEGATRON:
+        raise UnsupportedError(f"{name} of Megatron-LM's own code is not modelled: leave it out")
+    if plan.recomputed:
+        raise UnsupportedError(f"{name} does not go with another checkpointing: choose one of the two")
+    return attrs.evolve(plan, recomputed=frozenset(layers), together=together)

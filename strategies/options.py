@@ -13,14 +13,14 @@ from hardware.errors import UnsupportedError, UsageError, unknown_name
 Validator = Callable[[Any, "attrs.Attribute[Any]", Any], None]
 
 
-def option(default: Any, rule: Validator, text: str, source: str = "") -> Any:
+def option(default: Any, rule: Validator, help_text: str, source: str = "") -> Any:
     """A field that users may set as ``NAME,option=value``.
 
     Args:
-        text: one line that says what it does.
+        help_text: one line that says what it does.
         source: where the framework documents it, or has it in code, if not in the strategy's own source.
     """
-    return attrs.field(default=default, validator=rule, metadata={"help": text, "source": source})
+    return attrs.field(default=default, validator=rule, metadata={"help": help_text, "source": source})
 
 
 def flag(_: object, attribute: attrs.Attribute[bool], value: object) -> None:
@@ -49,6 +49,12 @@ def later(modelled: str, *others: str) -> Validator:
             raise UnsupportedError(f"{attribute.name!r} {value} is not modelled yet; leave it out")
 
     return rule
+
+
+def text(_: object, attribute: attrs.Attribute[str], value: object) -> None:
+    """Words."""
+    if not isinstance(value, str):
+        raise UsageError(f"{attribute.name!r} must be text: {value!r}")
 
 
 def count(smallest: int, largest: int = 2**62) -> Validator:

@@ -19,10 +19,17 @@ def owner(plan: Plan) -> str | None:
 
 
 def refuse_second_owner(plan: Plan, name: str) -> None:
-    """`UnsupportedError` where another strategy owns the weights already."""
+    """`UnsupportedError` where another strategy owns the weights already, or some of them are frozen."""
+    refuse_frozen(plan, name)
     first = owner(plan)
     if first is not None:
         raise UnsupportedError(f"{name} does not go with {first}: both own the weights; choose one of the two")
+
+
+def refuse_frozen(plan: Plan, name: str) -> None:
+    """`UnsupportedError` where some weights are frozen: what a framework keeps of them was not compared yet."""
+    if plan.frozen or plan.frozen_layers:
+        raise UnsupportedError(f"{name} on partly frozen weights is not modelled: train all of them, or leave it out")
 
 
 def refuse_tensor_parallel(plan: Plan, name: str) -> None:

@@ -4,6 +4,7 @@ Each follows the Python of transformers 5.23 (file named per function): which in
 and therefore lives until its function returns, is part of what is modelled.
 """
 
+from simulator.blocks.all_experts import all_experts_mlp as all_experts_mlp
 from simulator.blocks.attention import attention as attention
 from simulator.blocks.attention import causal_flash as causal_flash
 from simulator.blocks.attention import eager_attention as eager_attention
@@ -14,16 +15,11 @@ from simulator.blocks.attention import sdpa_attention as sdpa_attention
 from simulator.blocks.delta_net import fused_projections as fused_projections
 from simulator.blocks.delta_net import gated_delta_net as gated_delta_net
 from simulator.blocks.delta_net import separate_projections as separate_projections
-from simulator.blocks.experts import Router as Router
+from simulator.blocks.experts import experts_and_scores as experts_and_scores
 from simulator.blocks.experts import experts_and_shared_mlp as experts_and_shared_mlp
 from simulator.blocks.experts import experts_mlp as experts_mlp
 from simulator.blocks.experts import experts_or_gated_mlp as experts_or_gated_mlp
 from simulator.blocks.experts import gated_shared_mlp as gated_shared_mlp
-from simulator.blocks.experts import grouped_experts as grouped_experts
-from simulator.blocks.experts import grouped_sigmoid_router as grouped_sigmoid_router
-from simulator.blocks.experts import scaled_softmax_router as scaled_softmax_router
-from simulator.blocks.experts import sigmoid_router as sigmoid_router
-from simulator.blocks.experts import softmax_router as softmax_router
 from simulator.blocks.feed_forward import GELU as GELU
 from simulator.blocks.feed_forward import SILU as SILU
 from simulator.blocks.feed_forward import activation as activation
@@ -32,14 +28,19 @@ from simulator.blocks.feed_forward import dropout_add as dropout_add
 from simulator.blocks.feed_forward import fused_gated_mlp as fused_gated_mlp
 from simulator.blocks.feed_forward import gated_mlp as gated_mlp
 from simulator.blocks.feed_forward import plain_mlp as plain_mlp
+from simulator.blocks.forms import PLAIN as PLAIN
+from simulator.blocks.forms import Form as Form
+from simulator.blocks.forms import clamped_gate as clamped_gate
 from simulator.blocks.gated_attention import gated_attention as gated_attention
 from simulator.blocks.heads import PROJECTIONS as PROJECTIONS
 from simulator.blocks.heads import Norm as Norm
 from simulator.blocks.heads import fused_states as fused_states
 from simulator.blocks.heads import head_dims as head_dims
+from simulator.blocks.heads import merge_heads as merge_heads
 from simulator.blocks.heads import separate_states as separate_states
 from simulator.blocks.latent_attention import complex_rotary_table as complex_rotary_table
 from simulator.blocks.latent_attention import latent_attention as latent_attention
+from simulator.blocks.latent_attention import rotate_complex as rotate_complex
 from simulator.blocks.layers import AFTER as AFTER
 from simulator.blocks.layers import AROUND as AROUND
 from simulator.blocks.layers import BEFORE as BEFORE
@@ -52,13 +53,31 @@ from simulator.blocks.norms import cohere_layer_norm as cohere_layer_norm
 from simulator.blocks.norms import gemma_rms_norm as gemma_rms_norm
 from simulator.blocks.norms import layer_norm as layer_norm
 from simulator.blocks.norms import layer_norm_1p as layer_norm_1p
+from simulator.blocks.norms import llama4_norm as llama4_norm
 from simulator.blocks.norms import llama_rms_norm as llama_rms_norm
+from simulator.blocks.norms import unit_norm as unit_norm
 from simulator.blocks.rotary import apply_rotary as apply_rotary
+from simulator.blocks.rotary import cut_rotated as cut_rotated
 from simulator.blocks.rotary import grid_rotary_tables as grid_rotary_tables
+from simulator.blocks.rotary import half as half
+from simulator.blocks.rotary import join_rotated as join_rotated
 from simulator.blocks.rotary import rotary_tables as rotary_tables
 from simulator.blocks.rotary import rotate as rotate
+from simulator.blocks.rotary import rotate_halves as rotate_halves
 from simulator.blocks.rotary import rotate_in as rotate_in
 from simulator.blocks.rotary import rotate_part as rotate_part
+from simulator.blocks.routed_experts import routed_experts as routed_experts
+from simulator.blocks.routers import Router as Router
+from simulator.blocks.routers import chosen_softmax_router as chosen_softmax_router
+from simulator.blocks.routers import grouped_sigmoid_router as grouped_sigmoid_router
+from simulator.blocks.routers import scaled_softmax_router as scaled_softmax_router
+from simulator.blocks.routers import sigmoid_router as sigmoid_router
+from simulator.blocks.routers import softmax_router as softmax_router
+from simulator.blocks.routers import top_k_router as top_k_router
+from simulator.blocks.sinks import attention_with_sinks as attention_with_sinks
+from simulator.blocks.state_space import STATE_SPACE as STATE_SPACE
+from simulator.blocks.state_space import mamba2_mixer as mamba2_mixer
+from simulator.blocks.tempered_attention import tempered_attention as tempered_attention
 from simulator.blocks.vocabulary import look_up as look_up
 from simulator.blocks.vocabulary import scaled_embeddings as scaled_embeddings
 from simulator.blocks.vocabulary import token_embeddings as token_embeddings

@@ -124,7 +124,7 @@ def _faded(t: Trace, key: Tensor, total: Tensor, local: Frame) -> tuple[Tensor, 
     begin, axes = len(t.graph.ops), total.shape[:3]
     last = ops.narrow(t, total, (*axes, ()))
     key = local("key", ops.mul(t, key, _column(t, ops.exp(t, ops.sub(t, last, total)))))
-    fades = ops.view(t, ops.exp(t, ops.pick(t, total, 3)), (*axes, (), ()), "unsqueeze.default")
+    fades = ops.view(t, ops.exp(t, ops.select(t, total, 3)), (*axes, (), ()), "unsqueeze.default")
     fades = local("chunk_decay", fades)
     if "chunks" in t.dimensions.ones:  # only the state after the last chunk, which nobody reads, comes from them
         ops.unread(t, t.graph.ops[begin:], local)
@@ -170,14 +170,14 @@ def _scan(t: Trace, chunks: Chunks, state: Tensor, out: Tensor, local: Frame, ca
 
 def _write_chunk(t: Trace, chunks: Chunks, state: Tensor, out: Tensor, local: Frame) -> Tensor:
     """One chunk's output: what it reads of the state and what it attends to inside, written into `out`."""
-    fresh = ops.pick(t, chunks.new_values, 2)
-    fresh = local("v_new", ops.sub(t, fresh, ops.matmul(t, ops.pick(t, chunks.k_cumdecay, 2), state)))
-    between = local("inter_chunk_attn", ops.matmul(t, ops.pick(t, chunks.query, 2), state))
-    inside = ops.matmul(t, ops.pick(t, chunks.intra_chunk_attn, 2), fresh)
+    fresh = ops.select(t, chunks.new_values, 2)
+    fresh = local("v_new", ops.sub(t, fresh, ops.matmul(t, ops.select(t, chunks.k_cumdecay, 2), state)))
+    between = local("inter_chunk_attn", ops.matmul(t, ops.select(t, chunks.query, 2), state))
+    inside = ops.matmul(t, ops.select(t, chunks.intra_chunk_attn, 2), fresh)
     return local("core_attn_out", ops.write_row(t, out, ops.add(t, between, inside)))
 
 
 def _next_state(t: Trace, chunks: Chunks, state: Tensor, fresh: Tensor) -> Tensor:
     """The state after a chunk: decayed, and with its new values."""
-    kept = ops.mul(t, state, ops.pick(t, chunks.chunk_decay, 2))
-    return ops.add(t, kept, ops.matmul(t, ops.transpose(t, ops.pick(t, chunks.key, 2), 2, 3), fresh))
+    kept = ops.mul(t, state, ops.select(t, chunks.chunk_decay, 2))
+    return ops.add(t, kept, ops.matmul(t, ops.transpose(t, ops.select(t, chunks.key, 2), 2, 3), fresh))

@@ -20,6 +20,10 @@ def vocabulary_table(t: Trace, path: str) -> Tensor:
 
 def look_up(t: Trace, table: Tensor, ids: Tensor, name: str) -> Tensor:
     """The `nn.Embedding` `name` of the vocabulary: hidden states of `ids`."""
+    return t.embedded(_rows(t, table, ids, name))
+
+
+def _rows(t: Trace, table: Tensor, ids: Tensor, name: str) -> Tensor:
     with t.call(name, ids):
         if t.style(name) is not Style.VOCABULARY:
             return ops.embedding(t, table, ids)
@@ -33,12 +37,12 @@ def token_embeddings(t: Trace, table: Tensor, ids: Tensor) -> Tensor:
 
 def scaled_embeddings(t: Trace, table: Tensor, ids: Tensor) -> Tensor:
     """`Gemma2TextScaledWordEmbedding` (models/gemma2/modeling_gemma2.py): times the root of the hidden size."""
-    embeds = token_embeddings(t, table, ids)
+    embeds = _rows(t, table, ids, "embed_tokens")
     with t.call("embed_tokens"):
-        return ops.mul(t, embeds, t.buffer("embed_scale", dtype=t.regime.weights))
+        return t.embedded(ops.mul(t, embeds, t.buffer("embed_scale", dtype=t.regime.weights)))
 
 
-def vocabulary_head(t: Trace, name: str, x: Tensor, tied: Tensor | None) -> Tensor:
+def vocabulary_head(t: Trace, name: str, x: Tensor, tied: Tensor | None, *, bias: bool = False) -> Tensor:
     """The `nn.Linear` from hidden states to logits, with the embedding's weight where it is `tied`."""
     parallel = t.regime.tensor_parallel if t.style(name) is Style.HEAD else None
     if parallel and tied is not None:
@@ -46,7 +50,8 @@ def vocabulary_head(t: Trace, name: str, x: Tensor, tied: Tensor | None) -> Tens
     with t.loss_head(), t.call(name, x) as local:
         x = local("input", column_input(t, x)) if parallel else x
         rows = t.shard(("V",)) if parallel else ("V",)
-        logits = ops.linear(t, x, t.matrix("weight", rows, x.shape[-1]) if tied is None else tied)
+        weight = t.matrix("weight", rows, x.shape[-1]) if tied is None else tied
+        logits = ops.linear(t, x, weight, t.vector("bias", rows) if bias else None, rows)
         if parallel is None or parallel.loss:
             return logits
         return ops.gather_output(t, local("output", logits), 2, ("V",))

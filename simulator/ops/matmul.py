@@ -54,7 +54,8 @@ def _linear_function_backward(engine: Autograd, op: Op, gradients: Gradients) ->
     x, weight, *bias = op.inputs
     for_x = engine.fresh("mm.default", x.shape, x.dtype) if x.requires_grad else None
     for_weight = engine.fresh("mm.default", weight.shape, weight.dtype) if weight.requires_grad else None
-    return [for_x, for_weight, *(engine.fresh("sum.dim_IntList", b.shape, b.dtype) for b in bias)]
+    for_bias = [engine.fresh("sum.dim_IntList", b.shape, b.dtype) if b.requires_grad else None for b in bias]
+    return [for_x, for_weight, *for_bias]
 
 
 def linear_by_matmul(t: Trace, x: Tensor, weight: Tensor, out: Axis) -> Tensor:
@@ -129,6 +130,20 @@ def matmul(t: Trace, x: Tensor, y: Tensor, *, autocasts: bool = True) -> Tensor:
         return view(t, result, (*x.shape[:-1], y.shape[-1]), "_unsafe_view.default")
 
 
+def autocast_mm(t: Trace, x: Tensor, y: Tensor) -> Tensor:
+    """``x @ y`` of two matrices; autocast, where it is on, casts both, the second first."""
+    with t.call("") as local:
+        y = local("y", autocast(t, y))
+        return _mm(t, local("x", autocast(t, x)), y, y.shape[1])
+
+
+def autocast_bmm(t: Trace, x: Tensor, y: Tensor) -> Tensor:
+    """``torch.bmm`` as a module calls it: autocast, where it is on, casts both, the second first."""
+    with t.call("") as local:
+        y = local("y", autocast(t, y))
+        return bmm(t, local("x", autocast(t, x)), y)
+
+
 def bmm(t: Trace, x: Tensor, y: Tensor) -> Tensor:
     """``torch.bmm`` of ``[batches, n, m]`` and ``[batches, m, p]``: saves what the other factor's gradient needs."""
     result = t.fresh("bmm.default", (x.shape[0], x.shape[1], y.shape[2]), x.dtype)
@@ -162,6 +177,9 @@ def _baddbmm_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradien
     """Each product is scaled by alpha (derivatives.yaml `baddbmm`)."""
     results: Gradients = [None]
     for factor in op.inputs[1:]:
+        if not factor.requires_grad:
+            results.append(None)
+            continue
         product = engine.fresh("bmm.default", factor.shape, factor.dtype)
         results.append(engine.fresh("mul.Tensor", factor.shape, factor.dtype))
         engine.free(product)

@@ -11,7 +11,7 @@ from simulator.trace import Trace
 Gradients = list[Tensor | None]
 
 
-def layer_norm(t: Trace, x: Tensor, weight: Tensor, bias: Tensor, *, autocast: bool = True) -> Tensor:
+def layer_norm(t: Trace, x: Tensor, weight: Tensor, bias: Tensor | None, *, autocast: bool = True) -> Tensor:
     """``torch.nn.functional.layer_norm`` over the last axis: saves its input and two fp32 statistics per row.
 
     Args:
@@ -22,17 +22,21 @@ def layer_norm(t: Trace, x: Tensor, weight: Tensor, bias: Tensor, *, autocast: b
     rows = x.shape[:-1]
     out = t.fresh("native_layer_norm.default", x.shape, x.dtype)
     mean, rstd = (t.fresh(f"native_layer_norm.{name}", rows, FP32) for name in ("mean", "rstd"))
-    saves = [x, weight, bias, mean, rstd]
-    t.emit(
-        "native_layer_norm.default", [x, weight, bias], [out, mean, rstd], saves=saves, backward=_layer_norm_backward
-    )
+    inputs = [x, weight] if bias is None else [x, weight, bias]
+    outputs = [out, mean, rstd]
+    t.emit("native_layer_norm.default", inputs, outputs, saves=[*inputs, mean, rstd], backward=_layer_norm_backward)
     return out
 
 
 def _layer_norm_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients:
-    results = [engine.prepare("native_layer_norm_backward", x.shape, x.dtype) for x in op.inputs]
-    engine.kernel("native_layer_norm_backward.default", results)
-    return list(results)
+    return _masked_backward(engine, op, "native_layer_norm_backward")
+
+
+def _masked_backward(engine: Autograd, op: Op, name: str) -> Gradients:
+    """One kernel for the gradients of those inputs that want one (``output_mask``)."""
+    results = [engine.prepare(name, x.shape, x.dtype) if x.requires_grad else None for x in op.inputs]
+    engine.kernel(f"{name}.default", [result for result in results if result is not None])
+    return results
 
 
 def rms_norm(t: Trace, x: Tensor, weight: Tensor) -> Tensor:
@@ -64,9 +68,7 @@ def _fused_rms_norm(t: Trace, x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _fused_rms_norm_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients:
-    results = [engine.prepare("_fused_rms_norm_backward", x.shape, x.dtype) for x in op.inputs]
-    engine.kernel("_fused_rms_norm_backward.default", results)
-    return list(results)
+    return _masked_backward(engine, op, "_fused_rms_norm_backward")
 
 
 def mean(t: Trace, x: Tensor) -> Tensor:

@@ -86,18 +86,6 @@ def _difference_backward(engine: Autograd, op: Op, gradients: Gradients) -> Grad
     return [gradient if x.requires_grad else None, engine.like("neg.default", gradient) if y.requires_grad else None]
 
 
-def masked_fill(t: Trace, x: Tensor, mask: Tensor) -> Tensor:
-    """``x.masked_fill(mask, number)``: saves the mask."""
-    out = t.fresh("masked_fill.Scalar", x.shape, x.dtype)
-    return t.emit("masked_fill.Scalar", [x, mask], [out], saves=[mask], backward=_masked_fill_backward)[0]
-
-
-def _masked_fill_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients:
-    (gradient,) = gradients
-    assert gradient is not None
-    return [engine.like("masked_fill.Scalar", gradient), None]
-
-
 def solve_triangular(t: Trace, x: Tensor, y: Tensor) -> Tensor:
     """``torch.linalg.solve_triangular(x, y)`` of ``[..., c, c]`` and ``[..., c, d]``: column-major, like LAPACK's.
 

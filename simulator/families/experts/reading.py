@@ -23,6 +23,7 @@ def read_experts(
     per_token: int,
     normalised: bool | None = None,
     shared_width: int | None = None,
+    activation: tuple[str, str] = ("hidden_act", "silu"),
 ) -> ExpertsSpec:
     """The mixture of experts of a layer.
 
@@ -33,6 +34,7 @@ def read_experts(
         per_token: default number of experts that a token visits.
         normalised: default of ``norm_topk_prob``; None where weights are normalised always.
         shared_width: channels of the MLP that every token visits.
+        activation: key and default of its name.
     """
     refuse_router_options(config)
     count = config.required_size(*experts, LARGEST_EXPERTS)
@@ -41,7 +43,7 @@ def read_experts(
     config.check(chosen <= count, too_many, "num_experts_per_tok", experts[0])
     return ExpertsSpec(
         width=config.required_size(*width, LARGEST_WIDTH),
-        activation=config.activation("hidden_act", "silu"),
+        activation=config.activation(*activation),
         experts=count,
         per_token=min(chosen, count),
         normalised=normalised is None or config.flag("norm_topk_prob", normalised),
