@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import attrs
 
-from hardware.dtypes import FP32, DType
+from hardware.dtypes import DType
 from simulator.graph import ForwardGraph, Op, Shape, Storage, Tensor, flat, make_storage, make_tensor
 from simulator.recorder import Recorder
 from simulator.roles import Phase, Role
@@ -76,6 +76,9 @@ class Autograd:
         self._expected = self._count_leaf_uses()
         self._made: list[Tensor] = []
         self._serial = 0
+        self._node: Op | None = None
+        self._found: tuple[list[Storage], list[Storage]] = ([], [])
+        self._overwritten: list[Storage] = []
         self._slot = recorder.slot
         # a second micro-batch's gradients live beside the first's, so they need names of their own
         self._tag = "more" if gradients else "grad"
@@ -86,10 +89,10 @@ class Autograd:
         assert loss is not None
         assert loss.producer is not None
         self.recorder.phase = Phase.BACKWARD
-        seed = self.fresh("ones_like.default", loss.shape, FP32)
+        seed = self.fresh("ones_like.default", loss.shape, loss.dtype)
         self._made.clear()
         self.recorder.retain(seed.storage)  # the caller of backward() holds it to the end
-        self._pending[loss.producer] = [seed]
+        self._pending[loss.producer] = [self._loss_gradient(seed)]
         for index in range(loss.producer, -1, -1):
             if self._inner is not None and index < self._inner.region.first:
                 self._leave(self._inner)
@@ -100,6 +103,14 @@ class Autograd:
         for runtime in self._runtimes:
             runtime.end_backward()
         self.recorder.release(seed.storage)
+
+    def _loss_gradient(self, seed: Tensor) -> Tensor:
+        gradient = seed
+        for runtime in self._runtimes:
+            given, gradient = gradient, runtime.seed(self, gradient)
+            if gradient is not given:
+                self._replace(given, gradient)
+        return gradient
 
     # what rules call -----------------------------------------------------------------------------------------------
 
@@ -139,6 +150,22 @@ class Autograd:
         """Run an elementwise kernel whose result has the shape and layout of `tensor`."""
         return self.fresh(name, tensor.shape, dtype or tensor.dtype, tensor.memory)
 
+    def overwritten(self, name: str, tensor: Tensor) -> Tensor:
+        """A gradient that kernel `name` writes over `tensor`, which the node saved.
+
+        The memory stays. Unless somebody else holds it (the caller's frame the logits), it gets a name of backward's
+        own, under which it outlives the next micro-batch's forward.
+        """
+        assert self._node is not None
+        saved, early = self._found
+        storage = (early or saved)[self.graph.uses(self._node).saves.index(tensor.storage)]
+        if self.recorder.references(storage) > 1:
+            self.recorder.run(name, [])
+            return Tensor(storage, tensor.shape, tensor.memory, tensor.dtype)
+        self._overwritten.append(storage)
+        self.recorder.release(storage)
+        return self.like(name, tensor)
+
     @staticmethod
     def view(gradient: Tensor, shape: Shape, memory: tuple[Dim, ...] | None = None) -> Tensor:
         """The same storage seen otherwise; it is never accumulated into (a view keeps its base alive)."""
@@ -177,7 +204,8 @@ class Autograd:
             self._serial = 0  # labels count from the first op of a layer, so that equal layers get equal labels
             self._slot = op.slot
         recorder.module, recorder.slot = op.module, op.slot
-        saved, early = self._checkpoints.saved(op)
+        self._node = op
+        saved, early = self._found = self._checkpoints.saved(op)
         assert op.backward is not None
         results: list[Tensor | None] = []
         for gradient, tensor in zip(op.backward(self, op, gradients), op.inputs, strict=True):
@@ -185,6 +213,9 @@ class Autograd:
             results.append(gradient if wanted else None)
             if gradient is not None and wanted:
                 recorder.retain(gradient.storage)
+        if self._overwritten:
+            saved, early = ([s for s in kept if s not in self._overwritten] for kept in (saved, early))
+            self._overwritten.clear()
         self._release_made()
         self._release(early)
         results = [g and self._validate(g, t) for g, t in zip(results, op.inputs, strict=True)]

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from hardware.dtypes import BOOL, FP32, INT64
+from hardware.dtypes import FP32, INT64
+from hardware.errors import UnsupportedError
 from simulator import ops
 from simulator.blocks import Norm, rotary_tables, token_embeddings, vocabulary_head, vocabulary_table
-from simulator.graph import Shape, Tensor
-from simulator.model import LayerSpec, ModelSpec
-from simulator.trace import Trace
+from simulator.graph import ForwardGraph, Tensor
+from simulator.masks import causal_mask, positions, recurrent_mask
+from simulator.model import AttentionSpec, LayerSpec, ModelSpec
+from simulator.trace import Frame, Trace
 
 #: Slot and spec of every layer to build.
 BuiltLayers = Sequence[tuple[int, LayerSpec]]
@@ -20,6 +22,10 @@ BuiltLayers = Sequence[tuple[int, LayerSpec]]
 Embed = Callable[[Trace, Tensor, Tensor], Tensor]
 #: Hidden states, rotary tables and mask through one layer.
 Layer = Callable[[Trace, Tensor, tuple[Tensor, ...], Tensor | None, LayerSpec], Tensor]
+
+
+#: What transformers' Trainer counts over the micro-batches of a step: the labels that are not ignored.
+_ITEMS = "num_items_in_batch"
 
 
 def rotary_decoder(
@@ -33,7 +39,9 @@ def rotary_decoder(
     windows: Sequence[int | None] | None = None,
     make_tables: Callable[..., tuple[Tensor, ...]] = rotary_tables,
     tables_by_kind: bool = False,
+    chunked: bool = False,
     scale_logits: Callable[[Trace, Tensor], Tensor] | None = None,
+    positions_to_layers: bool = True,
 ) -> None:
     """`...ForCausalLM` with rotary positions, from token ids to the loss (models/llama/modeling_llama.py).
 
@@ -43,7 +51,9 @@ def rotary_decoder(
         windows: of the masks that are made, None without one; by default those that the layers have.
         make_tables: `rotary_tables` with the options of the family.
         tables_by_kind: whether layers with and without a window have rotary tables of their own.
+        chunked: whether windows are chunks, in which alone tokens see each other (Llama 4).
         scale_logits: what happens to the logits before they are soft-capped.
+        positions_to_layers: whether layers are called with the positions, too.
     """
     ids, labels = batch(t)
     vocabulary = vocabulary_table(t, "model.embed_tokens")
@@ -52,27 +62,33 @@ def rotary_decoder(
         position_ids = local("position_ids", positions(t, ids))
         masks: dict[int | None, Tensor] = {}
         for index, window in enumerate(own_windows(spec) if windows is None else windows):
-            mask = causal_mask(t, embeds, window)
+            mask = causal_mask(t, embeds, window, chunked=chunked)
             if mask is not None:
                 masks[window] = local(f"mask.{index}", mask)
+        padding = recurrent_mask(t) if len(attentions(spec)) < len(spec.layers) else None
         tables = {}
         for kind in _kinds(spec) if tables_by_kind else ("",):
-            tables[kind] = make_tables(t, spec.layers[0].attention, embeds, kind=kind)
+            tables[kind] = make_tables(t, next(iter(attentions(spec)), None), embeds, kind=kind)
             for index, table in enumerate(tables[kind]):
                 local(f"{kind}table.{index}", table)
         hidden = local("hidden", embeds)
         for slot, one in layers:
             own = tables[_kind(one) if tables_by_kind else ""]
-            mask = masks.get(one.attention.window)
-            with t.layer(slot, hidden, mask, *own, position_ids):
+            mask = masks.get(one.attention.window) if one.attends else padding
+            with t.layer(slot, hidden, mask, *own, position_ids if positions_to_layers else None):
                 hidden = local("hidden", layer(t, hidden, own, mask, one))
         hidden = local("hidden", norm(t, "norm", hidden))
     language_head(t, hidden, labels, spec, vocabulary, scale_logits)
 
 
+def attentions(spec: ModelSpec) -> list[AttentionSpec]:
+    """The attention of the layers that have it."""
+    return [layer.token_mixer for layer in spec.layers if isinstance(layer.token_mixer, AttentionSpec)]
+
+
 def own_windows(spec: ModelSpec) -> list[int | None]:
     """The sliding windows that the layers of a model have, each once; None is that of layers without one."""
-    return list(dict.fromkeys(layer.attention.window for layer in spec.layers))
+    return list(dict.fromkeys(each.window for each in attentions(spec)))
 
 
 def full_and_own_windows(spec: ModelSpec) -> list[int | None]:
@@ -94,66 +110,27 @@ def _kinds(spec: ModelSpec) -> list[str]:
     return list(dict.fromkeys(map(_kind, spec.layers)))
 
 
-def batch(t: Trace) -> tuple[Tensor, Tensor]:
-    """The micro-batch: token ids, labels and, where the workload has one, a padding mask; all int64."""
-    ids, labels = (t.input(name, "b", "s", dtype=INT64) for name in ("input_ids", "labels"))
-    if t.regime.attention_mask != "none":
-        t.input("attention_mask", "b", "s", dtype=INT64)
-    return ids, labels
+def only_eager(t: Trace, spec: ModelSpec) -> None:
+    """Refuse every attention but ``eager`` for a family whose others are not there or not modelled."""
+    if t.regime.attention != "eager":
+        raise UnsupportedError(
+            f"'attention' must be eager with {spec.family}, the only one modelled, not {t.regime.attention!r}"
+        )
 
 
-def positions(t: Trace, like: Tensor) -> Tensor:
-    """``position_ids``: int64, one row."""
-    row = ((), ("s",))
-    with t.call(""):
-        return ops.constant(t, "add.Tensor", ops.constant(t, "arange.default", like, dtype=INT64, shape=row))
-
-
-def causal_mask(t: Trace, like: Tensor, window: int | None = None, *, skip: bool = True) -> Tensor | None:
-    """The 4-D mask ``[b, 1, s, s]``: additive for eager attention, boolean for SDPA with real padding or a window.
-
-    Without either SDPA and flash attention are told ``is_causal`` instead (masking_utils.py
-    `_ignore_causal_mask_sdpa`, `flash_attention_mask`). A window counts from sequences as long as it.
+def batch(t: Trace, *, labelled: str = "tokens") -> tuple[Tensor, Tensor]:
+    """The micro-batch: token ids, labels and, where the workload has one, a padding mask; all int64.
 
     Args:
-        window: length of the sliding window in tokens; None for a plain causal mask.
-        skip: whether the model lets SDPA go without a mask.
+        labelled: what has a label, each of the ``tokens`` or each of the ``sequences``.
     """
-    eager, padded = t.regime.attention == "eager", t.regime.attention_mask == "padded"
-    windowed = window is not None and bool(t.dimensions.bindings["s"] >= window)
-    if not eager and not (t.regime.attention == "sdpa" and (padded or windowed or not skip)):
-        return None
-    full = (("b",), ("s",), ("s",))
-    with t.call("") as local:
-        for name, shape in (("batch", (("b",),)), ("head", ())):
-            local(name, ops.constant(t, "arange.default", like, dtype=INT64, shape=shape))
-        for name in ("query", "key"):
-            local(name, positions(t, like))
-        allowed = local("allowed", _allowed(t, like, window))
-        if t.regime.attention_mask != "none":  # a mask of ones counts, too
-            allowed = local("allowed", _and(t, local("causal", _and(t, allowed)), full))
-        if not eager:
-            return ops.expand(t, allowed, full) if allowed.shape != t.squeezed(full) else allowed
-        return ops.constant(t, "where.self", allowed, dtype=like.dtype, shape=full)
-
-
-def _allowed(t: Trace, like: Tensor, window: int | None) -> Tensor:
-    """`causal_mask_function`, or `sliding_window_causal_mask_function` that joins it with the window."""
-    square = (("s",), ("s",))
-    if window is None:
-        return ops.constant(t, "le.Tensor", like, dtype=BOOL, shape=square)
-    with t.call("") as local:
-        with t.call("") as overlay:
-            overlay("start", ops.constant(t, "sub.Tensor", like, dtype=INT64, shape=(("s",),)))
-            inside = ops.constant(t, "gt.Tensor", like, dtype=BOOL, shape=square)
-        allowed = local("result", _and(t, inside))
-        with t.call("", ops.constant(t, "le.Tensor", like, dtype=BOOL, shape=square)):
-            return _and(t, allowed)
-
-
-def _and(t: Trace, x: Tensor, shape: Shape | None = None) -> Tensor:
-    """One turn of `and_masks` (masking_utils.py)."""
-    return ops.constant(t, "bitwise_and.Tensor", x, shape=shape)
+    ids = t.input("input_ids", "b", "s", dtype=INT64)
+    labels = t.input("labels", *{"tokens": ("b", "s"), "sequences": ("b",)}[labelled], dtype=INT64)
+    if t.regime.attention_mask != "none":
+        t.input("attention_mask", "b", "s", dtype=INT64)
+    if t.regime.items_in_batch:
+        t.input(_ITEMS, dtype=INT64)
+    return ids, labels
 
 
 def language_head(
@@ -163,10 +140,28 @@ def language_head(
     spec: ModelSpec,
     vocabulary: Tensor,
     scale: Callable[[Trace, Tensor], Tensor] | None = None,
+    *,
+    name: str = "lm_head",
+    bias: bool = False,
+    low_input: bool = False,
 ) -> None:
-    """``lm_head``, scale, soft cap and loss of `...ForCausalLM.forward`; leaves loss and logits in the graph."""
+    """The head, scale, soft cap and loss of `...ForCausalLM.forward`; leaves loss and logits in the graph.
+
+    Args:
+        hidden: hidden states ``[b, s, h]``.
+        vocabulary: the table that the head shares where embeddings are tied.
+        scale: what happens to the logits first.
+        name: of the head's module.
+        bias: whether the head has one.
+        low_input: whether the head casts `hidden` to the element type of its weight.
+    """
+    if t.regime.liger.fused_linear_cross_entropy:
+        _fused_language_head(t, hidden, labels, spec, vocabulary)
+        return
+    tied = vocabulary if spec.tied_embeddings else None
     with t.call("", hidden) as local, t.loss_head():
-        logits = local("logits", vocabulary_head(t, "lm_head", hidden, vocabulary if spec.tied_embeddings else None))
+        hidden = ops.to(t, hidden, t.regime.weights) if low_input else hidden
+        logits = local("logits", vocabulary_head(t, name, hidden, tied, bias=bias))
         if scale is not None:
             logits = local("logits", scale(t, logits))
         if spec.final_softcap is not None:
@@ -174,8 +169,21 @@ def language_head(
             logits = local("logits", ops.tanh(t, logits))
             logits = local("logits", ops.mul_scalar(t, logits))
         loss = causal_lm_loss(t, logits, labels)
+    with t.loss_head():
         set_loss(t, loss)
     t.graph.outputs = (logits, loss) if t.regime.loss_division else (logits,)
+
+
+def _fused_language_head(t: Trace, hidden: Tensor, labels: Tensor, spec: ModelSpec, vocabulary: Tensor) -> None:
+    """`lce_forward` (liger_kernel/transformers/model/llama.py) in training: the head's module never runs."""
+    with t.call("", hidden), t.loss_head():
+        weight = vocabulary if spec.tied_embeddings else t.matrix("lm_head.weight", ("V",), hidden.shape[-1])
+        with t.call("loss_function", hidden) as local:  # `LigerForCausalLMLoss`
+            shifted = shifted_labels(t, labels, local)
+            flat = ops.reshape(t, hidden, (("b", "s"), hidden.shape[-1]))
+            loss = divided_by_items(t, ops.liger_linear_cross_entropy(t, flat, weight, shifted))
+        set_loss(t, loss)
+    t.graph.outputs = (loss,) if t.regime.loss_division else ()
 
 
 def set_loss(t: Trace, loss: Tensor) -> None:
@@ -212,10 +220,30 @@ def causal_lm_loss(t: Trace, logits: Tensor, labels: Tensor) -> Tensor:
     """`ForCausalLMLoss` (loss/loss_utils.py): fp32 logits, padded and shifted labels, mean cross-entropy."""
     with t.call("loss_function", logits) as local:
         logits = local("logits", ops.to(t, logits, FP32))
-        longer = t.dim("s+1", t.dimensions.bindings["s"] + 1)
-        padded = local("labels", ops.constant(t, "constant_pad_nd.default", labels, shape=(("b",), (longer,))))
-        shifted = padded  # shifting one row leaves it contiguous; of several rows `contiguous` makes a copy
-        if "b" not in t.dimensions.ones:
-            shifted = local("shifted", ops.constant(t, "clone.default", padded, shape=labels.shape))
+        shifted = shifted_labels(t, labels, local)
         flat = ops.reshape(t, logits, (("b", "s"), logits.shape[-1]))
-        return ops.nll_loss(t, ops.log_softmax(t, flat), shifted)
+        if t.regime.liger.cross_entropy:
+            return divided_by_items(t, ops.liger_cross_entropy(t, flat, shifted))
+        return divided_by_items(t, ops.nll_loss(t, ops.log_softmax(t, flat), shifted))
+
+
+def shifted_labels(t: Trace, labels: Tensor, local: Frame) -> Tensor:
+    """Labels padded by one column and shifted; both live in the loss function's frame."""
+    longer = t.dim("s+1", t.dimensions.bindings["s"] + 1)
+    padded = local("labels", ops.constant(t, "constant_pad_nd.default", labels, shape=(("b",), (longer,))))
+    if "b" in t.dimensions.ones:
+        return padded  # shifting one row leaves it contiguous; of several rows `contiguous` makes a copy
+    return local("shifted", ops.constant(t, "clone.default", padded, shape=labels.shape))
+
+
+def divided_by_items(t: Trace, loss: Tensor) -> Tensor:
+    """`fixed_cross_entropy` (loss/loss_utils.py): a summed loss is divided by ``num_items_in_batch``, if given."""
+    if not t.regime.items_in_batch:
+        return loss
+    (items,) = items_of(t.graph)
+    return ops.div_constant(t, loss, items)
+
+
+def items_of(graph: ForwardGraph) -> list[Tensor]:
+    """The input ``num_items_in_batch`` of a forward graph, if it has one."""
+    return [x for x in graph.inputs if x.storage.label == _ITEMS]

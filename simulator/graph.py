@@ -104,6 +104,8 @@ class Op:
     """The part of its module that it belongs to, where that part has a name but no module of its own."""
     only_recorded: tuple[Storage, ...] = ()
     """What it makes for the sake of backward alone: not under ``torch.no_grad``."""
+    only_saved: bool = False
+    """Whether it stands for turns of a loop that are not built: it makes what is saved of them, and nothing else."""
     attributes: dict[str, Any] = attrs.field(factory=dict)
 
 

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import attrs
 
 from hardware.errors import UnsupportedError
+from simulator.grad_scaler import GradScaler
 from simulator.graph import Storage
 from simulator.micro_batch import AfterForward, MicroBatch
+from simulator.model import AttentionSpec, ModelSpec
+from simulator.optimizer_in_backward import OptimizerInBackward
 from simulator.optimizers import optimizers
 from simulator.optimizers.clipping import clip_gradient_norm
-from simulator.optimizers.step import OptimizerStep, Parameter
+from simulator.optimizers.step import OptimizerStep, Parameter, Surroundings
 from simulator.plan import TRAINABLE_TENSORS, Plan
 from simulator.program import Node, Repeat, Seq, TreeBuilder
 from simulator.recorder import Step
 from simulator.roles import Phase
-from simulator.runtime import Job, Turn
+from simulator.runtime import Job, Runtime, Turn
 from simulator.sizes import Bindings
-from simulator.workload import WHOLE_WEIGHTS
+from simulator.workload import ONE_DEVICE, WHOLE_WEIGHTS
 
 
 @attrs.frozen(eq=False)
@@ -40,7 +45,19 @@ class _Lowering:
         self.training = plan.training
         self.builder = TreeBuilder(plan.layout)
         self.job = Job(plan)
-        self.runtimes = [hooks.start(self.job) for hooks in plan.hooks]
+        self._states: dict[tuple[Storage, str], Storage] = {}
+        self._constructed: list[Step] = []
+        self.runtimes: list[Runtime] = [hooks.start(self.job) for hooks in plan.hooks]
+        if self.training.optimizer_in_backward:
+            if plan.hooks or plan.tensor_parallel:
+                raise UnsupportedError("'optimizer_in_backward' with a strategy is not modelled: leave one of them out")
+            self.runtimes.append(OptimizerInBackward(self.job, self._update))
+        if self.training.grad_scaler:
+            if plan.tensor_parallel or not all(runtime.unscales for runtime in self.runtimes):
+                raise UnsupportedError(
+                    "'grad_scaler' with a strategy other than ddp is not modelled: leave one of them out"
+                )
+            self.runtimes.insert(0, GradScaler(self.job))
         self._cold_differs = any(runtime.cold_differs for runtime in self.runtimes)
         self._second_differs = any(runtime.second_differs for runtime in self.runtimes)
         self._first_differs = any(runtime.first_differs for runtime in self.runtimes)
@@ -48,8 +65,6 @@ class _Lowering:
         self._micro_batch = MicroBatch(self.job, self.runtimes)
         self._forwards: dict[tuple[bool, ...], tuple[Node, AfterForward]] = {}
         self._turns: dict[tuple[bool, ...], Node] = {}
-        self._states: dict[tuple[Storage, str], Storage] = {}
-        self._constructed: list[Step] = []
 
     def program(self) -> TrainingProgram:
         cold, steady = (self._step(cold=cold) for cold in (True, False))
@@ -73,7 +88,7 @@ class _Lowering:
             parts.append(Repeat(alike, self._turn(Turn(cold, first=False, last=False))))
         if left > 0 and self._last_differs:
             parts.append(self._turn(Turn(cold, first=False, last=True)))
-        return Seq((*parts, *self._optimizer()))
+        return Seq(tuple(parts) if self.training.optimizer_in_backward else (*parts, *self._optimizer()))
 
     def _turn(self, turn: Turn) -> Node:
         """Forward and backward of one micro-batch; those that run alike are built once."""
@@ -116,9 +131,11 @@ class _Lowering:
             parameters = runtime.trainable(parameters)
         return parameters
 
-    def _check_whole(self, updated: list[Parameter]) -> None:
+    def _check_whole(self, updated: Sequence[Parameter]) -> None:
         """Some optimizers are simulated on the model's own weights only: of pieces they would keep something else."""
         name = self.training.optimizer.name
+        if name in ONE_DEVICE and self.plan.mesh.world > 1:
+            raise UnsupportedError(f"'optimizer' {name} on several GPUs is not modelled: use adamw")
         own = {tensor.storage for tensor in self.job.graph.parameters}
         if name in WHOLE_WEIGHTS and any(p.distributed or p.storage not in own for p in updated):
             rule = "on sharded or flattened weights is not modelled"
@@ -126,17 +143,24 @@ class _Lowering:
                 f"'optimizer' {name} {rule}: use adamw, or a strategy that keeps weights whole (ddp)"
             )
 
-    def _optimizer(self) -> list[Node]:
-        held = updated = self._parameters()
-        for runtime in self.runtimes:
-            updated = runtime.updated(updated)
-        dimensions = self.plan.dimensions
+    def _update(self, parameters: Sequence[Parameter]) -> OptimizerStep:
+        """The step of an optimizer that has some of the parameters only."""
+        step = self._optimizer_step(parameters, parameters)
+        self._run(step)
+        return step
+
+    def _optimizer_step(self, updated: Sequence[Parameter], held: Sequence[Parameter]) -> OptimizerStep:
         self._check_whole(updated)
-        step = OptimizerStep(self.training.optimizer, updated, TRAINABLE_TENSORS, self._states, dimensions, held)
-        for runtime in self.runtimes:
-            runtime.before_step(step)
-        if self.training.clip is not None and not any(runtime.clips for runtime in self.runtimes):
-            clip_gradient_norm(step)
+        surroundings = Surroundings(
+            tensors=TRAINABLE_TENSORS,
+            dimensions=self.plan.dimensions,
+            heads=_heads(self.plan.model),
+            kernel_workspace=self.training.kernel_workspace,
+        )
+        return OptimizerStep(self.training.optimizer, updated, self._states, surroundings, held)
+
+    def _run(self, step: OptimizerStep) -> None:
+        """Record the optimizer's work on all of its groups."""
         for group in step.groups():
             for runtime in self.runtimes:
                 runtime.before_group(group)
@@ -145,6 +169,17 @@ class _Lowering:
             for runtime in self.runtimes:
                 runtime.after_group(group)
         self._constructed += [Step(f"load {s.label}", Phase.LOAD, "", s.slot, [s]) for s in step.constructed]
+
+    def _optimizer(self) -> list[Node]:
+        held = updated = self._parameters()
+        for runtime in self.runtimes:
+            updated = runtime.updated(updated)
+        step = self._optimizer_step(updated, held)
+        for runtime in self.runtimes:
+            runtime.before_step(step)
+        if self.training.clip is not None and not any(runtime.clips for runtime in self.runtimes):
+            clip_gradient_norm(step)
+        self._run(step)
         if self.training.zero_grad == "none":
             gradients = step.gradients
             for runtime in self.runtimes:
@@ -153,3 +188,9 @@ class _Lowering:
         for runtime in self.runtimes:
             runtime.after_step(step)
         return [self.builder.tree(step.steps)] if step.steps else []  # plain SGD allocates nothing at all
+
+
+def _heads(model: ModelSpec) -> int:
+    """Attention heads of the first layer that has any."""
+    mixers = (layer.token_mixer for layer in model.layers)
+    return next((mixer.heads for mixer in mixers if isinstance(mixer, AttentionSpec)), 1)

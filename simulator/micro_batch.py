@@ -134,6 +134,8 @@ class MicroBatch:
         """Record `op`; each birth is then held once per use instead of by its maker."""
         recorder = self.recorder
         recorder.module, recorder.slot = op.module, op.slot
+        if op.only_saved:  # a checkpointed forward saves nothing, so nothing is there
+            births = [storage for storage in births if self._uses.get(storage)]
         recorder.run(op.name, births)
         for storage in births:
             recorder.retain(storage, self._uses.get(storage, 0) + (storage in held))

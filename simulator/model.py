@@ -74,6 +74,10 @@ class AttentionSpec(TokenMixerSpec):
     """Whether queries and keys are rotated (SmolLM3 and others leave it out in some layers)."""
     rotary_dim: int | None = attrs.field(default=None, validator=optional(_count(LARGEST_HIDDEN)))
     """Leading channels of a head that are rotated; None rotates all."""
+    causal: bool = attrs.field(default=True, validator=_flag)
+    """Whether a token sees only those before it; an encoder's see all."""
+    clipped: bool = attrs.field(default=False, validator=_flag)
+    """Whether queries, keys and values are clipped (MPT)."""
 
     def __attrs_post_init__(self) -> None:
         if self.heads % self.kv_heads:
@@ -117,6 +121,81 @@ class LatentAttentionSpec(AttentionSpec):
         return self.head_dim - self.rotated
 
 
+@attrs.frozen(kw_only=True)
+class TemperedAttentionSpec(AttentionSpec):
+    """Attention whose queries are scaled by their position where they are not rotated."""
+
+    tempered: bool = attrs.field(default=True, validator=_flag)
+
+
+@attrs.frozen(kw_only=True)
+class DeltaNetSpec(TokenMixerSpec):
+    """A gated delta net: linear attention whose state decays and is corrected token by token (arXiv:2412.06464)."""
+
+    key_heads: int = attrs.field(validator=_count(LARGEST_HEADS))
+    value_heads: int = attrs.field(validator=_count(LARGEST_HEADS))
+    key_dim: int = attrs.field(validator=_count(LARGEST_HIDDEN))
+    """Channels of a head of queries or keys."""
+    value_dim: int = attrs.field(validator=_count(LARGEST_HIDDEN))
+    kernel: int = attrs.field(default=4, validator=_count(LARGEST_HIDDEN))
+    """Length of the causal convolution over queries, keys and values, in tokens."""
+    activation: str = attrs.field(default="silu", validator=instance_of(str))
+    """What follows the convolution."""
+
+    def __attrs_post_init__(self) -> None:
+        if self.value_heads % self.key_heads:
+            raise UsageError(
+                f"value_heads must be a multiple of key_heads, not {self.value_heads} and {self.key_heads}"
+            )
+        if self.channels > LARGEST_WIDTH:
+            raise UsageError(f"heads x channels of queries, keys and values must be at most {LARGEST_WIDTH}")
+
+    @property
+    def groups(self) -> int:
+        """Value heads that share one head of queries and keys."""
+        return self.value_heads // self.key_heads
+
+    @property
+    def channels(self) -> int:
+        """Channels that the convolution runs over: queries, keys and values."""
+        return 2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim
+
+
+@attrs.frozen(kw_only=True)
+class StateSpaceSpec(TokenMixerSpec):
+    """A Mamba-2 mixer of one layer (Dao and Gu, arXiv:2405.21060)."""
+
+    heads: int = attrs.field(validator=_count(LARGEST_HEADS))
+    head_dim: int = attrs.field(validator=_count(LARGEST_HIDDEN))
+    state: int = attrs.field(validator=_count(LARGEST_HIDDEN))
+    """Channels of the state that each channel of a head carries along the sequence."""
+    groups: int = attrs.field(validator=_count(LARGEST_HEADS))
+    """Groups of heads that share what goes into the state and what is read from it."""
+    kernel: int = attrs.field(validator=_count(LARGEST_HIDDEN))
+    """Tokens that the short convolution in front of the scan sees."""
+    chunk: int = attrs.field(validator=_count(LARGEST_POSITIONS))
+    """Tokens of a chunk, inside of which the scan is a product of matrices."""
+    bias: bool = attrs.field(default=False, validator=_flag)
+    conv_bias: bool = attrs.field(default=True, validator=_flag)
+    activation: str = attrs.field(default="silu", validator=instance_of(str))
+
+    def __attrs_post_init__(self) -> None:
+        if self.heads % self.groups:
+            raise UsageError(f"heads must be a multiple of groups, not {self.heads} and {self.groups}")
+        if self.inner > LARGEST_WIDTH:
+            raise UsageError(f"heads x head_dim must be at most {LARGEST_WIDTH}, not {self.heads} x {self.head_dim}")
+
+    @property
+    def inner(self) -> int:
+        """Channels of all heads."""
+        return self.heads * self.head_dim
+
+    @property
+    def channels(self) -> int:
+        """Channels that the convolution sees: the heads', and the two shared projections of each group."""
+        return self.inner + 2 * self.groups * self.state
+
+
 @attrs.frozen
 class FeedForwardSpec:
     """The MLP of one layer: gated (SwiGLU style) or plain."""
@@ -125,6 +204,8 @@ class FeedForwardSpec:
     activation: str = attrs.field(default="silu", validator=instance_of(str))
     gated: bool = attrs.field(default=True, validator=_flag)
     bias: bool = attrs.field(default=False, validator=_flag)
+    dropout: float = attrs.field(default=0.0, validator=_rate)
+    """Rate on what comes out of the activation (BioGPT)."""
 
 
 @attrs.frozen
@@ -140,6 +221,8 @@ class ExpertsSpec(FeedForwardSpec):
     chosen_groups: int = attrs.field(default=1, kw_only=True, validator=_count(LARGEST_EXPERTS))
     shared_width: int | None = attrs.field(default=None, kw_only=True, validator=optional(_count(LARGEST_WIDTH)))
     """Channels of the MLP that every token visits; None where there is none."""
+    latent: int | None = attrs.field(default=None, kw_only=True, validator=optional(_count(LARGEST_HIDDEN)))
+    """Channels that tokens are projected to for the experts, and back from; None where they stay as they are."""
 
     def __attrs_post_init__(self) -> None:
         if self.per_token > self.experts:
@@ -165,9 +248,20 @@ class LayerSpec:
     channel_mixer: FeedForwardSpec | None
 
     @property
+    def attends(self) -> bool:
+        """Whether its token mixer is attention."""
+        return isinstance(self.token_mixer, AttentionSpec)
+
+    @property
     def attention(self) -> AttentionSpec:
         """The token mixer of a layer that is known to have attention."""
         assert isinstance(self.token_mixer, AttentionSpec)
+        return self.token_mixer
+
+    @property
+    def state_space(self) -> StateSpaceSpec:
+        """The token mixer of a layer that is known to have a state space model."""
+        assert isinstance(self.token_mixer, StateSpaceSpec)
         return self.token_mixer
 
     @property
@@ -175,6 +269,15 @@ class LayerSpec:
         """The channel mixer of a layer that is known to have one."""
         assert self.channel_mixer is not None
         return self.channel_mixer
+
+
+@attrs.frozen
+class ClassifierSpec:
+    """A head that sorts whole sequences into classes."""
+
+    classes: int = attrs.field(validator=_count(LARGEST_VOCAB))
+    dropout: float = attrs.field(default=0.0, validator=_rate)
+    """Rate on what the classifier reads."""
 
 
 @attrs.frozen
@@ -202,12 +305,18 @@ class ModelSpec:
     """Soft cap on the logits (Gemma 2)."""
     embedding_width: int | None = attrs.field(default=None, validator=optional(_count(LARGEST_HIDDEN)))
     """Channels of the vocabulary's table where they are not `hidden` (OPT-350m projects them)."""
+    fp32_residual: bool = attrs.field(default=False, validator=_flag)
+    """Whether the residual stream is fp32, whatever the weights are (Mamba-2)."""
     norm_first: bool = attrs.field(default=True, validator=_flag)
     """Whether norms stand before each half of a layer; after it otherwise."""
     final_norm: bool = attrs.field(default=True, validator=_flag)
     """Whether a norm follows the last layer."""
     parallel_blocks: bool = attrs.field(default=False, validator=_flag)
     """Whether attention and MLP of a layer read the same hidden states."""
+    token_types: int | None = attrs.field(default=None, validator=optional(_count(LARGEST_VOCAB)))
+    """Kinds of tokens (first and second sentence) with embeddings of their own; None without them."""
+    classifier: ClassifierSpec | None = attrs.field(default=None, validator=optional(instance_of(ClassifierSpec)))
+    """The head of a sequence classifier; None for a language model's."""
     parts: tuple[Part, ...] = ()
     """What the checkpoint holds beside the simulated decoder."""
     assumptions: tuple[str, ...] = ()

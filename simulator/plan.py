@@ -9,9 +9,12 @@ from typing import Protocol
 import attrs
 
 from hardware.dtypes import DType
+from hardware.errors import UnsupportedError
+from simulator.decoder import items_of
 from simulator.families import families
 from simulator.graph import ForwardGraph
 from simulator.layout import Layout, layout_of, unrolled_layout
+from simulator.liger import check_family
 from simulator.mesh import Mesh
 from simulator.model import ModelSpec
 from simulator.runtime import Hooks
@@ -44,6 +47,8 @@ class Plan:
     """Whether a framework's engine divides the loss by the number of micro-batches and scales it, always."""
     memory_efficient_linear: bool = False
     """Whether a framework's own ``linear`` runs instead of torch's: its backward takes the weight as it is then."""
+    float8: str | None = None
+    """How linear layers that run on float8 copies are scaled; None where none do."""
     recomputed: frozenset[int] = frozenset()
     """Saved-set policy: the layers whose saved tensors are dropped and recomputed in backward."""
     reentrant: bool = False
@@ -103,6 +108,7 @@ class Plan:
 
     @cached_property
     def _trace(self) -> Trace:
+        _check_patches(self)
         model, training = self.model, self.training
         values = {"b": training.micro_batch, "s": training.seq_len, "h": model.hidden, "V": model.vocab}
         trace = Trace(_regime(self), Dimensions(values), _is_frozen(self))
@@ -111,6 +117,7 @@ class Plan:
         recipe = families.get(model.family).recipe(training.implementation)
         recipe(trace, model, self.layout.built(model.layers))
         trace.end_autocast()
+        _check_items(trace)
         trace.dim(TRAINABLE_TENSORS, _trainable_tensors(trace.graph, self.layout))
         return trace
 
@@ -208,6 +215,23 @@ def apply(plan: Plan, strategies: Sequence[Strategy]) -> Plan:
     return plan
 
 
+def _check_patches(plan: Plan) -> None:
+    """Refuse what was not compared with recordings: Liger's kernels and a divided loss inside a framework."""
+    training = plan.training
+    check_family(training.liger, plan.model.family)
+    for field, given in (("liger", training.liger.kernels), ("items_in_batch", training.items_in_batch)):
+        if given and (plan.hooks or plan.tensor_parallel):
+            raise UnsupportedError(
+                f"{field!r} is not modelled together with {', '.join(plan.applied)} yet: leave one of them out"
+            )
+
+
+def _check_items(trace: Trace) -> None:
+    """Refuse ``num_items_in_batch`` where the model's loss does not take it."""
+    if trace.regime.items_in_batch and not any(x in op.inputs for op in trace.graph.ops for x in items_of(trace.graph)):
+        raise UnsupportedError("'items_in_batch' is not taken by the loss of this model: leave it out")
+
+
 def _regime(plan: Plan) -> Regime:
     training = plan.training
     return Regime(
@@ -216,6 +240,7 @@ def _regime(plan: Plan) -> Regime:
         attention=training.attention,
         sdpa_backend=training.sdpa_backend,
         experts=training.experts,
+        imbalance=training.expert_imbalance,
         torch=training.torch,
         attention_mask=training.attention_mask,
         fused_activation_backward=training.fused_activation_backward,
@@ -223,12 +248,15 @@ def _regime(plan: Plan) -> Regime:
         tensor_subclasses=training.tensor_subclasses,
         implementation=training.implementation,
         loss=training.loss,
-        loss_division=training.gradient_accumulation > 1 and not plan.scaled_loss,
+        loss_division=training.gradient_accumulation > 1 and not (plan.scaled_loss or training.items_in_batch),
         scaled_loss=plan.scaled_loss,
         keep_inputs=training.keep_inputs,
         any_sdpa_backend=training.any_sdpa_backend,
         cast_inputs=plan.cast_inputs,
         tensor_parallel=plan.tensor_parallel,
+        liger=training.liger,
+        items_in_batch=training.items_in_batch,
         memory_efficient_linear=plan.memory_efficient_linear,
         embeddings_require_grad=_hooks_embeddings(plan),
+        float8=plan.float8,
     )

@@ -21,6 +21,7 @@ from simulator.roles import Role
 from simulator.sizes import AnySize
 
 if TYPE_CHECKING:
+    from simulator.autograd import Autograd
     from simulator.plan import Plan
 
 
@@ -99,6 +100,8 @@ class Runtime:
     """Whether the last micro-batch of a step runs otherwise than those before it."""
     clips = False
     """Whether it clips gradients itself, instead of torch's ``clip_grad_norm_``."""
+    unscales = False
+    """Whether torch's ``GradScaler`` works on the gradients that it leaves."""
     weights_are_views = False
     """Whether autograd sees weights as views of something: their gradients go on to it, none becomes `.grad`."""
 
@@ -124,6 +127,10 @@ class Runtime:
 
     def begin_backward(self, turn: Turn) -> None:
         """``backward()`` is called."""
+
+    def seed(self, engine: Autograd, gradient: Tensor) -> Tensor:
+        """The gradient of the loss, where the framework calls ``backward()`` on something that it made of the loss."""
+        return gradient
 
     def before_node(self, op: Op) -> None:
         """The backward of `op` is about to run; the gradients of its outputs are there."""

@@ -163,14 +163,41 @@ class JoinedSize:
         return round_up(self.nbytes(bindings), ALLOCATION_GRANULARITY)
 
 
+@attrs.frozen(cache_hash=True)
+class RepeatedSize:
+    """`count` allocations of one size each, which stand together for the turns of a loop that are not built."""
+
+    each: Size
+    count: Dim
+
+    @property
+    def bits(self) -> int:
+        """Bits of an element."""
+        return self.each.bits
+
+    def elements(self, bindings: Bindings) -> Value:
+        """How many elements all of them hold."""
+        return product((self.count,), bindings) * self.each.elements(bindings)
+
+    def nbytes(self, bindings: Bindings) -> Value:
+        """Exact bytes of all, before the allocator rounds."""
+        return product((self.count,), bindings) * self.each.nbytes(bindings)
+
+    def allocated(self, bindings: Bindings) -> Value:
+        """Bytes the caching allocator hands out for all: it rounds each of them."""
+        return product((self.count,), bindings) * self.each.allocated(bindings)
+
+
 #: What a storage may be as big as.
-AnySize: TypeAlias = Size | FlatSize | JoinedSize
+AnySize: TypeAlias = Size | FlatSize | JoinedSize | RepeatedSize
 
 
 def with_bits(size: AnySize, bits: int) -> AnySize:
     """As many elements of another width."""
     if isinstance(size, JoinedSize):
         return JoinedSize(tuple(attrs.evolve(part, bits=bits) for part in size.parts))
+    if isinstance(size, RepeatedSize):
+        return RepeatedSize(attrs.evolve(size.each, bits=bits), size.count)
     return attrs.evolve(size, bits=bits)
 
 

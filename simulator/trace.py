@@ -9,6 +9,7 @@ import attrs
 
 from hardware.dtypes import DType
 from simulator.graph import BackwardRule, ForwardGraph, Op, Shape, Tensor, flat, make_storage, make_tensor
+from simulator.liger import Liger
 from simulator.roles import Role
 from simulator.sizes import Dim, Dimensions, Value, product, size_of
 from simulator.tensor_parallel import AXIS, DTENSOR, Style, TensorParallelism
@@ -23,6 +24,7 @@ class Regime:
     attention: str = "sdpa"
     sdpa_backend: str = "auto"
     experts: str = "grouped_mm"
+    imbalance: float = 1.0
     torch: tuple[int, int] = (2, 13)
     training: bool = True
     implementation: str = "transformers"
@@ -42,8 +44,14 @@ class Regime:
     loss: str = "default"
     memory_efficient_linear: bool = False
     """Whether a framework replaces ``torch.nn.functional.linear`` by one that saves the weight itself."""
+    liger: Liger = attrs.field(factory=Liger)
+    """Kernels of Liger-Kernel in place of torch's ops."""
+    items_in_batch: bool = False
+    """Whether the caller passes ``num_items_in_batch``, by which the model divides a summed loss."""
     embeddings_require_grad: bool = False
     """Whether a hook makes the embedded tokens require a gradient, even of a frozen table."""
+    float8: str | None = None
+    """How linear layers that run on float8 copies are scaled: ``tensorwise`` or ``rowwise``."""
 
 
 class Frame:
@@ -65,6 +73,10 @@ class Frame:
     def held(self, name: str) -> Tensor:
         """What local `name` is bound to."""
         return self._locals[name]
+
+    def keep(self, tensor: Tensor) -> None:
+        """Keep `tensor` until the frame ends: a node of autograd that a local leads to has saved it."""
+        self._arguments.append(tensor)
 
     def close(self) -> None:
         """Leave the function: every local and argument is dropped."""

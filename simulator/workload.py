@@ -4,101 +4,17 @@ from __future__ import annotations
 
 import attrs
 
-from hardware.dtypes import FP32, DType
-from hardware.errors import UsageError, unknown_name
-
-#: Optimizers, and the ways torch (or transformers) can run each; the first is its default on a GPU.
-IMPLEMENTATIONS = {
-    "adam": ("foreach", "fused", "for-loop"),
-    "adamw": ("foreach", "fused", "for-loop"),
-    "sgd": ("foreach", "fused", "for-loop"),
-    "adafactor": ("foreach", "for-loop"),
-    "adafactor_hf": ("for-loop",),
-    "adagrad": ("foreach", "fused", "for-loop"),
-    "rmsprop": ("foreach", "for-loop"),
-    "lion": ("for-loop",),
-    "muon": ("for-loop",),
-    "adamw_8bit": ("for-loop",),
-    "adamw_paged": ("for-loop",),
-    "adamw_8bit_paged": ("for-loop",),
-    "lion_8bit": ("for-loop",),
-}
-#: Options that some optimizers have, and those that have them; every optimizer has the others.
-OPTIONS = {
-    "momentum": ("sgd", "rmsprop"),
-    "nesterov": ("sgd",),
-    "amsgrad": ("adam", "adamw"),
-    "centered": ("rmsprop",),
-    "maximize": ("adam", "adamw", "sgd", "adagrad", "rmsprop"),
-}
-#: Optimizers whose rule needs each weight as the model has it.
-WHOLE_WEIGHTS = ("adagrad", "muon", "adamw_8bit", "adamw_paged", "adamw_8bit_paged", "lion_8bit")
-#: Optimizers whose big states are managed memory, which the driver moves between host and device.
-PAGED = ("adamw_paged", "adamw_8bit_paged")
-#: Weight decay when none is given (the defaults of the classes' constructors); what matters is whether it is zero.
-_DEFAULT_WEIGHT_DECAY = {"adamw": 0.01}
-
-
-def _one_implementation(optimizer: Optimizer) -> str:
-    return IMPLEMENTATIONS.get(str(optimizer.name), ("foreach",))[0]
-
-
-def _default_weight_decay(optimizer: Optimizer) -> float:
-    return _DEFAULT_WEIGHT_DECAY.get(str(optimizer.name), 0.0)
-
-
-def _known_optimizer(_: Optimizer, __: attrs.Attribute[str], value: object) -> None:
-    if not isinstance(value, str) or value not in IMPLEMENTATIONS:
-        raise unknown_name("optimizer", value, IMPLEMENTATIONS)
-
-
-def _known_implementation(optimizer: Optimizer, _: attrs.Attribute[str], value: object) -> None:
-    known = IMPLEMENTATIONS[optimizer.name]
-    if value not in known:
-        raise unknown_name(f"implementation of {optimizer.name}", value, known)
-
-
-def _finite_not_negative(_: Optimizer, attribute: attrs.Attribute[float], value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
-        raise UsageError(f"'{attribute.name}' must be a finite number >= 0: {value!r}")
-
-
-def _true_or_false(_: Optimizer, attribute: attrs.Attribute[bool], value: object) -> None:
-    if not isinstance(value, bool):
-        raise UsageError(f"'{attribute.name}' must be True or False: {value!r}")
-
-
-@attrs.frozen(kw_only=True)
-class Optimizer:
-    """An optimizer and how it is run; every field changes memory.
-
-    `implementation` is ``foreach`` (all parameters at once: temporaries as big as all of them),
-    ``fused`` (none) or ``for-loop`` (one parameter after the other).
-
-    Raises:
-        UsageError: an unknown name, a way to run that the optimizer does not have, or an option of another one.
-    """
-
-    name: str = attrs.field(default="adamw", validator=_known_optimizer)
-    implementation: str = attrs.field(
-        default=attrs.Factory(_one_implementation, takes_self=True), validator=_known_implementation
-    )
-    momentum: float = attrs.field(default=0.0, validator=_finite_not_negative)
-    nesterov: bool = attrs.field(default=False, validator=_true_or_false)
-    weight_decay: float = attrs.field(
-        default=attrs.Factory(_default_weight_decay, takes_self=True), validator=_finite_not_negative
-    )
-    amsgrad: bool = attrs.field(default=False, validator=_true_or_false)
-    centered: bool = attrs.field(default=False, validator=_true_or_false)
-    maximize: bool = attrs.field(default=False, validator=_true_or_false)
-
-    def __attrs_post_init__(self) -> None:
-        for option, owners in OPTIONS.items():
-            if getattr(self, option) and self.name not in owners:
-                raise UsageError(f"'{option}' belongs to {', '.join(owners)}, not to {self.name}; leave it out")
-        if self.nesterov and not self.momentum:
-            raise UsageError("'nesterov' needs a momentum above 0: set 'momentum', 0.9 for instance")
-
+from hardware.dtypes import FP16, FP32, DType
+from hardware.errors import UnsupportedError, UsageError
+from simulator.liger import Liger
+from simulator.optimizer import IMPLEMENTATIONS as IMPLEMENTATIONS
+from simulator.optimizer import ONE_DEVICE as ONE_DEVICE
+from simulator.optimizer import OPTIONS as OPTIONS
+from simulator.optimizer import PAGED as PAGED
+from simulator.optimizer import SCALE_TYPES as SCALE_TYPES
+from simulator.optimizer import WHOLE_WEIGHTS as WHOLE_WEIGHTS
+from simulator.optimizer import Optimizer as Optimizer
+from simulator.optimizer import check_count, check_name
 
 #: What transformers' integrations/moe.py offers without further packages; the first is its default on a GPU.
 EXPERTS = ("grouped_mm", "eager", "batched_mm")
@@ -135,7 +51,7 @@ class Training:
     """Element type of parameters, gradients and optimizer state."""
     autocast: DType | None = None
     """Element type of ``torch.autocast``; it goes with fp32 weights."""
-    optimizer: Optimizer = Optimizer()
+    optimizer: Optimizer = attrs.field(factory=Optimizer)
     attention: str = "sdpa"
     """transformers' ``attn_implementation``."""
     sdpa_backend: str = "auto"
@@ -151,6 +67,12 @@ class Training:
     """``none`` (``set_to_none=True``) or ``zero``."""
     experts: str = "grouped_mm"
     """transformers' ``experts_implementation`` of models with mixtures of experts."""
+    expert_imbalance: float = 1.0
+    """How many times the mean number of tokens the busiest expert gets; sizes of ``eager`` depend on it alone."""
+    grad_scaler: bool = False
+    """Whether ``torch.amp.GradScaler`` scales the loss and unscales the gradients, which goes with fp16."""
+    optimizer_in_backward: bool = False
+    """Whether a hook runs each parameter's own optimizer as soon as its gradient is there, and frees the gradient."""
     implementation: str = "transformers"
     """Whose code of the model is run; each family has some of `MODEL_IMPLEMENTATIONS`."""
     loss: str = "default"
@@ -166,35 +88,68 @@ class Training:
     """False for torch builds without CUDA's fused `rms_norm` (as above)."""
     tensor_subclasses: bool = False
     """True for fake-tensor runs: some of torch's backward formulas spare tensor subclasses their in-place ops."""
+    liger: Liger = attrs.field(factory=Liger)
+    """Kernels of Liger-Kernel that the model runs in place of PyTorch's ops."""
+    items_in_batch: bool = False
+    """Whether ``num_items_in_batch`` is passed (transformers' Trainer since 4.46): the summed loss is divided by it."""
     kernel_workspace: bool = True
     """Count what kernels allocate for themselves (flash attention's backward accumulators)."""
 
     def __attrs_post_init__(self) -> None:
-        _check_count("micro_batch", self.micro_batch, LARGEST_MICRO_BATCH)
-        _check_count("seq_len", self.seq_len, LARGEST_SEQ_LEN)
-        _check_count("gradient_accumulation", self.gradient_accumulation, LARGEST_ACCUMULATION)
-        _check_name("attention", self.attention, ATTENTIONS)
-        _check_name("experts", self.experts, EXPERTS)
-        _check_name("sdpa_backend", self.sdpa_backend, SDPA_BACKENDS)
-        _check_name("attention_mask", self.attention_mask, ATTENTION_MASKS)
-        _check_name("zero_grad", self.zero_grad, ZERO_GRADS)
-        _check_name("implementation", self.implementation, MODEL_IMPLEMENTATIONS)
-        _check_name("loss", self.loss, tuple(LOSSES))
+        check_count("micro_batch", self.micro_batch, LARGEST_MICRO_BATCH)
+        check_count("seq_len", self.seq_len, LARGEST_SEQ_LEN)
+        check_count("gradient_accumulation", self.gradient_accumulation, LARGEST_ACCUMULATION)
+        check_name("attention", self.attention, ATTENTIONS)
+        check_name("experts", self.experts, EXPERTS)
+        if not 1 <= self.expert_imbalance < float("inf"):
+            raise UsageError(f"'expert_imbalance' must be a number >= 1: {self.expert_imbalance!r}")
+        if self.expert_imbalance > 1 and self.experts != "eager":
+            raise UsageError(f"'expert_imbalance' changes no size with experts {self.experts}: leave it out")
+        check_name("sdpa_backend", self.sdpa_backend, SDPA_BACKENDS)
+        check_name("attention_mask", self.attention_mask, ATTENTION_MASKS)
+        check_name("zero_grad", self.zero_grad, ZERO_GRADS)
+        check_name("implementation", self.implementation, MODEL_IMPLEMENTATIONS)
+        check_name("loss", self.loss, tuple(LOSSES))
         if self.implementation not in LOSSES[self.loss]:
             raise UsageError(
                 f"'loss' {self.loss} goes with implementation {' or '.join(LOSSES[self.loss])}; set that, too"
             )
         if self.clip is not None and not 0 < self.clip < float("inf"):
             raise UsageError(f"'clip' must be a finite number > 0: {self.clip}; leave it out not to clip")
+        self._check_patches()
+        if self.grad_scaler:
+            self._check_grad_scaler()
+        if self.optimizer_in_backward:
+            self._check_optimizer_in_backward()
         if self.autocast is not None and self.weights != FP32:
             raise UsageError(f"'autocast' goes with fp32 weights, not {self.weights}: choose one of the two")
 
+    def _check_grad_scaler(self) -> None:
+        """What `GradScaler` refuses (torch/amp/grad_scaler.py `_unscale_grads_`), and what is not modelled of it."""
+        if FP16 not in (self.autocast, self.weights):
+            raise UsageError("'grad_scaler' is for fp16: set 'autocast' to fp16, or leave it out")
+        if self.weights == FP16 and (self.optimizer.implementation != "fused" or self.clip is not None):
+            way_out = "set 'autocast' to fp16 with fp32 weights, or 'implementation' to fused and no 'clip'"
+            raise UsageError(f"'grad_scaler' does not unscale the gradients of fp16 weights: {way_out}")
+        if self.optimizer_in_backward:
+            raise UsageError("'grad_scaler' unscales gradients after backward: leave 'optimizer_in_backward' out")
+        if self.optimizer.name == "muon" or self.implementation in MEGATRON:
+            with_what = "muon" if self.optimizer.name == "muon" else self.implementation
+            raise UnsupportedError(f"'grad_scaler' with {with_what} is not modelled: leave it out")
 
-def _check_count(field: str, value: object, largest: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= largest:
-        raise UsageError(f"'{field}' must be a whole number from 1 to {largest}: {value!r}")
+    def _check_optimizer_in_backward(self) -> None:
+        """Each gradient is gone before the next is there: nothing can be summed over or kept."""
+        fails = "'optimizer_in_backward' frees each gradient within backward"
+        if self.gradient_accumulation > 1:
+            raise UsageError(f"{fails}, so none can accumulate: set 'gradient_accumulation' to 1")
+        if self.clip is not None:
+            raise UsageError(f"{fails}, so there is no global norm: leave 'clip' out")
+        if self.zero_grad != "none":
+            raise UsageError(f"{fails}, so none is set to zero: leave 'zero_grad' at none")
 
-
-def _check_name(field: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise unknown_name(field, value, known)
+    def _check_patches(self) -> None:
+        for field, given in (("liger", self.liger.kernels), ("items_in_batch", self.items_in_batch)):
+            if given and self.implementation != "transformers":
+                raise UnsupportedError(
+                    f"{field!r} goes with implementation transformers, not {self.implementation!r}: leave one out"
+                )

@@ -69,6 +69,8 @@ class Ddp:
 class DdpRuntime(Runtime):
     """The `Reducer`."""
 
+    unscales = True
+
     def __init__(self, job: Job, options: Ddp) -> None:
         super().__init__(job)
         self.options = options

@@ -12,13 +12,19 @@ import attrs
 from hardware.dtypes import BF16, FP16, FP32, DType
 from hardware.errors import UnsupportedError, UsageError, unknown_name
 from hardware.units import parse
+from simulator.families import families
+from simulator.liger import KERNELS, Liger, default_kernels, liger
 from simulator.mesh import Mesh
-from simulator.model import ModelSpec
+from simulator.model import ExpertsSpec, ModelSpec
 from simulator.plan import Strategy
-from simulator.workload import LARGEST_ACCUMULATION, OPTIONS, PAGED, Optimizer, Training
+from simulator.workload import LARGEST_ACCUMULATION, Training
+from strategies.float8 import Float8
 from strategies.freezing import Freezing
 from strategies.interval_checkpointing import IntervalCheckpointing
+from studies.optimizer_options import assume_grad_scaler, optimizer_assumptions
+from studies.optimizer_options import parse_optimizer as parse_optimizer
 from studies.parallelism import Degrees, parallelise, parse_strategy
+from studies.pruning import parse_prunings
 
 #: ``--dtype``: element types of the weights and of autocast.
 DTYPES: dict[str, tuple[DType, DType | None]] = {
@@ -46,8 +52,8 @@ CHECKPOINTING = {
 _PERCENTAGE = re.compile(r"([0-9]{1,2}(?:\.[0-9]{1,9})?)\s*%")
 #: ``2.13``, or all that `torch.__version__` says, such as ``2.6.0+cu124``.
 _TORCH_VERSION = re.compile(r"([0-9]{1,3})\.([0-9]{1,3})(?:[.+a-z].{0,40})?")
-#: transformers refuses ``sdpa`` for a model with soft-capped scores.
-_DEFAULT_ATTENTION = {"gemma2": "eager"}
+#: transformers refuses ``sdpa`` for a model with soft-capped scores or sinks, and some classes have none.
+_DEFAULT_ATTENTION = dict.fromkeys(("bloom", "codegen", "gemma2", "gpt_neo", "gpt_oss", "mpt"), "eager")
 #: The newest version whose behaviour was compared with recordings, and the default.
 NEWEST_TORCH = (2, 13)
 
@@ -66,6 +72,8 @@ class TrainingOptions:
     attention: str | None = None
     sdpa_backend: str | None = None
     padding: str | None = None
+    experts: str | None = None
+    expert_imbalance: float | None = None
     checkpointing: str | None = None
     """``NAME[,option=value...]`` with a name of `CHECKPOINTING`."""
     checkpoint_every: int | None = None
@@ -74,9 +82,21 @@ class TrainingOptions:
     clip: float | None = None
     zero_grad: str | None = None
     keep_outputs: bool = False
+    grad_scaler: bool | None = None
+    optimizer_in_backward: bool = False
     torch: str | None = None
     implementation: str | None = None
     loss: str | None = None
+    liger: bool = False
+    """What ``use_liger_kernel`` of transformers' Trainer patches."""
+    liger_kernels: str | None = None
+    """``KERNEL[,...]``: these of Liger's and no others."""
+    multiprocessors: int | None = None
+    """Of the GPU; the backward of Liger's norm allocates by them."""
+    items_in_batch: bool = False
+    float8: str | None = None
+    prune: Sequence[str] = ()
+    """Each ``STRUCTURE=AMOUNT[@LAYERS]``, applied before everything else."""
     strategy: Sequence[str] = ()
     """Each ``NAME[,option=value...]``, applied in order after checkpointing."""
     tp: int | None = None
@@ -94,7 +114,10 @@ class Resolved:
     training: Training
     mesh: Mesh
     strategies: tuple[Strategy, ...]
+    """All of them, in order."""
     assumptions: tuple[str, ...]
+    prunings: tuple[Strategy, ...] = ()
+    """Those at the head of `strategies` that prune the model."""
 
 
 def resolve(options: TrainingOptions, model: ModelSpec, world: int = 1) -> Resolved:
@@ -109,26 +132,36 @@ def resolve(options: TrainingOptions, model: ModelSpec, world: int = 1) -> Resol
     weights, autocast = _look_up("dtype", chosen["dtype"], DTYPES)
     degrees = Degrees(**{field.name: getattr(options, field.name) for field in attrs.fields(Degrees)})
     mesh, strategies, assumed = parallelise(options.strategy, degrees, world)
+    optimizer = parse_optimizer(chosen["optimizer"])
+    scaled, why_scaled = assume_grad_scaler(options, autocast, optimizer, strategies)
     training = Training(
         micro_batch=chosen["micro_batch"],
         seq_len=_sequence(chosen["seq_len"], model),
         gradient_accumulation=_accumulation(options, chosen, mesh.dp),
         weights=weights,
         autocast=autocast,
-        optimizer=parse_optimizer(chosen["optimizer"]),
+        optimizer=optimizer,
         attention=chosen["attention"],
         sdpa_backend=chosen["sdpa_backend"],
         attention_mask=chosen["padding"],
+        experts=chosen["experts"],
+        expert_imbalance=chosen["expert_imbalance"],
         keep_outputs=options.keep_outputs,
+        grad_scaler=scaled,
+        optimizer_in_backward=options.optimizer_in_backward,
         clip=options.clip,
         zero_grad=chosen["zero_grad"],
         torch=_version(chosen["torch"]),
         implementation=chosen["implementation"],
         loss=chosen["loss"],
+        liger=_liger(options, model.family),
+        items_in_batch=options.items_in_batch,
     )
-    regimes = (*_checkpointing(options, chosen["checkpointing"]), *_freezing(options.freeze))
-    strategies = (*regimes, *strategies)
-    return Resolved(training, mesh, strategies, (*chosen.assumed(training), *assumed, *model.assumptions))
+    prunings = parse_prunings(options.prune)
+    low = (Float8(recipe=options.float8),) if options.float8 is not None else ()
+    regimes = (*low, *_checkpointing(options, chosen["checkpointing"]), *_freezing(options.freeze))
+    assumptions = (*chosen.assumed(training), *why_scaled, *assumed, *model.assumptions)
+    return Resolved(training, mesh, (*prunings, *regimes, *strategies), assumptions, prunings)
 
 
 class _Chosen:
@@ -145,6 +178,8 @@ class _Chosen:
             "attention": _DEFAULT_ATTENTION.get(model.family, "sdpa"),
             "sdpa_backend": "auto",
             "padding": "none",
+            "experts": "grouped_mm",
+            "expert_imbalance": 1.0,
             "checkpointing": "none",
             "zero_grad": "none",
             "torch": _dotted(NEWEST_TORCH),
@@ -152,13 +187,14 @@ class _Chosen:
             "loss": "default",
         }
         self._family = model.family
+        self._routed = any(isinstance(layer.channel_mixer, ExpertsSpec) for layer in model.layers)
 
     def __getitem__(self, name: str) -> Any:
         given = getattr(self._options, name)
         return self._defaults[name] if given is None else given
 
     def assumed(self, training: Training) -> list[str]:
-        left_out = [name for name in self._defaults if getattr(self._options, name) is None]
+        left_out = [name for name in self._defaults if getattr(self._options, name) is None and self._matters(name)]
         if self._options.checkpoint_every is not None:
             left_out.remove("checkpointing")
         lines = [f"{_as_typed(name)} {self._defaults[name]}{self._why(name)}" for name in left_out]
@@ -168,13 +204,20 @@ class _Chosen:
             lines.append("gradients are not clipped (--clip)")
         if not self._options.keep_outputs:
             lines.append("the model's outputs are dropped before backward (--keep-outputs holds them)")
-        defaults = _optimizer_defaults(self["optimizer"], training.optimizer)
-        lines += [f"options of --optimizer: {','.join(defaults)}"] if defaults else []
-        if training.optimizer.name in PAGED:
-            lines.append("paged optimizer states are on the host: on the device they take what other tensors leave")
+        if self._options.liger:
+            lines.append(f"--liger-kernels {','.join(training.liger.kernels)}")
+        if training.liger.rms_norm and self._options.multiprocessors is None:
+            lines.append(f"--multiprocessors {training.liger.multiprocessors} (of an H100 SXM; Liger's norms use them)")
+        lines += optimizer_assumptions(self["optimizer"], training.optimizer)
         if training.torch > NEWEST_TORCH:
             lines.append(f"torch {_dotted(training.torch)} behaves as {_dotted(NEWEST_TORCH)}, the newest compared")
         return lines
+
+    def _matters(self, name: str) -> bool:
+        """Whether the model has what an option is about."""
+        if name == "expert_imbalance":
+            return self._routed and self["experts"] == "eager"
+        return name != "experts" or self._routed
 
     def _why(self, name: str) -> str:
         """The reason of a default that is not the same for every model."""
@@ -189,14 +232,6 @@ def _as_typed(name: str) -> str:
 
 def _dotted(version: tuple[int, int]) -> str:
     return ".".join(map(str, version))
-
-
-def _optimizer_defaults(text: str, optimizer: Optimizer) -> list[str]:
-    """The options that apply to `optimizer` and that `text` leaves out, as one would type them."""
-    foreign = {"name", *(option for option, owners in OPTIONS.items() if optimizer.name not in owners)}
-    given = {setting.partition("=")[0] for setting in text.split(",")[1:]}
-    left_out = [field.name for field in attrs.fields(Optimizer) if field.name not in foreign | given]
-    return [f"{name}={str(getattr(optimizer, name)).lower()}" for name in left_out]
 
 
 def _look_up(field: str, name: str, table: dict[str, Any]) -> Any:
@@ -214,7 +249,7 @@ def _check_task(task: str) -> None:
 
 def _sequence(length: int, model: ModelSpec) -> int:
     """Learned positions end where their table ends; rotary ones only get worse."""
-    if model.family == "gpt2" and length > model.max_positions:
+    if families.get(model.family).bounded_positions and length > model.max_positions:
         raise UsageError(f"'seq-len' must be at most the model's {model.max_positions} positions: {length}; shorten it")
     return length
 
@@ -274,33 +309,17 @@ def _freezing(text: str | None) -> tuple[Strategy, ...]:
     return (Freezing(layers=int(*layers), embeddings="embeddings" in words, weights="+".join(named)),)
 
 
-def parse_optimizer(text: str) -> Optimizer:
-    """``NAME[,option=value...]``, for instance ``adamw,implementation=fused`` or ``sgd,momentum=0.9``."""
-    name, *settings = text.split(",")
-    values: dict[str, Any] = {}
-    for setting in settings:
-        key, equals, value = setting.partition("=")
-        if not equals:
-            raise UsageError(f"'optimizer' options are written NAME,option=value,...: {setting!r}")
-        if key in values:
-            raise UsageError(f"'optimizer' must name {key!r} once: {text!r}")
-        values[key] = _typed(key, value)
-    return Optimizer(name=name, **values)
-
-
-def _typed(key: str, value: str) -> Any:
-    types = {field.name: type(getattr(Optimizer(), field.name)) for field in attrs.fields(Optimizer)}
-    types.pop("name")
-    if key not in types:
-        raise unknown_name("optimizer option", key, types)
-    if types[key] is bool:
-        if value not in ("true", "false"):
-            raise UsageError(f"'{key}' must be true or false: {value!r}")
-        return value == "true"
-    try:
-        return types[key](value)
-    except ValueError:
-        raise UsageError(f"'{key}' must be a number: {value!r}") from None
+def _liger(options: TrainingOptions, family: str) -> Liger:
+    if options.liger and options.liger_kernels is not None:
+        raise UsageError("'liger' switches the usual kernels on, 'liger_kernels' those it names: give one of the two")
+    names = default_kernels(family) if options.liger else tuple(filter(None, (options.liger_kernels or "").split(",")))
+    if options.liger_kernels is not None and not names:
+        raise UsageError(f"'liger_kernels' must name some of {', '.join(KERNELS)}: {options.liger_kernels!r}")
+    if options.multiprocessors is None:
+        return liger(names)
+    if "rms_norm" not in names:
+        raise UsageError("'multiprocessors' matter to Liger's rms_norm alone: switch it on, or leave them out")
+    return liger(names, multiprocessors=options.multiprocessors)
 
 
 def parse_headroom(text: str, capacity: int) -> int:

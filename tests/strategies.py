@@ -4,18 +4,25 @@ from __future__ import annotations
 
 from typing import Any
 
+import attrs
 from hypothesis import strategies as st
 
 from hardware.dtypes import BF16, FP16, FP32
+from simulator.liger import FAMILIES as LIGER_FAMILIES
+from simulator.liger import default_kernels, liger
 from simulator.mesh import Mesh
-from simulator.model import AttentionSpec, FeedForwardSpec, LayerSpec, ModelSpec
+from simulator.model import AttentionSpec, ExpertsSpec, FeedForwardSpec, LayerSpec, ModelSpec, StateSpaceSpec
+from simulator.reading import spec_from_config
 from simulator.units import WRAPS
-from simulator.workload import IMPLEMENTATIONS, OPTIONS, Optimizer, Training
+from simulator.workload import IMPLEMENTATIONS, OPTIONS, SCALE_TYPES, Optimizer, Training
 from strategies.fsdp2 import Fsdp2
 
 DENSE = ("cohere2", "exaone4", "gemma", "gemma3_text", "granite", "mistral", "nemotron", "olmo2", "phi3")
 DENSE += ("qwen2", "qwen3", "smollm3")
-FAMILIES = ("gpt2", "llama", "gemma2", *DENSE)
+#: Families whose models are drawn as configs and read: what their layers have follows from a few keys.
+EARLY = ("bert", "biogpt", "bloom", "codegen", "falcon", "gpt_bigcode", "gpt_neo", "gpt_neox", "mpt", "opt")
+FAMILIES = ("gpt2", "llama", "gemma2", *DENSE, *EARLY)
+HYBRID = ("granitemoehybrid", "mamba2", "nemotron_h")
 ACTIVATIONS = {"gpt2": ("gelu_new", "relu"), "nemotron": ("relu2", "gelu")}
 ACTIVATIONS |= dict.fromkeys(("gemma", "gemma2", "gemma3_text"), ("gelu_pytorch_tanh",))
 #: Families by what their layers can have.
@@ -34,6 +41,8 @@ def model_specs(
 ) -> ModelSpec:
     """Small legal models; with `irregular` the layers of one model differ in width, heads and window."""
     family = draw(st.sampled_from(families))
+    if family in EARLY:
+        return spec_from_config(draw(early_configs((family,), max_layers)), f"random-{family}")
     hidden = draw(st.integers(1, 16)) * 4
     plain = family == "gpt2"
     kinds = draw(st.lists(layer_specs(family, hidden), min_size=1, max_size=3 if irregular else 1, unique=True))
@@ -91,12 +100,59 @@ def attention_specs(draw: st.DrawFn, family: str, hidden: int) -> AttentionSpec:
 
 
 @st.composite
+def hybrid_specs(draw: st.DrawFn, max_layers: int = 6) -> ModelSpec:
+    """Small legal models with state space layers, alone or among others."""
+    family = draw(st.sampled_from(HYBRID))
+    hidden = draw(st.integers(1, 8)) * 8
+    attention = AttentionSpec(4, draw(st.sampled_from((1, 2, 4))), 2 * draw(st.integers(1, 8)), rotary=False)
+    plain = FeedForwardSpec(draw(st.integers(1, 100)), gated=family != "nemotron_h")
+    experts = ExpertsSpec(
+        8 * draw(st.integers(1, 8)), gated=plain.gated, experts=8, per_token=draw(st.integers(1, 8)), shared_width=40
+    )
+    mixer = draw(state_space_specs())
+    kinds = {
+        "mamba2": [LayerSpec(mixer, None)],
+        "nemotron_h": [LayerSpec(mixer, None), *(LayerSpec(None, each) for each in (plain, experts))],
+        "granitemoehybrid": [LayerSpec(mixer, experts), LayerSpec(attention, plain)],
+    }
+    kinds["nemotron_h"].append(LayerSpec(attention, None))
+    return ModelSpec(
+        name=f"random-{family}",
+        family=family,
+        hidden=hidden,
+        vocab=draw(st.integers(1, 300)),
+        max_positions=512,
+        layers=tuple(draw(st.lists(st.sampled_from(kinds[family]), min_size=1, max_size=max_layers))),
+        tied_embeddings=family != "nemotron_h" and draw(st.booleans()),
+        fp32_residual=family == "mamba2" and draw(st.booleans()),
+    )
+
+
+@st.composite
+def state_space_specs(draw: st.DrawFn) -> StateSpaceSpec:
+    """A Mamba-2 mixer whose chunks may be longer than the sequence."""
+    groups = draw(st.integers(1, 3))
+    return StateSpaceSpec(
+        heads=groups * draw(st.integers(1, 3)),
+        head_dim=draw(st.integers(1, 16)),
+        state=draw(st.integers(1, 16)),
+        groups=groups,
+        kernel=draw(st.integers(1, 4)),
+        chunk=draw(st.integers(1, 24)),
+        bias=draw(st.booleans()),
+        conv_bias=draw(st.booleans()),
+    )
+
+
+@st.composite
 def optimizers(draw: st.DrawFn) -> Optimizer:
     """Every optimizer in every implementation, with the options it takes."""
     name = draw(st.sampled_from(sorted(IMPLEMENTATIONS)))
     options: dict[str, Any] = {"weight_decay": draw(st.sampled_from([0.0, 0.1]))}
     if name in OPTIONS["momentum"] and draw(st.booleans()):
         options |= {"momentum": 0.9, "nesterov": name == "sgd" and draw(st.booleans())}
+    options |= {"rank": draw(st.integers(1, 70))} if name in OPTIONS["rank"] else {}
+    options |= {"scale_type": draw(st.sampled_from(SCALE_TYPES))} if name in OPTIONS["scale_type"] else {}
     switches = [option for option in ("amsgrad", "centered", "maximize") if name in OPTIONS[option]]
     options |= {option: draw(st.booleans()) for option in switches}
     return Optimizer(name=name, implementation=draw(st.sampled_from(IMPLEMENTATIONS[name])), **options)
@@ -121,6 +177,18 @@ def trainings(draw: st.DrawFn) -> Training:
         zero_grad=draw(st.sampled_from(["none", "zero"])),
         kernel_workspace=draw(st.booleans()),
     )
+
+
+@st.composite
+def liger_runs(draw: st.DrawFn) -> tuple[ModelSpec, Training]:
+    """Models that Liger patches, in every regime, with some of its kernels."""
+    model = draw(model_specs(tuple(family for family in sorted(LIGER_FAMILIES) if family in FAMILIES), max_layers=5))
+    known = LIGER_FAMILIES[model.family]
+    chosen = draw(st.just(default_kernels(model.family)) | st.lists(st.sampled_from(known), unique=True).map(tuple))
+    if {"cross_entropy", "fused_linear_cross_entropy"} <= set(chosen):
+        chosen = tuple(name for name in chosen if name != "cross_entropy")
+    switches = liger(chosen, multiprocessors=draw(st.integers(1, 200)))
+    return model, attrs.evolve(draw(trainings()), liger=switches, items_in_batch=draw(st.booleans()))
 
 
 @st.composite
@@ -156,6 +224,8 @@ def uniform_llama(layers: int) -> ModelSpec:
 def configs(draw: st.DrawFn, families: tuple[str, ...] = FAMILIES) -> dict[str, Any]:
     """Legal config.json contents: the required keys, and some of the optional ones."""
     family = draw(st.sampled_from(families))
+    if family in EARLY:
+        return draw(early_configs((family,)))
     required, optional = (_gpt2_keys if family == "gpt2" else _rotary_keys)(draw)
     if family == "gemma2":
         optional |= _gemma2_keys(draw, required["num_hidden_layers"])
@@ -222,3 +292,187 @@ def _dense_keys(draw: st.DrawFn, layers: int) -> dict[str, Any]:
         "resid_pdrop": draw(st.floats(0, 1)),
         "final_logit_softcapping": draw(st.none() | st.floats(1, 100)),
     }
+
+
+@attrs.frozen
+class Sketch:
+    """How small configs of a family are drawn: every combination is legal."""
+
+    sizes: dict[str, int]
+    """Keys whose values are a small multiple of the number given; whatever the others are, they may grow."""
+    choices: tuple[dict[str, Any], ...] = ({},)
+    """Keys that only go together, one of each set."""
+    fixed: dict[str, Any] = attrs.field(factory=dict)
+
+
+_GPT = Sketch({"n_embd": 24, "n_layer": 1, "vocab_size": 1}, ({"n_head": 1}, {"n_head": 2}, {"n_head": 4}))
+_HEADS = tuple({"num_attention_heads": q, "num_key_value_heads": k} for q, k in ((1, 1), (2, 1), (4, 2), (3, 3)))
+_DECODER = {"hidden_size": 24, "intermediate_size": 8, "num_hidden_layers": 1, "vocab_size": 1}
+_ROTARY = Sketch(_DECODER | {"head_dim": 8}, _HEADS)
+_EVEN = Sketch(_DECODER, _HEADS)
+_EVEN_ALONE = Sketch(_DECODER, tuple({"num_attention_heads": heads} for heads in (1, 2, 3)))
+_LOCAL = Sketch(_ROTARY.sizes | {"num_local_experts": 4}, tuple(h | {"num_experts_per_tok": 3} for h in _HEADS))
+_MANY = Sketch(
+    _DECODER | {"head_dim": 8, "moe_intermediate_size": 8, "num_experts": 4},
+    tuple(heads | {"num_experts_per_tok": chosen} for heads in _HEADS for chosen in (1, 4)),
+)
+_LATENT = Sketch(
+    _DECODER | {"moe_intermediate_size": 8, "kv_lora_rank": 1, "v_head_dim": 1, "qk_nope_head_dim": 1},
+    tuple({"q_lora_rank": rank, "n_shared_experts": shared} for rank in (None, 5) for shared in (1, 2)),
+    {
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "qk_rope_head_dim": 8,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "first_k_dense_replace": 1,
+        "n_group": 2,
+        "topk_group": 1,
+    },
+)
+_GLM = Sketch(
+    _DECODER | {"head_dim": 8, "moe_intermediate_size": 8, "n_routed_experts": 4},
+    tuple(heads | {"use_qk_norm": norm, "n_shared_experts": 1 + norm} for heads in _HEADS for norm in (False, True)),
+    {"num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "num_mtp_layers": 0},
+)
+_FALCON = Sketch(
+    {"hidden_size": 24, "num_hidden_layers": 1, "vocab_size": 1},
+    (
+        {"num_attention_heads": 3, "multi_query": True},
+        {"num_attention_heads": 2, "multi_query": False, "parallel_attn": False, "bias": True},
+        {"num_attention_heads": 4, "num_kv_heads": 2, "new_decoder_architecture": True},
+        {"num_attention_heads": 2, "num_kv_heads": 2, "new_decoder_architecture": True, "num_ln_in_parallel_attn": 1},
+    ),
+)
+_POSITIONS = {"max_position_embeddings": 64}
+_ENCODER = Sketch(
+    _DECODER | _POSITIONS,
+    tuple(
+        {"num_attention_heads": heads, "architectures": [f"BertFor{head}"]}
+        for heads in (1, 3)
+        for head in ("MaskedLM", "SequenceClassification")
+    ),
+)
+#: One for every family that is simulated.
+SKETCHES: dict[str, Sketch] = {
+    **dict.fromkeys(("gpt2", "gpt_bigcode"), _GPT),
+    **dict.fromkeys(("cohere2", "exaone4", "gemma", "gemma2", "gemma3_text", "granite", "llama", "mistral"), _ROTARY),
+    **dict.fromkeys(("qwen3", "smollm3"), _ROTARY),
+    **dict.fromkeys(("olmo2", "phi3", "qwen2"), _EVEN),
+    "nemotron": attrs.evolve(_EVEN, sizes=_DECODER | {"hidden_size": 48}),
+    "bloom": Sketch({"hidden_size": 24, "n_layer": 1, "vocab_size": 1}, ({"n_head": 1}, {"n_head": 3}, {"n_head": 4})),
+    "opt": Sketch(
+        {"hidden_size": 24, "ffn_dim": 1, "num_hidden_layers": 1, "vocab_size": 1, "word_embed_proj_dim": 7},
+        ({"num_attention_heads": 3}, {"num_attention_heads": 4, "do_layer_norm_before": False}),
+    ),
+    "gpt_neox": attrs.evolve(_EVEN_ALONE, fixed={"rotary_pct": 0.5, "hidden_act": "gelu"}),
+    "falcon": _FALCON,
+    "bert": _ENCODER,
+    "biogpt": attrs.evolve(_EVEN_ALONE, sizes=_DECODER | _POSITIONS),
+    "codegen": Sketch(
+        {"n_embd": 48, "n_layer": 1, "vocab_size": 1, "n_positions": 64}, ({"n_head": 4},), {"rotary_dim": 4}
+    ),
+    "gpt_neo": Sketch(
+        {"hidden_size": 24, "vocab_size": 1, **_POSITIONS},
+        tuple({"num_heads": heads, "num_layers": 2, "attention_types": [[["global", "local"], 1]]} for heads in (1, 2)),
+    ),
+    "mpt": Sketch({"d_model": 24, "n_layers": 1, "vocab_size": 1, "max_seq_len": 64}, ({"n_heads": 1}, {"n_heads": 3})),
+    **dict.fromkeys(("mixtral", "minimax_m2", "gpt_oss"), _LOCAL),
+    "llama4_text": attrs.evolve(_LOCAL, sizes=_LOCAL.sizes | {"intermediate_size_mlp": 8}),
+    "olmoe": Sketch(_DECODER | {"num_experts": 4}, tuple(heads | {"num_experts_per_tok": 3} for heads in _HEADS)),
+    "qwen2_moe": Sketch(
+        _DECODER | {"moe_intermediate_size": 8, "shared_expert_intermediate_size": 8, "num_experts": 4},
+        tuple(heads | {"num_experts_per_tok": 2} for heads in _HEADS),
+    ),
+    "qwen3_moe": _MANY,
+    "glm4_moe": _GLM,
+    "deepseek_v2": attrs.evolve(_LATENT, fixed=_LATENT.fixed | {"topk_method": "group_limited_greedy"}),
+    **dict.fromkeys(("deepseek_v3", "kimi_k2"), _LATENT),
+    "mamba2": Sketch(
+        {"num_heads": 4, "head_dim": 6, "state_size": 5, "num_hidden_layers": 1, "vocab_size": 1},
+        ({"n_groups": 1, "hidden_size": 12, "expand": 2}, {"n_groups": 2, "hidden_size": 12, "expand": 2}),
+        {"chunk_size": 8},
+    ),
+    "qwen3_next": Sketch(
+        {key: size for key, size in _MANY.sizes.items() if key != "num_hidden_layers"}
+        | {"head_dim": 32, "shared_expert_intermediate_size": 8, "linear_key_head_dim": 8, "linear_value_head_dim": 8},
+        tuple(
+            heads | {"linear_num_key_heads": keys, "linear_num_value_heads": 4, "num_experts_per_tok": 2}
+            for heads in _HEADS
+            for keys in (1, 4)
+        ),
+        {"num_hidden_layers": 4},
+    ),
+}
+
+
+@st.composite
+def family_configs(draw: st.DrawFn, family: str) -> dict[str, Any]:
+    """A small config.json of `family`."""
+    sketch = SKETCHES[family]
+    sizes = {key: step * draw(st.integers(1, 3)) for key, step in sketch.sizes.items()}
+    return {"model_type": family, **sketch.fixed, **sizes, **draw(st.sampled_from(sketch.choices))}
+
+
+#: Head dimensions of a family are multiples of this: what it rotates must be even.
+HEAD_STEPS = {"codegen": 4, "falcon": 2, "gpt_neox": 8}
+#: Keys of dropout rates.
+DROPOUT_KEYS = {
+    "bert": ("hidden_dropout_prob", "attention_probs_dropout_prob"),
+    "biogpt": ("hidden_dropout_prob", "attention_probs_dropout_prob", "activation_dropout"),
+    "bloom": ("hidden_dropout", "attention_dropout"),
+    "codegen": ("resid_pdrop", "embd_pdrop", "attn_pdrop"),
+    "falcon": ("hidden_dropout",),
+    "gpt_bigcode": ("resid_pdrop", "embd_pdrop", "attn_pdrop"),
+    "gpt_neo": ("resid_dropout", "embed_dropout", "attention_dropout"),
+    "gpt_neox": ("hidden_dropout", "attention_dropout"),
+    "mpt": (),
+    "opt": ("dropout", "attention_dropout"),
+}
+#: Keys that are true or false.
+FLAG_KEYS = {
+    "biogpt": ("tie_word_embeddings", "scale_embedding"),
+    "codegen": ("tie_word_embeddings",),
+    "falcon": ("multi_query", "parallel_attn", "bias"),
+    "gpt_bigcode": ("multi_query", "tie_word_embeddings"),
+    "gpt_neo": ("tie_word_embeddings",),
+    "gpt_neox": ("use_parallel_residual", "attention_bias", "tie_word_embeddings"),
+    "opt": ("do_layer_norm_before", "enable_bias", "tie_word_embeddings"),
+}
+
+
+@st.composite
+def early_configs(draw: st.DrawFn, families: tuple[str, ...] = EARLY, max_layers: int = 12) -> dict[str, Any]:
+    """Small legal config.json contents of the early decoders and encoders; dropout rates and flags are optional."""
+    family = draw(st.sampled_from(families))
+    heads = draw(st.integers(1, 3)) * (4 if family == "codegen" else 1)
+    depth, head_dim = draw(st.integers(1, max_layers)), draw(st.integers(1, 4)) * HEAD_STEPS.get(family, 1)
+    required = {
+        "hidden_size": heads * head_dim,
+        "num_hidden_layers": depth,
+        "num_attention_heads": heads,
+        "vocab_size": draw(st.integers(1, 300)),
+        "max_seq_len" if family == "mpt" else "max_position_embeddings": draw(st.integers(64, 512)),
+    }
+    required |= _early_keys(draw, family, depth, head_dim)
+    optional: dict[str, Any] = {key: draw(RATES) for key in DROPOUT_KEYS[family]}
+    optional |= {key: draw(st.booleans()) for key in FLAG_KEYS.get(family, ())}
+    chosen = draw(st.sets(st.sampled_from(sorted(optional)))) if optional else set()
+    return {"model_type": family, **required, **{key: optional[key] for key in sorted(chosen)}}
+
+
+def _early_keys(draw: st.DrawFn, family: str, depth: int, head_dim: int) -> dict[str, Any]:
+    """Keys that a family has to have, or has alone."""
+    width = draw(st.integers(1, 200))
+    if family == "bert":
+        heads = (["BertForMaskedLM"], ["BertForSequenceClassification"])
+        return {"intermediate_size": width, "architectures": draw(st.sampled_from(heads)), "type_vocab_size": 3}
+    if family == "codegen":
+        return {"rotary_dim": 2 * draw(st.integers(1, head_dim // 2)), "n_inner": width}
+    if family == "gpt_neo":
+        kinds = draw(st.lists(st.sampled_from(("global", "local")), min_size=depth, max_size=depth))
+        return {"attention_types": [[kinds, 1]], "window_size": draw(st.integers(1, 64)), "intermediate_size": width}
+    if family == "mpt":
+        return {"attn_config": {"clip_qkv": draw(st.sampled_from((None, 8.0)))}}
+    names = {"biogpt": "intermediate_size", "gpt_bigcode": "n_inner", "gpt_neox": "intermediate_size", "opt": "ffn_dim"}
+    return {names[family]: width} if family in names else {}

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 from hardware.dtypes import FP32
 from hardware.errors import UnsupportedError
 from simulator import ops
 from simulator.blocks.heads import States, head_dims, separate_states
 from simulator.blocks.linear import projection
-from simulator.blocks.rotary import Rotate, rotate
+from simulator.blocks.rotary import Rotate, liger_rotate, rotate
 from simulator.graph import ATTENTION_CORE, Tensor
 from simulator.model import AttentionSpec
 from simulator.sizes import Dim
 from simulator.trace import Trace
+
+#: Queries, keys, values ``[b, a, s, d]`` and mask to the output ``[b, s, a, d]`` and the weights of attention.
+Interface = Callable[[Trace, Tensor, Tensor, Tensor, "Tensor | None", AttentionSpec], "tuple[Tensor, Tensor | None]"]
 
 
 def repeat_kv(t: Trace, x: Tensor, heads: tuple[Dim, ...]) -> Tensor:
@@ -26,9 +32,22 @@ def repeat_kv(t: Trace, x: Tensor, heads: tuple[Dim, ...]) -> Tensor:
 
 
 def eager_attention(
-    t: Trace, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, spec: AttentionSpec, *, fp32_softmax: bool
+    t: Trace,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    spec: AttentionSpec,
+    *,
+    fp32_softmax: bool,
+    cast_weights: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """`eager_attention_forward` of the llama family (``fp32_softmax``) and of gpt2; returns output and weights."""
+    """`eager_attention_forward`; returns output and weights.
+
+    Args:
+        fp32_softmax: whether the softmax is in fp32 and the output made contiguous (the llama family), or not (gpt2).
+        cast_weights: whether weights go to the dtype of the values; else the output is made contiguous (bert, biogpt).
+    """
     with t.call("", query, key, value) as local:
         key = local("key", repeat_kv(t, key, query.shape[1]))
         value = local("value", repeat_kv(t, value, query.shape[1]))
@@ -43,10 +62,10 @@ def eager_attention(
             weights = local("weights", ops.to(t, ops.softmax(t, weights, FP32), query.dtype))
         else:
             weights = local("weights", ops.softmax(t, weights))
-            weights = local("weights", ops.to(t, weights, value.dtype))
+            weights = local("weights", ops.to(t, weights, value.dtype) if cast_weights else weights)
         weights = local("weights", ops.dropout(t, weights, spec.dropout))
         output = ops.transpose(t, ops.matmul(t, weights, value), 1, 2)
-        return (ops.contiguous(t, output) if fp32_softmax else output), weights
+        return (output if cast_weights and not fp32_softmax else ops.contiguous(t, output)), weights
 
 
 def sdpa_attention(
@@ -61,7 +80,10 @@ def sdpa_attention(
     if not grouped:
         key, value = (repeat_kv(t, x, query.shape[1]) for x in (key, value))
     with t.call("", query, key, value) as local:
-        out = local("out", ops.scaled_dot_product_attention(t, query, key, value, mask, spec.dropout, spec.head_dim))
+        out = ops.scaled_dot_product_attention(
+            t, query, key, value, mask, spec.dropout, spec.head_dim, causal=spec.causal
+        )
+        local("out", out)
         return ops.contiguous(t, ops.transpose(t, out, 1, 2))
 
 
@@ -86,18 +108,33 @@ def flash_attention_2(t: Trace, query: Tensor, key: Tensor, value: Tensor) -> Te
 
 
 def attention(
-    t: Trace, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, spec: AttentionSpec, *, fp32_softmax: bool
+    t: Trace,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    spec: AttentionSpec,
+    *,
+    fp32_softmax: bool,
+    cast_weights: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """The attention interface that ``attn_implementation`` names; returns output ``[b, s, a, d]`` and weights."""
     with t.part(ATTENTION_CORE):
-        return _attention(t, query, key, value, mask, spec, fp32_softmax=fp32_softmax)
+        return _attention(t, query, key, value, mask, spec, fp32_softmax, cast_weights)
 
 
 def _attention(
-    t: Trace, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, spec: AttentionSpec, *, fp32_softmax: bool
+    t: Trace,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    spec: AttentionSpec,
+    fp32_softmax: bool,
+    cast_weights: bool,
 ) -> tuple[Tensor, Tensor | None]:
     if t.regime.attention == "eager":
-        return eager_attention(t, query, key, value, mask, spec, fp32_softmax=fp32_softmax)
+        return eager_attention(t, query, key, value, mask, spec, fp32_softmax=fp32_softmax, cast_weights=cast_weights)
     if t.regime.attention == "flash_attention_2":
         return flash_attention_2(t, query, key, value), None
     if t.regime.attention != "sdpa":
@@ -116,21 +153,25 @@ def rotary_attention(
     *,
     states: States = separate_states,
     rotate: Rotate = rotate,
+    interface: Interface | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """`LlamaAttention`: q, k, v projections, rotary positions, attention, output projection; and the weights.
 
     Args:
         states: how queries, keys and values are projected.
         rotate: how rotary positions are applied, where the layer has them.
+        interface: what attends; by default what ``attn_implementation`` names, with a softmax in fp32.
     """
     heads, _, d = head_dims(t, spec)
     with t.call("self_attn", x) as local:
         query, key, value = states(t, x, spec, local)
         if spec.rotary:
-            query, key = rotate(t, query, key, *tables)
+            turn = liger_rotate if t.regime.liger.rope else rotate
+            query, key = turn(t, query, key, *tables)
             local("q", query)
             local("k", key)
-        out, weights = attention(t, query, key, value, mask, spec, fp32_softmax=True)
+        attend = interface or partial(attention, fp32_softmax=True)
+        out, weights = attend(t, query, key, value, mask, spec)
         if weights is not None:
             local("weights", weights)
         out = local("out", ops.reshape(t, out, (*x.shape[:-1], (*heads, d))))

@@ -27,6 +27,9 @@ def gated_mlp(
     with t.call(names[0], x) as local:
         x = local("x", module_input(t, names[0], x))
         gate = projection(t, names[1], x, width, spec.bias)
+        if _gate_is_fused(t, spec):
+            up = projection(t, names[2], x, width, spec.bias)
+            return projection(t, names[3], _fused_gate(t, gate, up), ("h",), spec.bias)
         with t.call("act_fn", gate):
             active = activation(t, spec.activation, gate)
         up = projection(t, names[2], x, width, spec.bias)
@@ -46,10 +49,26 @@ def fused_gated_mlp(t: Trace, x: Tensor, spec: FeedForwardSpec) -> Tensor:
         gate, up = ops.split(t, states, (*x.shape[:-1], (width,)), 2)
         local("gate", gate)
         local("up_states", up)
+        if _gate_is_fused(t, spec):
+            return projection(t, "down_proj", _fused_gate(t, gate, up), ("h",), spec.bias)
         with t.call("activation_fn", gate):
             active = activation(t, spec.activation, gate)
         states = local("up_states", ops.mul(t, up, active))
         return projection(t, "down_proj", states, ("h",), spec.bias)
+
+
+def _gate_is_fused(t: Trace, spec: FeedForwardSpec) -> bool:
+    """Whether Liger's SwiGLU or GeGLU runs (liger_kernel/transformers/swiglu.py, geglu.py)."""
+    for kernel, on, activations in (("swiglu", t.regime.liger.swiglu, SILU), ("geglu", t.regime.liger.geglu, GELU)):
+        if on and spec.activation not in activations:
+            raise UnsupportedError(
+                f"'liger' {kernel} computes {activations[0]}, not {spec.activation} as this model: leave {kernel} out"
+            )
+    return t.regime.liger.swiglu or t.regime.liger.geglu
+
+
+def _fused_gate(t: Trace, gate: Tensor, up: Tensor) -> Tensor:
+    return ops.liger_gate(t, "liger_swiglu" if t.regime.liger.swiglu else "liger_geglu", gate, up)
 
 
 def dropout_add(t: Trace, x: Tensor, residual: Tensor, rate: float) -> Tensor:
@@ -107,7 +126,9 @@ def _gelu_new(t: Trace, x: Tensor) -> Tensor:
 
 
 def _relu_squared(t: Trace, x: Tensor) -> Tensor:
-    """`ReLUSquaredActivation`."""
+    """`ReLUSquaredActivation`, or Liger's in its place."""
+    if t.regime.liger.relu_squared:
+        return ops.liger_relu_squared(t, x)
     with t.call("", x) as local:
         return ops.power(t, local("relu_applied", ops.relu(t, x)))
 

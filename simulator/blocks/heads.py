@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from simulator import ops
 from simulator.blocks.linear import projection
-from simulator.graph import Tensor
+from simulator.graph import Tensor, flat
 from simulator.model import AttentionSpec
 from simulator.sizes import Dim
 from simulator.trace import Frame, Trace
@@ -31,6 +31,12 @@ def head_dims(t: Trace, spec: AttentionSpec) -> tuple[tuple[Dim, ...], tuple[Dim
         return heads, heads, dim
     key_heads = t.shard((t.dim("k", spec.kv_heads),))
     return (*key_heads, t.dim("g", spec.groups)), key_heads, dim
+
+
+def merge_heads(t: Trace, x: Tensor) -> Tensor:
+    """`_merge_heads` (models/gptj/modeling_gptj.py): ``[b, heads, s, d]`` to ``[b, s, heads * d]``, a copy."""
+    swapped = ops.transpose(t, x, 1, 2)
+    return ops.view(t, ops.contiguous(t, swapped), (*swapped.shape[:2], flat(swapped.shape[2:])))
 
 
 def separate_states(

@@ -144,6 +144,17 @@ def _turn_pairs(t: Trace, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def _turn_complex(t: Trace, query: Tensor, key: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
     """`apply_rotary_emb` (models/deepseek_v2/modeling_deepseek_v2.py)."""
+    return rotate_complex(t, query, key, table, cast_late=False)
+
+
+def rotate_complex(
+    t: Trace, query: Tensor, key: Tensor, table: Tensor, *, cast_late: bool = True
+) -> tuple[Tensor, Tensor]:
+    """`apply_rotary_emb`: pairs of channels turn as complex numbers.
+
+    Args:
+        cast_late: whether both are turned before either returns to its dtype (models/llama4/modeling_llama4.py).
+    """
     with t.call("", query, key) as local:
         pairs = []
         for name, x in (("xq_", query), ("xk_", key)):
@@ -153,14 +164,17 @@ def _turn_complex(t: Trace, query: Tensor, key: Tensor, table: Tensor) -> tuple[
         for name, pair, x in zip(("xq_out", "xk_out"), pairs, (query, key), strict=True):
             with t.call("") as inner:
                 product = inner("product", ops.mul(t, pair, table))
-                turned.append(local(name, ops.to(t, ops.as_real(t, product, x.shape), x.dtype)))
-        return turned[0], turned[1]
+                real = ops.as_real(t, product, x.shape)
+                turned.append(local(name, real if cast_late else ops.to(t, real, x.dtype)))
+        query, key = (ops.to(t, each, x.dtype) for each, x in zip(turned, (query, key), strict=True))
+        return query, key
 
 
 def complex_rotary_table(t: Trace, spec: AttentionSpec, _: Tensor, **__: str) -> tuple[Tensor]:
     """`DeepseekV2RotaryEmbedding.forward`: ``exp(i m theta)`` of shape ``[s, d / 2]``, complex."""
     with t.call("rotary_emb") as local:
-        half = t.dim("d_rotary/2", spec.rotated // 2)
+        name = "d" if spec.rotated == spec.head_dim else "d_rotary"
+        half = t.dim(f"{name}/2", spec.rotated // 2)
         frequencies = t.buffer("inv_freq", half, dtype=FP32)
         t.buffer("original_inv_freq", half, dtype=FP32)
         freqs = local("freqs", ops.constant(t, "mul.Tensor", frequencies, shape=(("s",), (half,))))

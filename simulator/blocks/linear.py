@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from simulator import ops
 from simulator.graph import Tensor
+from simulator.ops.float8 import convertible, float8_linear
 from simulator.sizes import Dim
 from simulator.tensor_parallel import Style
 from simulator.trace import Trace
@@ -53,6 +54,8 @@ def projection(t: Trace, name: str, x: Tensor, out: tuple[Dim, ...], bias: bool)
         weight = t.matrix("weight", out, x.shape[-1])
         offset = t.vector("bias", out) if bias else None
         if style is not Style.ROW:
+            if convertible(t, x.shape[-1], out):
+                return float8_linear(t, x, weight, offset, out)
             return ops.linear(t, x, weight, offset, out)
         with t.call("") as call:
             if offset is not None:  # Replicate -> Partial (placement_types.py `Partial._partition_value`)

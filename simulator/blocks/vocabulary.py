@@ -42,7 +42,7 @@ def scaled_embeddings(t: Trace, table: Tensor, ids: Tensor) -> Tensor:
         return t.embedded(ops.mul(t, embeds, t.buffer("embed_scale", dtype=t.regime.weights)))
 
 
-def vocabulary_head(t: Trace, name: str, x: Tensor, tied: Tensor | None) -> Tensor:
+def vocabulary_head(t: Trace, name: str, x: Tensor, tied: Tensor | None, *, bias: bool = False) -> Tensor:
     """The `nn.Linear` from hidden states to logits, with the embedding's weight where it is `tied`."""
     parallel = t.regime.tensor_parallel if t.style(name) is Style.HEAD else None
     if parallel and tied is not None:
@@ -50,7 +50,8 @@ def vocabulary_head(t: Trace, name: str, x: Tensor, tied: Tensor | None) -> Tens
     with t.loss_head(), t.call(name, x) as local:
         x = local("input", column_input(t, x)) if parallel else x
         rows = t.shard(("V",)) if parallel else ("V",)
-        logits = ops.linear(t, x, t.matrix("weight", rows, x.shape[-1]) if tied is None else tied)
+        weight = t.matrix("weight", rows, x.shape[-1]) if tied is None else tied
+        logits = ops.linear(t, x, weight, t.vector("bias", rows) if bias else None, rows)
         if parallel is None or parallel.loss:
             return logits
         return ops.gather_output(t, local("output", logits), 2, ("V",))

@@ -24,7 +24,10 @@ ENTRY_POINTS = "vramsim.families"
 
 # model_type -> (module that registers it, its configuration class in transformers 5.23.0)
 BUILT_IN = {
+    "bert": ("simulator.families.encoder.bert", "BertConfig"),
+    "biogpt": ("simulator.families.early.biogpt", "BioGptConfig"),
     "bloom": ("simulator.families.early.bloom", "BloomConfig"),
+    "codegen": ("simulator.families.early.codegen", "CodeGenConfig"),
     "cohere2": ("simulator.families.dense.cohere2", "Cohere2Config"),
     "deepseek_v2": ("simulator.families.experts.deepseek_v2", "DeepseekV2Config"),
     "deepseek_v3": ("simulator.families.experts.deepseek_v3", "DeepseekV3Config"),
@@ -41,17 +44,22 @@ BUILT_IN = {
     "glm_moe_dsa": ("simulator.families.counted.sparse_attention", "GlmMoeDsaConfig"),
     "gpt2": ("simulator.families.early.gpt2", "GPT2Config"),
     "gpt_bigcode": ("simulator.families.early.gpt_bigcode", "GPTBigCodeConfig"),
+    "gpt_neo": ("simulator.families.early.gpt_neo", "GPTNeoConfig"),
     "gpt_neox": ("simulator.families.early.gpt_neox", "GPTNeoXConfig"),
-    "gpt_oss": ("simulator.families.counted.gpt_oss", "GptOssConfig"),
+    "gpt_oss": ("simulator.families.experts.gpt_oss", "GptOssConfig"),
     "granite": ("simulator.families.dense.granite", "GraniteConfig"),
+    "granitemoehybrid": ("simulator.families.hybrid.granitemoehybrid", "GraniteMoeHybridConfig"),
     "kimi_k2": ("simulator.families.experts.deepseek_v3", "KimiK2Config"),
     "llama": ("simulator.families.dense.llama", "LlamaConfig"),
-    "llama4": ("simulator.families.counted.llama4", "Llama4Config"),
+    "llama4": ("simulator.families.experts.llama4", "Llama4Config"),
+    "llama4_text": ("simulator.families.experts.llama4_text", "Llama4TextConfig"),
     "minimax_m2": ("simulator.families.experts.minimax_m2", "MiniMaxM2Config"),
+    "mamba2": ("simulator.families.hybrid.mamba2", "Mamba2Config"),
     "mistral": ("simulator.families.dense.mistral", "MistralConfig"),
     "mixtral": ("simulator.families.experts.mixtral", "MixtralConfig"),
+    "mpt": ("simulator.families.early.mpt", "MptConfig"),
     "nemotron": ("simulator.families.dense.nemotron", "NemotronConfig"),
-    "nemotron_h": ("simulator.families.counted.nemotron_h", "NemotronHConfig"),
+    "nemotron_h": ("simulator.families.hybrid.nemotron_h", "NemotronHConfig"),
     "olmo2": ("simulator.families.dense.olmo2", "Olmo2Config"),
     "olmoe": ("simulator.families.experts.olmoe", "OlmoeConfig"),
     "opt": ("simulator.families.early.opt", "OPTConfig"),
@@ -59,10 +67,12 @@ BUILT_IN = {
     "qwen2": ("simulator.families.dense.qwen2", "Qwen2Config"),
     "qwen2_moe": ("simulator.families.experts.qwen2_moe", "Qwen2MoeConfig"),
     "qwen3": ("simulator.families.dense.qwen3", "Qwen3Config"),
-    "qwen3_5": ("simulator.families.counted.delta_net", "Qwen3_5Config"),
-    "qwen3_5_moe": ("simulator.families.counted.delta_net", "Qwen3_5MoeConfig"),
+    "qwen3_5": ("simulator.families.hybrid.qwen3_5", "Qwen3_5Config"),
+    "qwen3_5_moe": ("simulator.families.hybrid.qwen3_5", "Qwen3_5MoeConfig"),
+    "qwen3_5_moe_text": ("simulator.families.hybrid.qwen3_5", "Qwen3_5MoeTextConfig"),
+    "qwen3_5_text": ("simulator.families.hybrid.qwen3_5", "Qwen3_5TextConfig"),
     "qwen3_moe": ("simulator.families.experts.qwen3_moe", "Qwen3MoeConfig"),
-    "qwen3_next": ("simulator.families.counted.delta_net", "Qwen3NextConfig"),
+    "qwen3_next": ("simulator.families.hybrid.qwen3_next", "Qwen3NextConfig"),
     "smollm3": ("simulator.families.dense.smollm3", "SmolLM3Config"),
 }
 _HEADS = re.compile(r"(Config|Model|LMHeadModel|DoubleHeadsModel|For[A-Z]\w*)$")
@@ -79,6 +89,8 @@ class Family:
     """Its configuration class; the text before `Config` also starts the names of its architectures."""
     aliases: Mapping[str, str] = attrs.field(factory=dict)
     """Other names of keys, other -> own (the class's `attribute_map`)."""
+    bounded_positions: bool = False
+    """Whether a table or a mask as long as `max_positions` ends every sequence."""
     forward: Callable[..., Any] | None = None
     """The graph recipe that follows transformers."""
     implementations: Mapping[str, str] = attrs.field(factory=dict)

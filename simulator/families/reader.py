@@ -111,8 +111,8 @@ class ConfigReader:
         return frozenset(value) if fits else self._problem(key, rule, frozenset())
 
     def derived_size(self, key: str, default: int, rule: str, largest: int) -> int:
-        """A size that null or nothing leaves to be derived by `rule`, text for the assumption."""
-        if self._raw(key) in (_ABSENT, None):
+        """A size that null, nothing or "auto" leaves to be derived by `rule`, text for the assumption."""
+        if self._raw(key) in (_ABSENT, None, "auto"):
             self._default(key, default, rule)
             return default
         return self.size(key, default, largest)
@@ -194,6 +194,32 @@ class ConfigReader:
             return list(default)
         wrong = self._wrong_names(value, len(default), known)
         return self._problem(key, f"{key} {wrong}", list(default)) if wrong else list(value)
+
+    def one_of(self, key: str, default: str, known: Sequence[str]) -> str:
+        """One of the `known` names."""
+        value = self._given(key, default)
+        if isinstance(value, str) and value in known:
+            return value
+        return self._problem(key, f"{key} must be {' or '.join(known)}, not {shown(value)}", default)
+
+    def kinds(self, key: str, known: Sequence[str], old_names: Mapping[str, str]) -> list[str]:
+        """One name per layer, as many as there are; by default one layer of each of those `known`.
+
+        Args:
+            old_names: old name -> what it is called now.
+        """
+        if self.complete and not self.given(key):
+            return self._problem(key, f"{self._names(key)} is missing and has no safe default: add it", list(known))
+        value = self._given(key, list(known))
+        named = [old_names.get(each, each) for each in value] if isinstance(value, list | tuple) and value else [""]
+        wrong = self._wrong_names(named, len(named), known)
+        return (
+            self._problem(
+                key, f"{key} must be a list of names out of {', '.join(known)}, not {shown(value)}", list(known)
+            )
+            if wrong
+            else named
+        )
 
     def letters(self, key: str, known: Collection[str]) -> str:
         """A pattern of one letter per layer; a config.json has to give it."""

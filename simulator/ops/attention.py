@@ -61,15 +61,17 @@ def scaled_dot_product_attention(
     head_dim: int,
     *,
     broadcast: bool = False,
+    causal: bool = True,
 ) -> Tensor:
     """``torch.nn.functional.scaled_dot_product_attention`` on ``[batch, heads, sequence, head_dim]``.
 
     Args:
-        mask: an additive mask; None means causal.
+        mask: an additive mask; None means causal, or none at all.
         rate: dropout probability on the attention weights.
         head_dim: value of the head dimension, which decides what kernels are possible.
         broadcast: whether fewer keys than queries are left to broadcasting, without ``enable_gqa``: no fused kernel
             takes them.
+        causal: whether attention without a mask is causal.
     """
     value = autocast(t, value)
     key = autocast(t, key)
@@ -81,7 +83,7 @@ def scaled_dot_product_attention(
         if mask is not None and mask.dtype == BOOL:
             mask = local("mask", _additive_mask(t, mask, query))
         if kernel == "math":
-            return _math(t, query, key, value, mask, rate, repeat=not broadcast)
+            return _math(t, query, key, value, mask, rate, repeat=not broadcast, causal=causal)
         if kernel == "flash":
             return _flash_padded(t, query, key, value, head_dim)
         return _efficient(t, query, key, value, local("mask", _aligned(t, mask)) if mask is not None else None)
@@ -239,7 +241,15 @@ def _attention_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradi
 
 
 def _math(
-    t: Trace, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, rate: float, *, repeat: bool
+    t: Trace,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    rate: float,
+    *,
+    repeat: bool,
+    causal: bool,
 ) -> Tensor:
     """`_scaled_dot_product_attention_math` (torch aten/src/ATen/native/transformers/attention.cpp).
 
@@ -249,14 +259,15 @@ def _math(
     with t.call("", query, key, value) as local:
         query, key, value = (local(n, to(t, x, FP32)) for n, x in (("q", query), ("k", key), ("v", value)))
         scaled = local("scaled", mul_scalar(t, query, "mul.Scalar"))
-        if mask is None:
+        if mask is None and causal:
             mask = local("mask", _causal_mask(t, query))
         if repeat and key.shape[1] != query.shape[1]:
             value = local("v_expanded", clone(t, value, (value.shape[0], query.shape[1], *value.shape[2:])))
             key = local("k_expanded", clone(t, key, (key.shape[0], query.shape[1], *key.shape[2:])))
         transposed = mul_scalar(t, transpose(t, key, 2, 3), "mul.Scalar")
         weights = local("weights", matmul(t, scaled, transposed, autocasts=False))
-        weights = local("weights", add(t, weights, mask))
+        if mask is not None:
+            weights = local("weights", add(t, weights, mask))
         weights = local("weights", softmax(t, weights, name="_safe_softmax.default"))
         weights = local("weights", dropout(t, weights, rate))
         if origin != FP32:

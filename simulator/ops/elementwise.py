@@ -8,6 +8,7 @@ from hardware.dtypes import FP32, DType
 from simulator.autograd import Autograd
 from simulator.graph import BackwardRule, Op, Shape, Tensor, flat
 from simulator.roles import Role
+from simulator.sizes import Dim
 from simulator.trace import Trace
 
 Gradients = list[Tensor | None]
@@ -86,6 +87,21 @@ _COMPOSITE_SILU_BACKWARD = (
 )
 
 
+def exp(t: Trace, x: Tensor) -> Tensor:
+    """``torch.exp``, in fp32 under autocast: its output is the factor of its gradient."""
+    return unary(t, "exp.default", wide(t, x), ("mul.Tensor",), saves="output")
+
+
+def softplus(t: Trace, x: Tensor) -> Tensor:
+    """``torch.nn.functional.softplus``, in fp32 under autocast."""
+    return unary(t, "softplus.default", wide(t, x), ("softplus_backward.default",), saves="input")
+
+
+def wide(t: Trace, x: Tensor) -> Tensor:
+    """`x` as autocast hands it to an op of its fp32 list."""
+    return to(t, x, FP32) if t.regime.autocast else x
+
+
 def silu(t: Trace, x: Tensor) -> Tensor:
     """``torch.nn.functional.silu``."""
     fused = t.regime.fused_activation_backward
@@ -108,6 +124,17 @@ def div_scalar(t: Trace, x: Tensor) -> Tensor:
     return unary(t, "div.Tensor", x, ("div.Tensor",))
 
 
+def div_constant(t: Trace, x: Tensor, divisor: Tensor) -> Tensor:
+    """``x / divisor`` by a tensor without a gradient, which is saved."""
+    out = t.fresh("div.Tensor", x.shape, x.dtype, x.memory)
+    t.emit("div.Tensor", [x, divisor], [out], saves=[divisor], backward=_div_constant_backward)
+    return out
+
+
+def _div_constant_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients:
+    return [engine.like("div.Tensor", op.inputs[0]), None]
+
+
 def add_scalar(t: Trace, x: Tensor) -> Tensor:
     """``x + number``: the gradient passes through untouched."""
     return unary(t, "add.Tensor", x, ())
@@ -120,18 +147,37 @@ def constant(t: Trace, name: str, x: Tensor, *, dtype: DType | None = None, shap
     return out
 
 
-def to(t: Trace, x: Tensor, dtype: DType) -> Tensor:
+def to(t: Trace, x: Tensor, dtype: DType, *, contiguous: bool = False) -> Tensor:
     """``x.to(dtype)``: nothing at all when `x` has that dtype already; a copy keeps the layout of a dense tensor only.
 
     Source: torch aten/src/ATen/native/TensorConversions.cpp `_to_copy`.
+
+    Args:
+        contiguous: whether a copy is contiguous anyhow (``memory_format=torch.contiguous_format``).
     """
     if x.dtype == dtype:
         return x
-    out = t.fresh("_to_copy.default", x.shape, dtype, x.memory if x.dense else flat(x.shape))
+    kept = x.memory if x.dense else suggested_memory(x, x.shape)
+    out = t.fresh("_to_copy.default", x.shape, dtype, flat(x.shape) if contiguous else kept)
     if x.storage.role is Role.PARAMETER:
         out.storage.role = Role.WEIGHT_CAST
     t.emit("_to_copy.default", [x], [out], backward=_to_backward)
     return out
+
+
+def suggested_memory(x: Tensor, shape: Shape) -> tuple[Dim, ...]:
+    """The layout that torch suggests for a tensor of `shape` like `x`: contiguous, or channels last.
+
+    The latter for four axes of which the second varies fastest (torch c10/core/MemoryFormat.h
+    `is_channels_last_strides_2d`).
+    """
+    if len(x.shape) == 4 and x.memory == _channels_last(x.shape) != x.dims:
+        return _channels_last(shape)
+    return flat(shape)
+
+
+def _channels_last(shape: Shape) -> tuple[Dim, ...]:
+    return flat((shape[0], *shape[2:], shape[1]))
 
 
 def _to_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients:
@@ -181,6 +227,19 @@ def add(t: Trace, x: Tensor, y: Tensor, name: str = "add.Tensor") -> Tensor:
 def add_into(t: Trace, x: Tensor, y: Tensor) -> Tensor:
     """``x += y``: allocates nothing."""
     return t.emit("add_.Tensor", [x, y], [t.view(x, x.shape)], backward=_add_backward)[0]
+
+
+def add_into_view(t: Trace, x: Tensor, y: Tensor) -> Tensor:
+    """``x += y`` where `x` is a view of another tensor: autograd rewrites that tensor's history (`CopySlices`)."""
+    return t.emit("add_.Tensor", [x, y], [t.view(x, x.shape)], backward=_add_into_view_backward)[0]
+
+
+def _add_into_view_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients:
+    """A new gradient for the base, and a copy of the part's (torch/csrc/autograd/functions/tensor.cpp `CopySlices`)."""
+    (gradient,) = gradients
+    assert gradient is not None
+    base = engine.like("new_empty_strided.default", gradient)
+    return [base, engine.like("clone.default", gradient)]
 
 
 def div_into(t: Trace, x: Tensor) -> Tensor:

@@ -22,8 +22,9 @@ def sum_last(t: Trace, x: Tensor) -> Tensor:
 
 
 def sum_axis(t: Trace, x: Tensor, axis: int) -> Tensor:
-    """``x.sum(dim=axis)``: backward expands its gradient."""
-    out = t.fresh("sum.dim_IntList", (*x.shape[:axis], *x.shape[axis + 1 :]), x.dtype)
+    """``x.sum(dim=axis)``, in fp32 under autocast: backward expands its gradient."""
+    dtype = FP32 if t.regime.autocast else x.dtype
+    out = t.fresh("sum.dim_IntList", (*x.shape[:axis], *x.shape[axis + 1 :]), dtype)
     t.emit("sum.dim_IntList", [x], [out], backward=_expand_backward)
     return out
 
@@ -86,7 +87,7 @@ def group_ends(t: Trace, ids: Tensor, groups: Axis) -> tuple[Tensor, Tensor, Ten
     return low, counts, constant(t, "cumsum.default", counts)
 
 
-def grouped_linear(t: Trace, x: Tensor, weight: Tensor, ends: Tensor, out: Axis) -> Tensor:
+def grouped_linear(t: Trace, x: Tensor, weight: Tensor, ends: Tensor, *, transposed: bool = False) -> Tensor:
     """``torch._grouped_mm`` of rows sorted by group and ``weight[groups, out, in]``.
 
     ``torch.autocast`` does not know it: rows are cast to the weight's element type
@@ -95,12 +96,12 @@ def grouped_linear(t: Trace, x: Tensor, weight: Tensor, ends: Tensor, out: Axis)
     Args:
         x: ``[rows, in]``.
         ends: row at which each group ends, saved.
-        out: dimensions of the last axis of the result.
+        transposed: whether the weight is ``[groups, in, out]``.
     """
-    factor = transpose(t, weight, 1, 2)
+    factor = weight if transposed else transpose(t, weight, 1, 2)
     with t.call("") as local:
         rows = local("input", to(t, x, weight.dtype)) if x.dtype != weight.dtype else x
-        result = t.fresh("_grouped_mm.default", (rows.shape[0], out), rows.dtype)
+        result = t.fresh("_grouped_mm.default", (rows.shape[0], factor.shape[2]), rows.dtype)
         saves = [a for a, b in ((rows, factor), (factor, rows)) if b.requires_grad]
         inputs = [rows, factor, ends]
         t.emit("_grouped_mm.default", inputs, [result], saves=[*saves, ends], backward=_grouped_mm_backward)

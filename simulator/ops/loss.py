@@ -14,13 +14,21 @@ Gradients = list[Tensor | None]
 
 
 def log_softmax(t: Trace, logits: Tensor) -> Tensor:
-    """``torch.log_softmax``: saves its output."""
-    x = to(t, logits, FP32) if t.regime.autocast else logits
-    return unary(t, "_log_softmax.default", x, ("_log_softmax_backward_data.default",), saves="output")
+    """``torch.log_softmax``: saves its output.
+
+    Cross-entropy asks for it in the dtype of the logits, which autocast leaves alone
+    (torch aten/src/ATen/native/LossNLL.cpp `cross_entropy_loss`, autocast_mode.h `CastPolicy::fp32_set_opt_dtype`).
+    """
+    return unary(t, "_log_softmax.default", logits, ("_log_softmax_backward_data.default",), saves="output")
 
 
 def nll_loss(t: Trace, log_probabilities: Tensor, targets: Tensor) -> Tensor:
-    """``torch.nn.functional.nll_loss``, mean over the targets: its gradient is as big as the log-probabilities."""
+    """``torch.nn.functional.nll_loss``, mean over the targets: its gradient is as big as the log-probabilities.
+
+    Autocast runs it in fp32.
+    """
+    if t.regime.autocast:
+        log_probabilities = to(t, log_probabilities, FP32)
     loss = t.fresh("nll_loss_forward.default", (), log_probabilities.dtype)
     weight = t.fresh("nll_loss_forward.total_weight", (), log_probabilities.dtype)
     saves = [log_probabilities, targets, weight]

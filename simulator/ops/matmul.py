@@ -115,7 +115,7 @@ def _addmm_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients
 
 
 def matmul(t: Trace, x: Tensor, y: Tensor, *, autocasts: bool = True) -> Tensor:
-    """``torch.matmul`` of two 4-D tensors: both expand to 3-D (copied where a view will not do), then `bmm`.
+    """``torch.matmul`` of batched tensors: both expand to 3-D (copied where a view will not do), then `bmm`.
 
     Args:
         autocasts: whether autocast, where it is on, casts both; not inside an op that it has cast for already.
@@ -127,7 +127,21 @@ def matmul(t: Trace, x: Tensor, y: Tensor, *, autocasts: bool = True) -> Tensor:
         if y.shape[1] != x.shape[1]:
             y = expand(t, y, (y.shape[0], x.shape[1], *y.shape[2:]))
         result = bmm(t, _to_batches(t, x), _to_batches(t, y))
-        return view(t, result, (*x.shape[:2], x.shape[2], y.shape[3]), "_unsafe_view.default")
+        return view(t, result, (*x.shape[:-1], y.shape[-1]), "_unsafe_view.default")
+
+
+def autocast_mm(t: Trace, x: Tensor, y: Tensor) -> Tensor:
+    """``x @ y`` of two matrices; autocast, where it is on, casts both, the second first."""
+    with t.call("") as local:
+        y = local("y", autocast(t, y))
+        return _mm(t, local("x", autocast(t, x)), y, y.shape[1])
+
+
+def autocast_bmm(t: Trace, x: Tensor, y: Tensor) -> Tensor:
+    """``torch.bmm`` as a module calls it: autocast, where it is on, casts both, the second first."""
+    with t.call("") as local:
+        y = local("y", autocast(t, y))
+        return bmm(t, local("x", autocast(t, x)), y)
 
 
 def bmm(t: Trace, x: Tensor, y: Tensor) -> Tensor:
@@ -138,7 +152,7 @@ def bmm(t: Trace, x: Tensor, y: Tensor) -> Tensor:
 
 
 def _to_batches(t: Trace, x: Tensor) -> Tensor:
-    shape: Shape = (x.shape[0] + x.shape[1], x.shape[2], x.shape[3])
+    shape: Shape = (flat(x.shape[:-2]), *x.shape[-2:])
     if viewable(x, shape):
         return view(t, x, shape)
     return view(t, clone(t, x), shape, "_unsafe_view.default")

@@ -11,7 +11,7 @@ from simulator.trace import Trace
 Gradients = list[Tensor | None]
 
 
-def layer_norm(t: Trace, x: Tensor, weight: Tensor, bias: Tensor, *, autocast: bool = True) -> Tensor:
+def layer_norm(t: Trace, x: Tensor, weight: Tensor, bias: Tensor | None, *, autocast: bool = True) -> Tensor:
     """``torch.nn.functional.layer_norm`` over the last axis: saves its input and two fp32 statistics per row.
 
     Args:
@@ -22,10 +22,9 @@ def layer_norm(t: Trace, x: Tensor, weight: Tensor, bias: Tensor, *, autocast: b
     rows = x.shape[:-1]
     out = t.fresh("native_layer_norm.default", x.shape, x.dtype)
     mean, rstd = (t.fresh(f"native_layer_norm.{name}", rows, FP32) for name in ("mean", "rstd"))
-    saves = [x, weight, bias, mean, rstd]
-    t.emit(
-        "native_layer_norm.default", [x, weight, bias], [out, mean, rstd], saves=saves, backward=_layer_norm_backward
-    )
+    inputs = [x, weight] if bias is None else [x, weight, bias]
+    outputs = [out, mean, rstd]
+    t.emit("native_layer_norm.default", inputs, outputs, saves=[*inputs, mean, rstd], backward=_layer_norm_backward)
     return out
 
 

@@ -15,12 +15,31 @@ Gradients = list[Tensor | None]
 
 def viewable(tensor: Tensor, shape: Shape) -> bool:
     """Whether `shape` can alias `tensor`: the dimensions of each new axis must lie next to each other in memory."""
-    return tensor.contiguous or all(_adjacent(axis, tensor.memory) for axis in shape)
+    return tensor.contiguous or adjacent(tensor, shape)
 
 
-def _adjacent(axis: tuple[Dim, ...], memory: tuple[Dim, ...]) -> bool:
+def adjacent(tensor: Tensor, shape: Shape) -> bool:
+    """Whether the dimensions of each axis of `shape`, whatever the order of axes, lie next to each other."""
+    return all(_place(axis, tensor.memory) is not None for axis in shape)
+
+
+def _place(axis: tuple[Dim, ...], memory: tuple[Dim, ...]) -> int | None:
+    """Where in `memory` the dimensions of `axis` follow one another."""
     width = len(axis)
-    return any(memory[i : i + width] == axis for i in range(len(memory) - width + 1))
+    return next((i for i in range(len(memory) - width + 1) if memory[i : i + width] == axis), None)
+
+
+def exchanged(memory: tuple[Dim, ...], old: tuple[Dim, ...], new: tuple[Dim, ...]) -> tuple[Dim, ...] | None:
+    """`memory` with the run of dimensions `old` in it replaced by `new`; None where they do not follow one another."""
+    start = _place(old, memory)
+    return None if start is None else (*memory[:start], *new, *memory[start + len(old) :])
+
+
+def replaced(memory: tuple[Dim, ...], axis: tuple[Dim, ...], new: tuple[Dim, ...]) -> tuple[Dim, ...]:
+    """`memory` with the dimensions `new` where those of `axis` are known to follow one another."""
+    found = exchanged(memory, axis, new)
+    assert found is not None
+    return found
 
 
 def view(t: Trace, x: Tensor, shape: Shape, name: str = "view.default") -> Tensor:
@@ -49,6 +68,40 @@ def reshape(t: Trace, x: Tensor, shape: Shape) -> Tensor:
     if viewable(x, shape):
         return view(t, x, shape)
     return view(t, clone(t, x), shape, "_unsafe_view.default")
+
+
+def permute(t: Trace, x: Tensor, *order: int) -> Tensor:
+    """``x.permute(order)``: memory stays."""
+    out = t.view(x, tuple(x.shape[axis] for axis in order))
+    t.emit("permute.default", [x], [out], backward=_permute_backward, order=order)
+    return out
+
+
+def _permute_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients:
+    (gradient,) = gradients
+    assert gradient is not None
+    order = op.attributes["order"]
+    return [engine.view(gradient, tuple(gradient.shape[order.index(axis)] for axis in range(len(order))))]
+
+
+def rename(t: Trace, x: Tensor, shape: Shape) -> Tensor:
+    """``x.view`` of the same axes, some of which are made of other dimensions (a sequence of chunks)."""
+    shape = t.squeezed(shape)
+    out = t.view(x, shape, _renamed(x.memory, x.shape, shape))
+    return t.emit("view.default", [x], [out], backward=_rename_backward)[0]
+
+
+def _renamed(memory: tuple[Dim, ...], old: Shape, new: Shape) -> tuple[Dim, ...]:
+    for before, after in zip(old, new, strict=True):
+        memory = memory if before == after else replaced(memory, before, after)
+    return memory
+
+
+def _rename_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients:
+    (gradient,) = gradients
+    assert gradient is not None
+    shape = op.inputs[0].shape
+    return [engine.view(gradient, shape, _renamed(gradient.memory, gradient.shape, shape))]
 
 
 def transpose(t: Trace, x: Tensor, first: int, second: int) -> Tensor:
@@ -109,10 +162,10 @@ def split(t: Trace, x: Tensor, shape: Shape, parts: int) -> tuple[Tensor, ...]:
 
 def _part(t: Trace, x: Tensor, shape: Shape) -> Tensor:
     """A part of `x` along its last axis: the other axes lie in memory as they did."""
-    whole = x.shape[-1]
-    at_end = x.memory[len(x.memory) - len(whole) :] == whole
-    out = t.view(x, shape, (*x.memory[: len(x.memory) - len(whole)], *shape[-1]) if at_end else flat(shape))
-    out.dense = False
+    (whole,), part = x.shape[-1:], t.squeezed(shape)[-1]
+    place = _place(whole, x.memory)
+    out = t.view(x, shape, flat(shape) if place is None else replaced(x.memory, whole, part))
+    out.dense = x.dense and place == 0
     return out
 
 
@@ -128,14 +181,15 @@ def slices(t: Trace, x: Tensor, shape: Shape, parts: int) -> list[Tensor]:
 
 def narrow(t: Trace, x: Tensor, shape: Shape, axis: int = -1) -> Tensor:
     """A slice of an `axis` of `x`: its gradient is padded back to the whole of `x`."""
-    whole, part = x.shape[axis], shape[axis]
-    memory = tuple(d for dim in x.memory for d in (part if (dim,) == whole else (dim,)))
-    return _cut_out(t, "slice.Tensor", x, shape, memory)
+    shape = t.squeezed(shape)
+    return _cut_out(t, "slice.Tensor", x, shape, replaced(x.memory, x.shape[axis], shape[axis]))
 
 
-def select(t: Trace, x: Tensor, shape: Shape) -> Tensor:
-    """One row of an axis of 3 before the last, ``x[..., i, :]``: its gradient is padded back to the whole of `x`."""
-    return _cut_out(t, "select.int", x, shape, tuple(d for d in x.memory if d != 3))
+def select(t: Trace, x: Tensor, axis: int) -> Tensor:
+    """One row of an `axis`, ``x[..., i, :]`` or ``x[..., i]``: its gradient is padded back to the whole of `x`."""
+    first = axis % len(x.shape)
+    shape = x.shape[:first] + x.shape[first + 1 :]
+    return _cut_out(t, "select.int", x, shape, replaced(x.memory, x.shape[axis], ()))
 
 
 def _cut_out(t: Trace, name: str, x: Tensor, shape: Shape, memory: tuple[Dim, ...]) -> Tensor:
@@ -161,6 +215,13 @@ def _cat_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients:
     (gradient,) = gradients
     assert gradient is not None
     return [engine.view(gradient, x.shape, x.memory) for x in op.inputs]
+
+
+def pairs(t: Trace, first: Tensor, second: Tensor, shape: Shape) -> Tensor:
+    """``torch.stack((first, second), -1).flatten(-2)``, elements of both in turn: backward takes the gradient apart."""
+    out = t.fresh("stack.default", shape, first.dtype)
+    t.emit("stack.default", [first, second], [out], backward=_cat_backward)
+    return out
 
 
 def filled(t: Trace, parts: list[Tensor], shape: Shape) -> Tensor:

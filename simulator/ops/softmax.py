@@ -9,11 +9,11 @@ from simulator.trace import Trace
 
 
 def softmax(t: Trace, x: Tensor, dtype: DType | None = None, name: str = "_softmax.default") -> Tensor:
-    """``torch.softmax``: saves its output; autocast runs it in fp32.
+    """``torch.softmax``: saves its output; autocast runs it in fp32 unless an element type is given.
 
     Args:
         dtype: element type to compute in (``softmax(x, dtype=torch.float32)``).
     """
-    target = FP32 if t.regime.autocast else dtype or x.dtype
+    target = dtype or (FP32 if t.regime.autocast else x.dtype)
     x = to(t, x, target)
     return unary(t, name, x, ("_softmax_backward_data.default",), saves="output")

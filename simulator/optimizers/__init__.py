@@ -9,7 +9,10 @@ from simulator.optimizers.adafactor import adafactor
 from simulator.optimizers.adafactor_hf import adafactor_hf
 from simulator.optimizers.adagrad import adagrad
 from simulator.optimizers.adam import adam, adamw
+from simulator.optimizers.adam_mini import adam_mini
+from simulator.optimizers.apollo import apollo_adamw
 from simulator.optimizers.bitsandbytes import adamw_8bit, adamw_8bit_paged, adamw_paged, lion_8bit
+from simulator.optimizers.galore import galore_adamw
 from simulator.optimizers.lion import lion
 from simulator.optimizers.muon import muon
 from simulator.optimizers.rmsprop import rmsprop
@@ -34,5 +37,8 @@ for name, rule in {
     "adamw_paged": adamw_paged,
     "adamw_8bit_paged": adamw_8bit_paged,
     "lion_8bit": lion_8bit,
+    "adam_mini": adam_mini,
+    "galore_adamw": galore_adamw,
+    "apollo_adamw": apollo_adamw,
 }.items():
     optimizers.add(name, rule)

@@ -23,19 +23,15 @@ NEWTON_SCHULZ_STEPS = 5
 
 def muon(step: OptimizerStep) -> None:
     """``Muon.step()``, then ``AdamW.step()``."""
-    hidden = [parameter for parameter in step.parameters if _is_hidden_matrix(parameter)]
+    hidden = [parameter for parameter in step.parameters if parameter.is_hidden_matrix]
     for parameter in hidden:
         step.state(parameter, "momentum_buffer", parameter.dims, parameter.dtype, "zeros_like.default")
     for parameter in hidden:
         _update(step, parameter)
     step.finish()
-    others = [parameter for parameter in step.parameters if not _is_hidden_matrix(parameter)]
+    others = [parameter for parameter in step.parameters if not parameter.is_hidden_matrix]
     if others:
         adamw(step.part(others, attrs.evolve(Optimizer(), implementation="foreach")))
-
-
-def _is_hidden_matrix(parameter: Parameter) -> bool:
-    return len(parameter.shape) == 2 and parameter.storage.slot is not None
 
 
 def _update(step: OptimizerStep, parameter: Parameter) -> None:

@@ -7,56 +7,26 @@ from collections.abc import Iterable, Sequence
 import attrs
 
 from hardware.dtypes import DType
-from simulator.graph import Shape, Storage, flat, make_storage
+from simulator.graph import Storage, flat, make_storage
+from simulator.optimizers.parameter import Parameter as Parameter
 from simulator.recorder import Step
 from simulator.roles import Phase, Role
 from simulator.sizes import Dim, Dimensions, ceil_div, product
 from simulator.workload import Optimizer
 
 
-@attrs.frozen(eq=False)
-class Parameter:
-    """A trainable weight with its gradient; `shape` is that of the weight, an axis may be several dimensions."""
+@attrs.frozen(kw_only=True)
+class Surroundings:
+    """What an optimizer may have to know of the run besides its weights."""
 
-    storage: Storage
-    gradient: Storage
-    shape: Shape
-    distributed: bool = False
-    """Whether it is a DTensor of tensor parallelism."""
-    redistribution: str | None = None
-    """Kernel that brings the gradient to the weight's placement, where it has another one."""
-    group: int = 0
-    """Number of the optimizer's parameter group that it is in."""
-
-    @property
-    def dims(self) -> tuple[Dim, ...]:
-        """All dimensions of the weight."""
-        return flat(self.shape)
-
-    @property
-    def is_matrix(self) -> bool:
-        """Whether it has rows and columns, or is a stack of matrices (Adafactor factors the last two axes)."""
-        return len(self.shape) >= 2
-
-    @property
-    def rows(self) -> tuple[Dim, ...]:
-        """Dimensions of one number per row."""
-        return flat(self.shape[:-1])
-
-    @property
-    def columns(self) -> tuple[Dim, ...]:
-        """Dimensions of one number per column."""
-        return flat((*self.shape[:-2], self.shape[-1]))
-
-    @property
-    def stack(self) -> tuple[Dim, ...]:
-        """Dimensions of one number per matrix: none, unless it is a stack of them."""
-        return flat(self.shape[:-2])
-
-    @property
-    def dtype(self) -> DType:
-        """Element type of the weight."""
-        return self.storage.dtype
+    tensors: str
+    """Name of the dimension that counts the trainable tensors of the whole model."""
+    dimensions: Dimensions
+    """The dimension table, for states and temporaries whose size is derived from a weight's."""
+    heads: int = 1
+    """Attention heads, for optimizers that treat heads apart."""
+    kernel_workspace: bool = True
+    """Whether to count what kernels allocate for themselves."""
 
 
 class OptimizerStep:
@@ -65,9 +35,8 @@ class OptimizerStep:
     Args:
         optimizer: the options.
         parameters: the weights to update, in the order of ``model.parameters()``.
-        tensors: name of the dimension that counts the trainable tensors of the whole model.
         states: what earlier steps left, by parameter and name; a cold step starts with none and fills it.
-        dimensions: the dimension table, for states and temporaries whose size is derived from a weight's.
+        surroundings: what else there is.
         held: all that have a gradient on this rank, if those are more than it updates.
     """
 
@@ -75,19 +44,19 @@ class OptimizerStep:
         self,
         optimizer: Optimizer,
         parameters: Sequence[Parameter],
-        tensors: str,
         states: dict[tuple[Storage, str], Storage],
-        dimensions: Dimensions,
+        surroundings: Surroundings,
         held: Sequence[Parameter] | None = None,
     ) -> None:
         self.optimizer = optimizer
         self.parameters = parameters
         self.held = parameters if held is None else held
-        self.tensors = tensors
+        self.tensors = surroundings.tensors
         self.steps: list[Step] = []
         self.constructed: list[Storage] = []
         """States that the optimizer's constructor makes, before the first micro-batch."""
-        self._dimensions = dimensions
+        self.surroundings = surroundings
+        self._dimensions = surroundings.dimensions
         self._states = states
         self._locals: dict[str, Storage] = {}
 
@@ -111,13 +80,17 @@ class OptimizerStep:
 
     def part(self, parameters: Sequence[Parameter], optimizer: Optimizer) -> OptimizerStep:
         """What `optimizer` does with some of the parameters, recorded here."""
-        step = OptimizerStep(optimizer, parameters, self.tensors, self._states, self._dimensions)
+        step = OptimizerStep(optimizer, parameters, self._states, self.surroundings)
         step.steps, step.constructed = self.steps, self.constructed
         return step
 
     def count(self, dims: Iterable[Dim]) -> int:
         """Elements of a tensor with dimensions `dims`, for rules that depend on a weight's size."""
         return int(product(dims, self._dimensions.bindings))
+
+    def dimension(self, name: str, value: int) -> Dim:
+        """A dimension of `value`, called `name` as far as that is free."""
+        return self._dimensions.bind(name, value)
 
     def parts(self, dims: Iterable[Dim], elements: int) -> Dim:
         """The dimension that counts the parts of `elements` each, the last one maybe not full, of a tensor."""
@@ -148,13 +121,18 @@ class OptimizerStep:
             self._states[key] = made
             self._record(op, parameter.storage.slot, [made])
 
+    def has_state(self, parameter: Parameter, name: str) -> bool:
+        """Whether an earlier step made state `name` of `parameter`."""
+        return (parameter.storage, name) in self._states
+
     def shared_state(self, name: str, dims: Iterable[Dim], dtype: DType, op: str) -> None:
         """Make a state that all parameters share with kernel `op`, unless an earlier step made it."""
-        key = (self.parameters[0].storage, name)
-        if key not in self._states:
-            made = make_storage(f"optimizer.{name}", tuple(dims), dtype, Role.OPTIMIZER_STATE)
-            self._states[key] = made
-            self._record(op, None, [made])
+        first = self.parameters[0].storage
+        slot = first.slot if len(self.parameters) == 1 else None
+        if (first, name) not in self._states:
+            made = make_storage(f"optimizer.{name}", tuple(dims), dtype, Role.OPTIMIZER_STATE, slot)
+            self._states[first, name] = made
+            self._record(op, slot, [made])
 
     def constructed_state(self, parameter: Parameter, name: str, dims: Iterable[Dim], dtype: DType) -> None:
         """State `name` of `parameter` is made by the optimizer's constructor, as loading is."""
@@ -194,6 +172,14 @@ class OptimizerStep:
         made = make_storage(label, tuple(dims), dtype, Role.OPTIMIZER, parameter.storage.slot)
         self._record(op, parameter.storage.slot, [made])
         return made
+
+    def workspace(self, parameter: Parameter, op: str, dims: Iterable[Dim], dtype: DType, name: str) -> list[Storage]:
+        """What kernel `op` allocates for itself, unseen by the dispatcher, as far as that is counted."""
+        if not self.surroundings.kernel_workspace:
+            return []
+        made = self.temporary(parameter, f"{op} (workspace)", dims, dtype, name)
+        made.role = Role.WORKSPACE
+        return [made]
 
     def like(self, parameter: Parameter, op: str, name: str | None = None) -> Storage:
         """A temporary with the shape and dtype of `parameter`."""

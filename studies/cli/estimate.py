@@ -40,6 +40,12 @@ def command(
     attention: Annotated[Text, typer.Option(help="eager, sdpa, flash_attention_2 or flex_attention.")] = None,
     sdpa_backend: Annotated[Text, typer.Option(help="auto, flash, efficient or math.")] = None,
     padding: Annotated[Text, typer.Option(help="Attention mask: none, full (nothing padded) or padded.")] = None,
+    experts: Annotated[
+        Text, typer.Option(help="How experts are run (experts_implementation): grouped_mm, batched_mm or eager.")
+    ] = None,
+    expert_imbalance: Annotated[
+        float | None, typer.Option(help="Tokens of the busiest expert over the mean, for experts run eagerly.")
+    ] = None,
     checkpointing: Annotated[
         Text, typer.Option(help="Activation checkpointing: none, or NAME[,option=value...] with full, every, ...")
     ] = None,
@@ -53,6 +59,13 @@ def command(
     keep_outputs: Annotated[
         bool, typer.Option("--keep-outputs", help="The outputs are held through backward.")
     ] = False,
+    grad_scaler: Annotated[
+        bool | None,
+        typer.Option("--grad-scaler/--no-grad-scaler", help="torch.amp.GradScaler; by default with amp-fp16."),
+    ] = None,
+    optimizer_in_backward: Annotated[
+        bool, typer.Option("--optimizer-in-backward", help="Each weight is updated as soon as its gradient is there.")
+    ] = False,
     torch: Annotated[Text, typer.Option(help="PyTorch version whose behaviour is simulated.")] = None,
     implementation: Annotated[
         Text,
@@ -62,6 +75,28 @@ def command(
     ] = None,
     loss: Annotated[
         Text, typer.Option(help="default, te_fused (megatron), chunked or chunked_compiled (torchtune).")
+    ] = None,
+    liger: Annotated[
+        bool, typer.Option("--liger", help="Fused kernels of Liger-Kernel, as transformers' use_liger_kernel.")
+    ] = False,
+    liger_kernels: Annotated[
+        Text, typer.Option(help="Some of them: KERNEL[,...], for instance rms_norm,fused_linear_cross_entropy.")
+    ] = None,
+    multiprocessors: Annotated[
+        int | None, typer.Option(help="Streaming multiprocessors of the GPU, for Liger's rms_norm.")
+    ] = None,
+    items_in_batch: Annotated[
+        bool, typer.Option("--items-in-batch", help="num_items_in_batch is passed, as transformers' Trainer does.")
+    ] = False,
+    float8: Annotated[
+        Text, typer.Option(help="Linear layers on float8 copies, scaled tensorwise or rowwise (torchao, eager).")
+    ] = None,
+    prune: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="STRUCTURE=AMOUNT[@LAYERS]: heads, groups, channels or experts, e.g. heads=4, channels=25%@0,4-7; "
+            "or layers=2,5-7. May be repeated."
+        ),
     ] = None,
     strategy: Annotated[
         list[str] | None, typer.Option(help="NAME[,option=value...] (see vramsim strategies); may be repeated.")
@@ -82,7 +117,7 @@ def command(
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 5 where something is not modelled.")] = False,
 ) -> int:
     """Estimate the GPU memory of one training step on every rank."""
-    given = {**locals(), "strategy": tuple(strategy or ())}
+    given = {**locals(), "prune": tuple(prune or ()), "strategy": tuple(strategy or ())}
     del strict  # the entry point reads it: it only changes an exit code
     from studies.options import TrainingOptions
     from studies.plots import check_target
@@ -114,7 +149,8 @@ def _run(
 def tables(result: Estimate, *, rules: bool = True) -> list[Table]:
     """The estimate as tables of text; with `rules` of thumb, too."""
     several = [_by_rank(result)] if result.cluster.count > 1 else []
-    parts = [_summary(result), *several, _by_role(result), _by_layer(result), _largest(result)]
+    pruned = [_pruning(result)] if result.savings else []
+    parts = [_summary(result), *pruned, *several, _by_role(result), _by_layer(result), _largest(result)]
     return [*parts, *([_rules_of_thumb(result)] if rules else []), _assumptions(result)]
 
 
@@ -136,8 +172,27 @@ def _summary(result: Estimate) -> Table:
         ("steady step", f"{gib(report.steady.nbytes)}, in {report.steady.phase.value}"),
         ("model", f"{report.model.name}: {report.parameters:,} parameters, {len(report.model.layers)} layers"),
         ("workload", result.workload),
+        *_routing(result),
     ]
     return Table(f"{report.model.name} on {result.cluster}", rows)
+
+
+def _routing(result: Estimate) -> list[tuple[str, str]]:
+    """How far the peak depends on which experts tokens go to, where it does."""
+    if result.routing is None:
+        return []
+    band = result.routing
+    worst = f"{size(band.worst)} with {band.imbalance:g} times the mean at one expert of each layer"
+    return [("routing", f"{size(band.even)} with even routing to {worst}")]
+
+
+def _pruning(result: Estimate) -> Table:
+    rows = []
+    for each in result.savings:
+        text = [size(n) if each.is_bytes else f"{n:,}" for n in (each.before, each.after, each.saved)]
+        rows.append((each.name, *text, f"{100 * each.saved / each.before:.1f} %" if each.before else ""))
+    header = ("", "before", "after", "saved", "share")
+    return Table("what pruning saves (bytes of each kind: the most at any time)", rows, header, frozenset({1, 2, 3, 4}))
 
 
 def _where(result: Estimate) -> str:

@@ -157,3 +157,23 @@ def test_refusals_are_one_clear_line(options, hint):
 def test_a_change_is_validated_too():
     with pytest.raises(UsageError):
         attrs.evolve(Optimizer(), implementation="slow")
+
+
+@pytest.mark.parametrize(
+    ("options", "hint"),
+    [({"gradient_accumulation": 2}, "accumulate"), ({"clip": 1.0}, "norm"), ({"zero_grad": "zero"}, "zero_grad")],
+    ids=str,
+)
+def test_in_backward_refuses_what_needs_all_gradients(options, hint):
+    with pytest.raises(UsageError, match=hint):
+        Training(optimizer_in_backward=True, **options)
+
+
+@settings(max_examples=25, deadline=None)
+@given(models(), st.sampled_from(WAYS))
+def test_in_backward_keeps_the_same_states_and_no_gradient(model, way):
+    """Between steps the same is left, save the quantization maps that each 8-bit optimizer has for itself."""
+    optimizer = Optimizer(name=way[0], implementation=way[1])
+    after, within = (run(model, optimizer=optimizer, optimizer_in_backward=each) for each in (False, True))
+    extra = within.steady.start_bytes - after.steady.start_bytes
+    assert extra >= 0 if way[0] in ("adamw_8bit", "adamw_8bit_paged", "lion_8bit") else extra == 0

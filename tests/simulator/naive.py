@@ -56,6 +56,7 @@ class Engine:
     def __init__(self, memory, kernel_workspace):
         self.memory, self.kernel_workspace = memory, kernel_workspace
         self.cells = {}
+        self.saved = {}
 
     def prepare(self, name, shape: Shape, dtype, memory=None):
         tensor = make_tensor(make_storage(name, flat(shape), dtype, Role.BACKWARD), shape, dtype)
@@ -77,6 +78,18 @@ class Engine:
     def workspace(self, name, shape, dtype):
         if self.kernel_workspace:
             self.fresh(name, shape, dtype)
+
+    def free(self, *tensors):
+        for tensor in tensors:
+            del self.cells[tensor.storage]
+
+    def overwritten(self, name, tensor):
+        """The gradient is in the memory of a saved tensor, and has a name of its own unless another holds that."""
+        gradient = self.prepare(name, tensor.shape, tensor.dtype, tensor.memory)
+        cell = self.cells[gradient.storage] = self.saved.pop(tensor.storage)
+        if sys.getrefcount(cell) == 3:  # `cell`, its place in `cells` and the argument itself
+            self.memory.trace.append(self.memory.live)
+        return gradient
 
     @staticmethod
     def view(gradient, shape, memory=None):
@@ -116,7 +129,7 @@ class NaiveMicroBatches:
         for position, op in enumerate(self.graph.ops):
             births = list(self.graph.edges.succ[op])
             cells.update(zip(births, self.memory.allocate(births), strict=True))
-            saved[op] = [cells[s] for s, edge in self.graph.edges.pred[op].items() if "saves" in edge]
+            saved[op] = {s: cells[s] for s, edge in self.graph.edges.pred[op].items() if "saves" in edge}
             for storage in [s for s in cells if last.get(s, -1) <= position and s not in wanted]:
                 if storage not in self.leaves:
                     del cells[storage]
@@ -134,8 +147,9 @@ class NaiveMicroBatches:
             keys = [(index, i) for i in range(len(op.outputs))]
             incoming = [buffers.pop(key, None) for key in keys]
             if any(g is not None for g in incoming):
+                engine.saved = saved.pop(op)
                 outgoing = self._node(engine, op, incoming)
-                saved[op] = None
+                engine.saved = {}
                 incoming = None
                 self._deliver(op, outgoing, buffers, pending, engine)
                 outgoing = None

@@ -19,7 +19,7 @@ from studies.validation import oracle_case, read_cases, validate_oracle
 ORACLE = Path(__file__).parents[1] / "data" / "oracle"
 
 
-FILES = ("dense", "early", "experts", "latent")
+FILES = ("dense", "early", "experts", "latent", "routed")
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -37,5 +37,5 @@ def test_parameters(line):
 
 
 def test_a_counted_family_says_that_it_has_no_graph():
-    with pytest.raises(UnsupportedError, match="gpt_oss is counted, not simulated"):
-        simulate(read_model("gpt-oss-20b"), Training(seq_len=8))
+    with pytest.raises(UnsupportedError, match="gemma4 is counted, not simulated"):
+        simulate(read_model("gemma-4-26B-A4B"), Training(seq_len=8))

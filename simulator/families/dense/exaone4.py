@@ -19,6 +19,7 @@ from simulator.families.decoder import (
     read_windows,
 )
 from simulator.families.reader import ConfigReader
+from simulator.liger import NormPatch
 from simulator.limits import LARGEST_POSITIONS
 from simulator.model import LayerSpec, ModelSpec
 from simulator.trace import Trace
@@ -43,7 +44,7 @@ def read(config: ConfigReader) -> ModelSpec:
 
 def forward(t: Trace, spec: ModelSpec, layers: BuiltLayers) -> None:
     """`Exaone4ForCausalLM` (transformers models/exaone4/modeling_exaone4.py)."""
-    norm = blocks.llama_rms_norm
+    norm = partial(blocks.llama_rms_norm, liger=NormPatch.APART)
     states = partial(blocks.separate_states, norm=norm, normed="transposed")
     attend = partial(blocks.rotary_attention, states=states)
     layer = partial(blocks.decoder_layer, norm=norm, before=blocks.NONE, after=blocks.AFTER, attend=attend)

@@ -15,6 +15,7 @@ from simulator.families.decoder import (
     read_hidden,
 )
 from simulator.families.reader import ConfigReader
+from simulator.liger import NormPatch
 from simulator.model import LayerSpec, ModelSpec
 from simulator.trace import Trace
 
@@ -32,7 +33,7 @@ def read(config: ConfigReader) -> ModelSpec:
 
 def forward(t: Trace, spec: ModelSpec, layers: BuiltLayers) -> None:
     """`GemmaForCausalLM` (transformers models/gemma/modeling_gemma.py)."""
-    norm = blocks.gemma_rms_norm
+    norm = partial(blocks.gemma_rms_norm, liger=NormPatch.IN_PLACE)
     layer = partial(blocks.decoder_layer, norm=norm)
     rotary_decoder(t, spec, layers, embed=blocks.scaled_embeddings, layer=layer, norm=norm)
     t.order_layer_parameters("self_attn", "mlp", *blocks.BEFORE)

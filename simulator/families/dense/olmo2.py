@@ -15,6 +15,7 @@ from simulator.families.decoder import (
     read_hidden,
 )
 from simulator.families.reader import ConfigReader
+from simulator.liger import NormPatch
 from simulator.model import LayerSpec, ModelSpec
 from simulator.trace import Trace
 
@@ -30,9 +31,11 @@ def read(config: ConfigReader) -> ModelSpec:
 def forward(t: Trace, spec: ModelSpec, layers: BuiltLayers) -> None:
     """`Olmo2ForCausalLM` (transformers models/olmo2/modeling_olmo2.py): rotary positions in fp32."""
     norm = partial(blocks.llama_rms_norm, weight_in_fp32=True)
-    states = partial(blocks.separate_states, norm=norm, normed="projection")
+    of_states = partial(norm, liger=NormPatch.NONE)
+    states = partial(blocks.separate_states, norm=of_states, normed="projection")
     attend = partial(blocks.rotary_attention, states=states, rotate=blocks.rotate_in)
-    layer = partial(blocks.decoder_layer, norm=norm, before=blocks.NONE, after=blocks.AFTER, attend=attend)
+    of_layer = partial(norm, liger=NormPatch.APART)
+    layer = partial(blocks.decoder_layer, norm=of_layer, before=blocks.NONE, after=blocks.AFTER, attend=attend)
     tables = partial(blocks.rotary_tables, cast=False)
     rotary_decoder(t, spec, layers, layer=layer, norm=norm, make_tables=tables)
     t.order_layer_parameters("self_attn", *blocks.PROJECTIONS, "q_norm", "k_norm", "mlp", *blocks.AFTER)

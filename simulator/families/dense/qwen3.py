@@ -18,6 +18,7 @@ from simulator.families.decoder import (
     read_late_windows,
 )
 from simulator.families.reader import ConfigReader
+from simulator.liger import NormPatch
 from simulator.model import LayerSpec, ModelSpec
 from simulator.trace import Trace
 
@@ -36,7 +37,8 @@ def read(config: ConfigReader) -> ModelSpec:
 def forward(t: Trace, spec: ModelSpec, layers: BuiltLayers) -> None:
     """`Qwen3ForCausalLM` (transformers models/qwen3/modeling_qwen3.py)."""
     norm = blocks.llama_rms_norm
-    attend = partial(blocks.rotary_attention, states=partial(blocks.separate_states, norm=norm))
+    states = partial(blocks.separate_states, norm=partial(norm, liger=NormPatch.NONE))
+    attend = partial(blocks.rotary_attention, states=states)
     layer = partial(blocks.decoder_layer, norm=norm, attend=attend)
     rotary_decoder(t, spec, layers, layer=layer, norm=norm, windows=full_and_own_windows(spec))
     t.order_layer_parameters("self_attn", *blocks.PROJECTIONS, "q_norm", "k_norm", "mlp", *blocks.BEFORE)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hardware.dtypes import FP32, INT32, INT64
 from hardware.errors import UnsupportedError
-from simulator import blocks, decoder, ops
+from simulator import blocks, decoder, masks, ops
 from simulator.families import Family, families
 from simulator.families.decoder import read_decoder, read_even_heads, read_hidden
 from simulator.families.reader import ConfigReader
@@ -35,13 +35,15 @@ def forward(t: Trace, spec: ModelSpec, layers: decoder.BuiltLayers) -> None:
     """`BloomForCausalLM` (transformers models/bloom/modeling_bloom.py)."""
     if t.regime.attention != "eager":
         raise UnsupportedError(f"'attention' must be eager with bloom, which has no other, not {t.regime.attention!r}")
+    if len({layer.attention.heads for layer in spec.layers}) > 1:
+        raise UnsupportedError("'heads' must be as many in every layer of bloom: all layers share the biases of heads")
     ids, labels = decoder.batch(t)
     vocabulary = blocks.vocabulary_table(t, "transformer.word_embeddings")
     with t.call("transformer") as local:
         embeds = local("inputs_embeds", blocks.look_up(t, vocabulary, ids, "word_embeddings"))
         hidden = local("hidden", blocks.layer_norm(t, "word_embeddings_layernorm", embeds))
         alibi = local("alibi", _alibi(t, hidden, spec.layers[0].attention))
-        mask = decoder.causal_mask(t, embeds)
+        mask = masks.causal_mask(t, embeds)
         assert mask is not None
         local("mask", mask)
         for slot, layer in layers:
@@ -134,8 +136,7 @@ def _attention(
 def _by_head(t: Trace, fused: Tensor, heads: tuple[str | int, ...], d: str) -> list[Tensor]:
     """`_reshape`: every third row, head by head."""
     whole = ops.view(t, fused, (*fused.shape[:-1], heads, (3,), (d,)))
-    part = (*fused.shape[:-1], heads, (d,))
-    return [ops.transpose(t, ops.select(t, whole, part), 1, 2) for _ in range(3)]
+    return [ops.transpose(t, ops.select(t, whole, -2), 1, 2) for _ in range(3)]
 
 
 def _mlp(t: Trace, x: Tensor, residual: Tensor, spec: ModelSpec, layer: FeedForwardSpec) -> Tensor:

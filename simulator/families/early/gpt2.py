@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from simulator import blocks, decoder, ops
+from simulator import blocks, decoder, masks, ops
 from simulator.families import Family, families
 from simulator.families.early.gpt import ALIASES, read_gpt
 from simulator.families.reader import ConfigReader
@@ -24,11 +24,11 @@ def forward(t: Trace, spec: ModelSpec, layers: decoder.BuiltLayers) -> None:
     vocabulary = t.matrix("transformer.wte.weight", ("V",), ("h",))
     with t.call("transformer") as local:
         embeds = local("inputs_embeds", t.embedded(ops.embedding(t, vocabulary, ids)))
-        position_ids = local("position_ids", decoder.positions(t, ids))
+        position_ids = local("position_ids", masks.positions(t, ids))
         table = t.matrix("wpe.weight", (t.dim("P", spec.max_positions),), ("h",))
         position_embeds = local("position_embeds", ops.embedding(t, table, position_ids))
         hidden = local("hidden", ops.add(t, embeds, position_embeds))
-        mask = decoder.causal_mask(t, embeds)
+        mask = masks.causal_mask(t, embeds)
         if mask is not None:
             local("mask", mask)
         with t.call("drop"):
@@ -99,5 +99,13 @@ _OTHERS = {
 }
 families.add(
     "gpt2",
-    Family("gpt2", read, forward=forward, config_class="GPT2Config", aliases=ALIASES, implementations=_OTHERS),
+    Family(
+        "gpt2",
+        read,
+        forward=forward,
+        config_class="GPT2Config",
+        aliases=ALIASES,
+        implementations=_OTHERS,
+        bounded_positions=True,
+    ),
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hardware.dtypes import BOOL
-from simulator import blocks, decoder, ops
+from simulator import blocks, decoder, masks, ops
 from simulator.families import Family, families
 from simulator.families.early.gpt import ALIASES, read_gpt
 from simulator.families.reader import ConfigReader
@@ -25,8 +25,8 @@ def forward(t: Trace, spec: ModelSpec, layers: decoder.BuiltLayers) -> None:
         positions = t.dim("P", spec.max_positions)
         t.buffer("bias", positions, positions, dtype=BOOL)
         embeds = local("inputs_embeds", t.embedded(ops.embedding(t, vocabulary, ids)))
-        position_ids = local("position_ids", decoder.positions(t, ids))
-        mask = decoder.causal_mask(t, embeds)
+        position_ids = local("position_ids", masks.positions(t, ids))
+        mask = masks.causal_mask(t, embeds)
         if mask is not None:
             local("mask", mask)
         table = t.matrix("wpe.weight", (positions,), ("h",))
@@ -91,5 +91,7 @@ def _key_per_head(t: Trace, x: Tensor, spec: AttentionSpec) -> list[Tensor]:
 
 families.add(
     "gpt_bigcode",
-    Family("gpt_bigcode", read, forward=forward, config_class="GPTBigCodeConfig", aliases=ALIASES),
+    Family(
+        "gpt_bigcode", read, forward=forward, config_class="GPTBigCodeConfig", aliases=ALIASES, bounded_positions=True
+    ),
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import attrs
 
-from simulator import blocks, decoder, ops
+from simulator import blocks, decoder, masks, ops
 from simulator.families import Family, families
 from simulator.families.decoder import read_decoder, read_depth, read_even_heads, read_hidden, read_rotary_dim
 from simulator.families.reader import ConfigReader
@@ -36,8 +36,8 @@ def forward(t: Trace, spec: ModelSpec, layers: decoder.BuiltLayers) -> None:
     vocabulary = blocks.vocabulary_table(t, "gpt_neox.embed_in")
     with t.call("gpt_neox") as local:
         embeds = local("inputs_embeds", blocks.look_up(t, vocabulary, ids, "embed_in"))
-        position_ids = local("position_ids", decoder.positions(t, ids))
-        mask = decoder.causal_mask(t, embeds)
+        position_ids = local("position_ids", masks.positions(t, ids))
+        mask = masks.causal_mask(t, embeds)
         if mask is not None:
             local("mask", mask)
         with t.call("emb_dropout"):

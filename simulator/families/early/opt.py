@@ -5,7 +5,7 @@ from __future__ import annotations
 import attrs
 
 from hardware.dtypes import FP32, INT64
-from simulator import blocks, decoder, ops
+from simulator import blocks, decoder, masks, ops
 from simulator.families import Family, families
 from simulator.families.decoder import read_decoder, read_depth, read_even_heads, read_hidden
 from simulator.families.reader import ConfigReader
@@ -51,7 +51,7 @@ def forward(t: Trace, spec: ModelSpec, layers: decoder.BuiltLayers) -> None:
     with t.call("model.decoder") as local:
         embeds = local("inputs_embeds", blocks.look_up(t, vocabulary, ids, "embed_tokens"))
         position_ids = _positions(t, embeds, local)
-        mask = decoder.causal_mask(t, embeds)
+        mask = masks.causal_mask(t, embeds)
         if mask is not None:
             local("mask", mask)
         with t.call("embed_positions"):
@@ -137,4 +137,4 @@ def _attention(t: Trace, x: Tensor, mask: Tensor | None, spec: AttentionSpec) ->
         return blocks.projection(t, "out_proj", out, ("h",), spec.bias), weights
 
 
-families.add("opt", Family("opt", read, forward=forward, config_class="OPTConfig"))
+families.add("opt", Family("opt", read, forward=forward, config_class="OPTConfig", bounded_positions=True))

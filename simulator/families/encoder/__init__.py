@@ -1,1 +1,1 @@
-"""Encoders."""
+"""Encoders: every token sees all others."""

@@ -6,14 +6,16 @@ from functools import partial
 
 import attrs
 
+from hardware.errors import UnsupportedError
 from simulator import blocks
 from simulator.decoder import BuiltLayers, rotary_decoder
 from simulator.families import Family, families
 from simulator.families.decoder import read_attention, read_decoder, read_depth, read_gated, read_hidden
 from simulator.families.experts.reading import read_experts, read_sparse_layers
 from simulator.families.reader import ConfigReader
+from simulator.liger import NormPatch
 from simulator.limits import LARGEST_POSITIONS
-from simulator.model import ModelSpec
+from simulator.model import ExpertsSpec, ModelSpec
 from simulator.trace import Trace
 
 
@@ -39,8 +41,10 @@ def read(config: ConfigReader) -> ModelSpec:
 
 def forward(t: Trace, spec: ModelSpec, layers: BuiltLayers) -> None:
     """`Qwen3MoeForCausalLM` (transformers models/qwen3_moe/modeling_qwen3_moe.py)."""
+    if t.regime.liger.swiglu and not all(isinstance(layer.feed_forward, ExpertsSpec) for layer in spec.layers):
+        raise UnsupportedError("'liger' swiglu looks for experts in every layer, and some have none: leave it out")
     block = partial(blocks.experts_mlp, router=blocks.softmax_router)
-    states = partial(blocks.separate_states, norm=blocks.llama_rms_norm)
+    states = partial(blocks.separate_states, norm=partial(blocks.llama_rms_norm, liger=NormPatch.NONE))
     layer = partial(
         blocks.decoder_layer,
         norm=blocks.llama_rms_norm,

@@ -6,7 +6,7 @@ import attrs
 
 from simulator.families.reader import ConfigReader
 from simulator.limits import LARGEST_EXPERTS, LARGEST_LAYERS, LARGEST_WIDTH
-from simulator.model import AttentionSpec, ExpertsSpec, FeedForwardSpec, LayerSpec
+from simulator.model import ExpertsSpec, FeedForwardSpec, LayerSpec, TokenMixerSpec
 
 
 def refuse_router_options(config: ConfigReader) -> None:
@@ -23,6 +23,7 @@ def read_experts(
     per_token: int,
     normalised: bool | None = None,
     shared_width: int | None = None,
+    activation: tuple[str, str] = ("hidden_act", "silu"),
 ) -> ExpertsSpec:
     """The mixture of experts of a layer.
 
@@ -33,6 +34,7 @@ def read_experts(
         per_token: default number of experts that a token visits.
         normalised: default of ``norm_topk_prob``; None where weights are normalised always.
         shared_width: channels of the MLP that every token visits.
+        activation: key and default of its name.
     """
     refuse_router_options(config)
     count = config.required_size(*experts, LARGEST_EXPERTS)
@@ -41,7 +43,7 @@ def read_experts(
     config.check(chosen <= count, too_many, "num_experts_per_tok", experts[0])
     return ExpertsSpec(
         width=config.required_size(*width, LARGEST_WIDTH),
-        activation=config.activation("hidden_act", "silu"),
+        activation=config.activation(*activation),
         experts=count,
         per_token=min(chosen, count),
         normalised=normalised is None or config.flag("norm_topk_prob", normalised),
@@ -80,10 +82,10 @@ def read_groups(config: ConfigReader, experts: ExpertsSpec, *, groups: int = 1, 
 
 
 def read_sparse_layers(
-    config: ConfigReader, depth: int, attention: AttentionSpec, dense: FeedForwardSpec, experts: ExpertsSpec
+    config: ConfigReader, depth: int, mixer: TokenMixerSpec | None, dense: FeedForwardSpec, experts: ExpertsSpec
 ) -> list[LayerSpec]:
     """Layers with experts, but for those of ``mlp_only_layers`` and between steps of ``decoder_sparse_step``."""
     step = config.size("decoder_sparse_step", 1, LARGEST_LAYERS)
     plain = config.indices("mlp_only_layers", depth)
     sparse = [index not in plain and (index + 1) % step == 0 for index in range(depth)]
-    return [LayerSpec(attention, experts if each else dense) for each in sparse]
+    return [LayerSpec(mixer, experts if each else dense) for each in sparse]

@@ -1,0 +1,50 @@
+"""Qwen3-Next: gated delta nets (arXiv:2412.06464), gated attention in every fourth layer, many narrow experts."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from simulator import blocks
+from simulator.decoder import BuiltLayers, rotary_decoder
+from simulator.families import Family, families
+from simulator.families.decoder import read_decoder, read_depth, read_gated, read_hidden
+from simulator.families.experts.reading import read_experts, read_sparse_layers
+from simulator.families.hybrid.delta_net import ATTENTION, DELTA_NET, REST, mix, read_mixers, with_mixers
+from simulator.families.reader import ConfigReader
+from simulator.limits import LARGEST_WIDTH
+from simulator.model import ModelSpec
+from simulator.trace import Trace
+
+
+def read(config: ConfigReader) -> ModelSpec:
+    """The spec of a Qwen3-Next config; defaults are those of Qwen3NextConfig in transformers 5.23.0."""
+    hidden, depth = read_hidden(config, 2048), read_depth(config, 48)
+    experts = read_experts(
+        config,
+        width=("moe_intermediate_size", 512),
+        experts=("num_experts", 512),
+        per_token=10,
+        normalised=True,
+        shared_width=config.required_size("shared_expert_intermediate_size", 512, LARGEST_WIDTH),
+    )
+    dense = read_gated(config, width=5632)
+    mixers = read_mixers(config, hidden, depth, kv_heads=2)
+    layers = with_mixers(read_sparse_layers(config, depth, None, dense, experts), mixers)
+    return read_decoder(config, hidden, layers, vocab=151936, positions=32768)
+
+
+def forward(t: Trace, spec: ModelSpec, layers: BuiltLayers) -> None:
+    """`Qwen3NextForCausalLM` (transformers models/qwen3_next/modeling_qwen3_next.py)."""
+    block = partial(blocks.gated_shared_mlp, router=blocks.softmax_router)
+    norm = blocks.gemma_rms_norm
+    layer = partial(
+        blocks.decoder_layer,
+        norm=norm,
+        attend=partial(mix, project=blocks.fused_projections),
+        feed=partial(blocks.experts_or_gated_mlp, block=block),
+    )
+    rotary_decoder(t, spec, layers, layer=layer, norm=norm)
+    t.order_layer_parameters(*ATTENTION, *DELTA_NET, "in_proj_qkvz", "in_proj_ba", "norm", "out_proj", *REST)
+
+
+families.add("qwen3_next", Family("qwen3_next", read, forward=forward, config_class="Qwen3NextConfig"))

@@ -1,0 +1,100 @@
+"""Attention masks (transformers 5.23 masking_utils.py), and the positions that they compare."""
+
+from __future__ import annotations
+
+from hardware.dtypes import BOOL, INT64
+from simulator import ops
+from simulator.graph import Shape, Tensor
+from simulator.trace import Trace
+
+
+def positions(t: Trace, like: Tensor) -> Tensor:
+    """``position_ids``: int64, one row."""
+    row = ((), ("s",))
+    with t.call(""):
+        return ops.constant(t, "add.Tensor", ops.constant(t, "arange.default", like, dtype=INT64, shape=row))
+
+
+def recurrent_mask(t: Trace) -> Tensor | None:
+    """The padding mask ``[b, s]`` of layers without attention: the batch's own where there is real padding.
+
+    Source: masking_utils.py `create_recurrent_attention_mask`, which looks whether it is all ones.
+    """
+    if t.regime.attention_mask == "none":
+        return None
+    given = next(tensor for tensor in t.graph.inputs if tensor.storage.label == "attention_mask")
+    ones = ops.constant(t, "eq.Scalar", given, dtype=BOOL)
+    ops.constant(t, "all.default", ones, shape=())
+    return given if t.regime.attention_mask == "padded" else None
+
+
+def causal_mask(
+    t: Trace, like: Tensor, window: int | None = None, *, skip: bool = True, ones: bool = False, chunked: bool = False
+) -> Tensor | None:
+    """The 4-D mask ``[b, 1, s, s]``: additive for eager attention, boolean for SDPA with real padding or a window.
+
+    Without either SDPA and flash attention are told ``is_causal`` instead (masking_utils.py
+    `_ignore_causal_mask_sdpa`, `flash_attention_mask`). A window counts from sequences as long as it.
+
+    Args:
+        window: length of the sliding window in tokens; None for a plain causal mask.
+        skip: whether the model lets SDPA go without a mask.
+        ones: whether the model makes a padding mask of ones where the workload has none.
+        chunked: whether the window is a chunk.
+    """
+    eager, padded = t.regime.attention == "eager", t.regime.attention_mask == "padded"
+    windowed = window is not None and bool(t.dimensions.bindings["s"] >= window)
+    if not eager and not (t.regime.attention == "sdpa" and (padded or windowed or not skip)):
+        return None
+    full = (("b",), ("s",), ("s",))
+    with t.call("") as local:
+        for name, shape in (("batch", (("b",),)), ("head", ())):
+            local(name, ops.constant(t, "arange.default", like, dtype=INT64, shape=shape))
+        for name in ("query", "key"):
+            local(name, positions(t, like))
+        if window is not None and chunked:
+            local("left_padding_tokens", ops.constant(t, "zeros.default", like, dtype=INT64, shape=(("b",),)))
+            allowed = local("allowed", _allowed_in_chunks(t, like))
+        else:
+            allowed = local("allowed", _allowed(t, like, window))
+        if ones or t.regime.attention_mask != "none":  # a mask of ones counts, too
+            allowed = local("allowed", _and(t, local("causal", _and(t, allowed)), full))
+        if not eager:
+            return ops.expand(t, allowed, full) if allowed.shape != t.squeezed(full) else allowed
+        return ops.constant(t, "where.self", allowed, dtype=like.dtype, shape=full)
+
+
+def _allowed(t: Trace, like: Tensor, window: int | None) -> Tensor:
+    """`causal_mask_function`, or `sliding_window_causal_mask_function` that joins it with the window."""
+    square = (("s",), ("s",))
+    if window is None:
+        return ops.constant(t, "le.Tensor", like, dtype=BOOL, shape=square)
+    with t.call("") as local:
+        with t.call("") as overlay:
+            overlay("start", ops.constant(t, "sub.Tensor", like, dtype=INT64, shape=(("s",),)))
+            inside = ops.constant(t, "gt.Tensor", like, dtype=BOOL, shape=square)
+        allowed = local("result", _and(t, inside))
+        with t.call("", ops.constant(t, "le.Tensor", like, dtype=BOOL, shape=square)):
+            return _and(t, allowed)
+
+
+def _allowed_in_chunks(t: Trace, like: Tensor) -> Tensor:
+    """`chunked_causal_mask_function`: chunks count from where the padding of a sequence ends."""
+    full = (("b",), ("s",), ("s",))
+    with t.call("") as local:
+        with t.call("") as overlay:
+            for name in ("key", "query"):
+                with t.call("") as inner:
+                    inner("padding", ops.constant(t, "index.Tensor", like, dtype=INT64, shape=(("b",),)))
+                    place = ops.constant(t, "sub.Tensor", like, dtype=INT64, shape=(("b",), ("s",)))
+                    inner("place", place)
+                    overlay(name, ops.constant(t, "floor_divide.default", place))
+            inside = ops.constant(t, "eq.Tensor", like, dtype=BOOL, shape=full)
+        allowed = local("result", _and(t, inside))
+        with t.call("", ops.constant(t, "le.Tensor", like, dtype=BOOL, shape=(("s",), ("s",)))):
+            return _and(t, allowed)
+
+
+def _and(t: Trace, x: Tensor, shape: Shape | None = None) -> Tensor:
+    """One turn of `and_masks` (masking_utils.py)."""
+    return ops.constant(t, "bitwise_and.Tensor", x, shape=shape)
