@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from simulator.graph import Storage
-from simulator.program import Leaf, Node, Repeat, Seq, Step
+from simulator.program import Leaf, Node, Repeat, Seq, Step, Walk
 from simulator.roles import Role
 from simulator.sizes import AnySize, Bindings, Value
 
@@ -124,7 +124,11 @@ class Folder:
             self._rows[node] = known
         return known
 
-    def _fold_inner(self, node: Seq | Repeat) -> _Rows:
+    def _fold_inner(self, node: Seq | Repeat | Walk) -> _Rows:
+        if isinstance(node, Walk):
+            bodies = [self._fold(leaf) for leaf, _ in node.parts]
+            visits = [attrs.evolve(body, locate=_in_iteration(body, i)) for i, body in enumerate(bodies)]
+            return _sequence(visits, len(self._index))
         if isinstance(node, Seq):
             return _sequence([self._fold(part) for part in node.parts], len(self._index))
         return _repeat(self._fold(node.body), node.count)

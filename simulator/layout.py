@@ -4,11 +4,14 @@ A pattern that repeats k times is built as its first, one middle and its last tu
 turn then stands for k - 2 of them. So cost does not grow with depth, nothing at a boundary is
 special-cased, and alternating stacks (sliding / full attention) work like uniform ones.
 Where a layer's steps reach r layers away (prefetching), r turns are built at each end.
+
+An irregular list (a hybrid of three kinds of layers) may be built as a shorter chain in which every layer occurs among
+the neighbours it has in the model; one built layer then stands for all of the same kind and neighbours.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 
 import attrs
 
@@ -47,10 +50,14 @@ class Place:
     run: Run
     turn: int
     offset: int
+    stands_for: int | None = None
+    """In a chain, the layers that this one stands for: none where another one built has the same neighbours."""
 
     @property
     def repeats(self) -> int:
         """How many turns of the real model this built turn stands for."""
+        if self.stands_for is not None:
+            return self.stands_for
         return 1 + self.run.hidden_turns if self.turn == self.run.reach else 1
 
     @property
@@ -67,9 +74,13 @@ class Layout:
     runs: tuple[Run, ...]
     places: tuple[Place, ...]
     """One per built slot."""
+    chain: tuple[int, ...] = ()
+    """Where the layers built are a chain, the slot that stands for each real layer."""
 
     def slots(self) -> list[int]:
         """For every layer of the real model, the built slot that is it or stands for it."""
+        if self.chain:
+            return list(self.chain)
         found = []
         for run in self.runs:
             for turn in range(run.count):
@@ -105,6 +116,22 @@ def layout_of(layers: Sequence[Hashable], reach: int = 1, together: int = 1) -> 
     return Layout(tuple(runs), tuple(places))
 
 
+def chain_of(layers: Sequence[Hashable], reach: int = 1) -> Layout:
+    """A short chain of layers in which each layer of the model occurs with the neighbours it has in the model.
+
+    The first and the last layer of each kind are always built as such: there the life of what the layers share (a
+    mask, rotary tables) begins and ends.
+    """
+    kinds = _kinds(layers)
+    contexts = _contexts(kinds, reach)
+    kept = _without_loops(contexts, _links(kinds, reach))
+    slot_of = {contexts[layer]: slot for slot, layer in reversed([*enumerate(kept)])}
+    chain = tuple(slot_of[context] for context in contexts)
+    runs = tuple(Run(layer, 1, 1, slot, reach) for slot, layer in enumerate(kept))
+    places = tuple(Place(run, 0, 0, chain.count(slot)) for slot, run in enumerate(runs))
+    return Layout(runs, places, chain)
+
+
 def unrolled_layout(layers: Sequence[Hashable]) -> Layout:
     """The layout that builds every layer: what folding is checked against."""
     runs = tuple(Run(i, 1, 1, i, reach=len(layers)) for i in range(len(layers)))
@@ -119,6 +146,47 @@ def _kinds(layers: Sequence[Hashable]) -> list[int]:
         if id(layer) not in by_identity:
             by_identity[id(layer)] = numbers.setdefault(layer, len(numbers))
     return [by_identity[id(layer)] for layer in layers]
+
+
+def _contexts(kinds: list[int], reach: int) -> list[int]:
+    """Layers get equal numbers where they and their neighbours are alike, and none is the first or last of a kind."""
+    ends = {kinds.index(kind) for kind in kinds} | {len(kinds) - 1 - kinds[::-1].index(kind) for kind in kinds}
+    padded = [-1] * reach + kinds + [-1] * reach
+    around = [(i in ends and i, *padded[i : i + 2 * reach + 1]) for i in range(len(kinds))]
+    return _kinds(around)
+
+
+def _links(kinds: list[int], reach: int) -> list[int]:
+    """Equal numbers where layers up to `reach` before and after the boundary behind a position are alike."""
+    padded = [-1] * reach + kinds + [-1] * reach
+    return _kinds([tuple(padded[i + 1 : i + 2 * reach + 1]) for i in range(len(kinds))])
+
+
+def _without_loops(contexts: list[int], links: list[int]) -> list[int]:
+    """Positions left when loops (from one link to the same one again) are cut out of which no context gets lost.
+
+    The longest loop goes first; in what is left, layers have the neighbours they had.
+    """
+    kept = list(range(len(contexts)))
+    while True:
+        row = [contexts[position] for position in kept]
+        first = {context: row.index(context) for context in row}
+        last = {context: i for i, context in enumerate(row)}
+        ahead = [links[position] for position in kept]
+        loops = [(stop - start, start) for start, stop in _loops(ahead, first, last)]
+        if not loops:
+            return kept
+        length, start = max(loops)
+        del kept[start + 1 : start + 1 + length]
+
+
+def _loops(links: list[int], first: dict[int, int], last: dict[int, int]) -> Iterator[tuple[int, int]]:
+    """From each place the longest loop to a later place alike, between which no context has all its places."""
+    for start, link in enumerate(links):
+        limit = min((last[context] for context in first if first[context] > start), default=len(links))
+        stop = next((i for i in range(limit - 1, start, -1) if links[i] == link), None)
+        if stop is not None:
+            yield start, stop
 
 
 def _cut(kinds: list[int], turns: int) -> list[tuple[int, int]]:

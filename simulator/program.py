@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 
 import attrs
@@ -57,7 +57,14 @@ class Repeat:
     stride: int = 0
 
 
-Node = Leaf | Seq | Repeat
+@attrs.frozen(eq=False)
+class Walk:
+    """Layers in order, each a straight run on the layers from its number on; those alike share one leaf."""
+
+    parts: tuple[tuple[Leaf, int], ...]
+
+
+Node = Leaf | Seq | Repeat | Walk
 
 #: What a storage is called in the unrolled program: label and real layer index.
 Identity = tuple[str, int | None]
@@ -84,8 +91,31 @@ class TreeBuilder:
         Steps that neither allocate nor free (views, in-place updates) are left out.
         """
         active = [part for step in steps if step.births or step.deaths for part in self._by_layer(step)]
-        parts = [self._part(list(group)) for _, group in groupby(active, key=self._turn)]
+        groups = [list(group) for _, group in groupby(active, key=self._turn)]
+        parts = self._walks(groups) if self._layout.chain else [self._part(group) for group in groups]
         return parts[0] if len(parts) == 1 else Seq(tuple(parts))
+
+    def _walks(self, groups: Iterable[list[RecordedStep]]) -> list[Node]:
+        """The steps of a chain's layers, in one direction as far as they go, become a walk over the real layers."""
+        parts: list[Node] = []
+        walk: dict[int, list[RecordedStep]] = {}
+        for steps in groups:
+            slot = steps[0].slot
+            if walk and (slot is None or (slot > next(reversed(walk))) == _descends(steps) or slot in walk):
+                parts.append(self._walk(walk))
+                walk = {}
+            if slot is None:
+                parts.append(self._part(steps))
+            else:
+                walk[slot] = steps
+        return [*parts, self._walk(walk)] if walk else parts
+
+    def _walk(self, walk: dict[int, list[RecordedStep]]) -> Walk:
+        reach = self._layout.places[0].run.reach
+        leaves = {slot: Leaf(tuple(_inside(s, slot, 1, reach) for s in steps)) for slot, steps in walk.items()}
+        parts = [(leaves[slot], layer) for layer, slot in enumerate(self._layout.chain) if slot in leaves]
+        descends = any(map(_descends, walk.values()))
+        return Walk(tuple(reversed(parts) if descends else parts))
 
     def _turn(self, step: RecordedStep) -> tuple[int, int] | None:
         """What steps of one turn of a pattern have in common; None outside the stack."""
