@@ -134,13 +134,26 @@ class Folder:
         return _repeat(self._fold(node.body), node.count)
 
     def _fold_leaf(self, leaf: Leaf) -> _Rows:
-        births = [[self._column(r.storage) for r in step.births] for step in leaf.steps]
-        deaths = [[self._column(r.storage) for r in step.deaths] for step in leaf.steps]
-        width = len(self._index)
-        born, died = _counts(births, width), _counts(deaths, width)
-        after = np.cumsum(born - died, axis=0)
-        kept = _local_peaks(births, deaths)
-        return _Rows(after[-1], (after + died)[kept], lambda index: Location(leaf.steps[kept[index]]))
+        """One candidate per step after whose births something dies before anything else is born."""
+        born: list[tuple[int, int]] = []
+        died: list[tuple[int, int]] = []
+        peaks: list[int] = []
+        rising = -1
+        for index, step in enumerate(leaf.steps):
+            births, deaths = step.recorded.births, step.recorded.deaths
+            if births:
+                rising = index
+                born += [(len(peaks), self._column(storage)) for storage in births]
+            if deaths:
+                if rising >= 0:
+                    peaks.append(rising)
+                    rising = -1
+                died += [(len(peaks), self._column(storage)) for storage in deaths]
+        if rising >= 0:
+            peaks.append(rising)
+        shape = (len(peaks) + 1, len(self._index))
+        live = np.cumsum(_counts(born, shape) - _counts(died, shape), axis=0)
+        return _Rows(live[-1], live[:-1], lambda index: Location(leaf.steps[peaks[index]]))
 
     def _column(self, storage: Storage) -> int:
         column = self._columns.get(storage)
@@ -157,24 +170,11 @@ class _Rows:
     locate: Callable[[int], Location]
 
 
-def _counts(columns: list[list[int]], width: int) -> Counts:
-    """How often each column occurs in each row."""
-    flat = [row * width + column for row, found in enumerate(columns) for column in found]
-    counts = np.bincount(np.array(flat, dtype=np.int64), minlength=len(columns) * width)
-    return counts.reshape(len(columns), width)
-
-
-def _local_peaks(births: list[list[int]], deaths: list[list[int]]) -> list[int]:
-    """Steps after whose births something dies before anything else is born: the others cannot be a peak."""
-    kept = []
-    rising = -1
-    for index, (born, died) in enumerate(zip(births, deaths, strict=True)):
-        if born:
-            rising = index
-        if died and rising >= 0:
-            kept.append(rising)
-            rising = -1
-    return kept + ([rising] if rising >= 0 else [])
+def _counts(found: list[tuple[int, int]], shape: tuple[int, int]) -> Counts:
+    """How often each (row, column) occurs."""
+    rows, width = shape
+    flat = np.array([row * width + column for row, column in found], dtype=np.int64)
+    return np.bincount(flat, minlength=rows * width).reshape(shape)
 
 
 def _widen(rows: Counts, width: int) -> Counts:
