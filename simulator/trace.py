@@ -8,7 +8,18 @@ from contextlib import contextmanager
 import attrs
 
 from hardware.dtypes import DType
-from simulator.graph import BackwardRule, ForwardGraph, Op, Shape, Tensor, flat, make_storage, make_tensor
+from simulator.graph import (
+    BackwardRule,
+    ForwardGraph,
+    Op,
+    Shape,
+    Storage,
+    Tensor,
+    flat,
+    in_order,
+    make_storage,
+    make_tensor,
+)
 from simulator.liger import Liger
 from simulator.roles import Role
 from simulator.sizes import Dim, Dimensions, Value, product, size_of
@@ -89,12 +100,10 @@ class Trace:
     def __init__(
         self, regime: Regime, dimensions: Dimensions, frozen: Callable[[str, int | None], bool] = lambda *_: False
     ) -> None:
-        import networkx as nx
-
         self.regime = regime
         self.dimensions = dimensions
         self._frozen = frozen
-        self.graph = ForwardGraph(nx.DiGraph())
+        self.graph = ForwardGraph()
         self.slot: int | None = None
         self.module = ""
         """Dotted path of the module being run."""
@@ -247,7 +256,6 @@ class Trace:
         label = f"{self.module}.{name}" if self.module else name
         storage = make_storage(label, tuple(dims), dtype, role, self.slot)
         storage.persistent = True
-        self.graph.edges.add_node(storage)
         return make_tensor(storage, self.squeezed(tuple((d,) for d in dims)), dtype)
 
     # ops -----------------------------------------------------------------------------------------------------------
@@ -263,22 +271,22 @@ class Trace:
         **attributes: object,
     ) -> tuple[Tensor, ...]:
         """Record an op: it reads `inputs`, makes `outputs` (fresh, or views of inputs) and saves `saves`."""
+        differentiable = backward is not None and any(tensor.requires_grad for tensor in inputs)
         op = Op(name, self.module, self.slot, tuple(inputs), tuple(outputs), attributes=attributes)
-        self.graph.ops.append(op)
-        differentiable = backward is not None and any(t.requires_grad for t in inputs)
         op.backward = backward if differentiable else None
-        edges = self.graph.edges
-        edges.add_node(op)
-        for tensor in inputs:
-            edges.add_edge(tensor.storage, op, reads=True)
-        for index, tensor in enumerate(outputs):
-            tensor.producer, tensor.output_index = (len(self.graph.ops) - 1, index) if differentiable else (None, 0)
-            tensor.requires_grad = differentiable and tensor.dtype.floating
+        index = len(self.graph.ops)
+        self.graph.ops.append(op)
+        op.reads = _storages(inputs)
+        for number, tensor in enumerate(outputs):
+            if differentiable:
+                tensor.producer, tensor.output_index, tensor.requires_grad = index, number, tensor.dtype.floating
+            else:
+                tensor.producer, tensor.output_index, tensor.requires_grad = None, 0, False
             if not tensor.is_view:
-                edges.add_edge(op, tensor.storage)
-        for tensor in saves if differentiable else ():
-            edges.add_edge(tensor.storage, op, saves=True)
-            op.saves_late |= any(tensor is output for output in outputs)
+                op.births.append(tensor.storage)
+        if differentiable and saves:
+            op.saves = in_order(_storages(saves), op.reads)
+            op.saves_late = any(tensor is output for tensor in saves for output in outputs)
         return op.outputs
 
     def squeezed(self, shape: Shape) -> Shape:
@@ -323,7 +331,9 @@ class Trace:
         """A Python reference to `tensor` ends after the op that ran last."""
         ops = self.graph.ops
         if ops and not tensor.storage.persistent and tensor.storage.role is not Role.INPUT:
-            self.graph.edges.add_edge(tensor.storage, ops[-1], holds=True)
+            holds = ops[-1].holds
+            if tensor.storage not in holds:
+                holds.append(tensor.storage)
 
     # autocast ------------------------------------------------------------------------------------------------------
 
@@ -340,3 +350,10 @@ class Trace:
         for cast in self._casts.values():
             self.drop(cast)
         self._casts.clear()
+
+
+def _storages(tensors: Sequence[Tensor]) -> list[Storage]:
+    """The storages of `tensors`, each once."""
+    if len(tensors) == 1:
+        return [tensors[0].storage]
+    return list(dict.fromkeys([tensor.storage for tensor in tensors]))
