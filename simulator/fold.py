@@ -11,7 +11,7 @@ so depth and number of micro-batches cost nothing. Bytes enter last, as ints, ar
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import attrs
@@ -58,11 +58,14 @@ class Folded:
                 known[size] = size.allocated(bindings)
         return [known[size] for _, size in self.columns]
 
-    def bytes(self, prices: list[Value]) -> Any:
+    def bytes(self, prices: list[Value], known: dict[int, Any] | None = None) -> Any:
         """Bytes of every candidate at `prices`.
 
         One row per candidate: an int64 array for ints (of Python ints where 64 bits are too few), one with the
         broadcast shape of the arrays behind it for arrays, an object array of expressions for symbols.
+
+        Args:
+            known: what parts of this program cost at these prices, found before; filled here.
         """
         if any(hasattr(price, "free_symbols") for price in prices):
             stacked = np.array(prices, dtype=object)
@@ -71,11 +74,11 @@ class Folded:
             largest = int(stacked.max(initial=0)) * (int(np.abs(self.start).sum()) + self.rows.largest)
             if largest > np.iinfo(np.int64).max:  # numpy would wrap around in silence
                 stacked = stacked.astype(object)
-        return self.rows.bytes(stacked, {}) + _priced(self.start, stacked)
+        return self.rows.bytes(stacked, {} if known is None else known) + _priced(self.start, stacked)
 
-    def peak(self, prices: list[Value]) -> Peak:
-        """The largest candidate for integer `prices`; the first one on a tie."""
-        values = self.bytes(prices)
+    def peak(self, prices: list[Value], known: dict[int, Any] | None = None) -> Peak:
+        """The largest candidate for integer `prices`; the first one on a tie. See `bytes`."""
+        values = self.bytes(prices, known)
         index = int(np.argmax(values))
         location, counts = self.rows.candidate(index)
         return Peak(int(values[index]), location, self._by_role(_widen(counts, len(self.start)) + self.start, prices))
@@ -113,14 +116,11 @@ class _Straight:
     table: Counts
     steps: tuple[Step, ...]
     """The step of each candidate."""
+    largest: int
+    """No candidate counts more storages, allocated and freed ones together."""
 
     def __len__(self) -> int:
         return len(self.steps)
-
-    @property
-    def largest(self) -> int:
-        """No candidate counts more storages, allocated and freed ones together."""
-        return int(np.abs(self.table).sum(axis=1).max(initial=0))
 
     def bytes(self, prices: Any, known: dict[int, Any]) -> Any:
         """Bytes of every candidate; `known` has those of parts priced before."""
@@ -142,17 +142,13 @@ class _Joined:
     parts: tuple[_Rows, ...]
     starts: Counts
     """One row per part."""
+    largest: int
+    """No candidate counts more storages, allocated and freed ones together."""
     iterations: tuple[int, ...] = ()
     """Of a repeat, the iteration of each part."""
 
     def __len__(self) -> int:
         return sum(map(len, self.parts))
-
-    @property
-    def largest(self) -> int:
-        """No candidate counts more storages, allocated and freed ones together."""
-        sums: list[int] = np.abs(self.starts).sum(axis=1).tolist()
-        return max([0, *(before + part.largest for before, part in zip(sums, self.parts, strict=True))])
 
     def bytes(self, prices: Any, known: dict[int, Any]) -> Any:
         """Bytes of every candidate; `known` has those of parts priced before."""
@@ -204,7 +200,8 @@ class Folder:
             return _repeat(self._fold(node.body), node.count)
         if isinstance(node, Seq):
             return _sequence([self._fold(part) for part in node.parts], len(self._index))
-        return _walk([self._fold(leaf) for leaf, _ in node.parts], len(self._index))
+        bodies = [self._fold(leaf) for leaf, _ in node.parts]
+        return _sequence(bodies, len(self._index), tuple(range(len(bodies))))
 
     def _fold_leaf(self, leaf: Leaf) -> _Straight:
         """One candidate per step after whose births something dies before anything else is born."""
@@ -226,7 +223,7 @@ class Folder:
             peaks.append(rising)
         shape = (len(peaks) + 1, len(self._index))
         live = np.cumsum(_counts(born, shape) - _counts(died, shape), axis=0)
-        return _Straight(live[-1], live[:-1], tuple(peaks))
+        return _Straight(live[-1], live[:-1], tuple(peaks), len(born) + len(died))
 
     def _column(self, storage: Storage) -> int:
         column = self._columns.get(storage)
@@ -254,34 +251,33 @@ def _widen(rows: Counts, width: int) -> Counts:
 
 def _priced(counts: Counts, prices: Any) -> Any:
     """Bytes of each row of `counts` (or of the one there is), whose last columns may be missing."""
-    return np.tensordot(counts, prices[: counts.shape[-1]], axes=1)
+    among = prices[: counts.shape[-1]]
+    return counts.dot(among) if among.ndim == 1 else np.tensordot(counts, among, axes=1)
 
 
-def _sequence(parts: list[_Rows], width: int) -> _Joined:
-    starts = _starts(parts, width)
-    return _Joined(starts[-1], tuple(parts), starts[:-1])
-
-
-def _starts(parts: list[_Rows], width: int) -> Counts:
-    """What is allocated before each part, and at the end."""
+def _sequence(parts: Sequence[_Rows], width: int, iterations: tuple[int, ...] = ()) -> _Joined:
     starts = np.zeros((len(parts) + 1, width), dtype=np.int64)
     for index, part in enumerate(parts):
         starts[index + 1, : len(part.net)] = part.net
-    return np.cumsum(starts, axis=0, out=starts)
+    np.cumsum(starts, axis=0, out=starts)
+    return _joined(starts[-1], parts, starts[:-1], iterations)
 
 
-def _walk(parts: list[_Rows], width: int) -> _Joined:
-    starts = _starts(parts, width)
-    return _Joined(starts[-1], tuple(parts), starts[:-1], tuple(range(len(parts))))
+def _joined(net: Counts, parts: Sequence[_Rows], starts: Counts, iterations: tuple[int, ...]) -> _Joined:
+    before: list[int] = np.abs(starts).sum(axis=1).tolist()
+    largest = max([0, *(count + part.largest for count, part in zip(before, parts, strict=True))])
+    return _Joined(net, tuple(parts), starts, largest, iterations)
 
 
 def _repeat(body: _Rows, count: int) -> _Joined:
     """First and last iteration; one of them is enough when the net only grows or only shrinks."""
+    if count == 1:
+        return _Joined(body.net, (body,), np.zeros((1, len(body.net)), dtype=np.int64), body.largest, (0,))
     if count == 0:
         iterations: tuple[int, ...] = ()
-    elif count == 1 or (body.net <= 0).all():
+    elif (body.net <= 0).all():
         iterations = (0,)
     else:
         iterations = (count - 1,) if (body.net >= 0).all() else (0, count - 1)
     starts = np.array(iterations, dtype=np.int64)[:, None] * body.net
-    return _Joined(count * body.net, (body,) * len(iterations), starts, iterations)
+    return _joined(count * body.net, (body,) * len(iterations), starts, iterations)
