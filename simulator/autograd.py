@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from hardware.dtypes import DType
-from simulator.graph import ForwardGraph, Op, Shape, Storage, Tensor, flat, make_storage, make_tensor
+from simulator.graph import ForwardGraph, Op, Shape, Storage, Tensor, flat
 from simulator.recorder import Recorder
 from simulator.roles import Phase, Role
 from simulator.runtime import Runtime
-from simulator.sizes import Dim
+from simulator.sizes import Dim, size_of
 
 #: Gives the storages that stand for an op's saved ones when its backward runs: those released when the node
 #: has ended, and those released as soon as its function returns (unpacked from checkpointing's recomputation).
@@ -22,6 +22,8 @@ SavedStorages = Callable[[Op], tuple[list[Storage], list[Storage]]]
 
 def is_broadcast(gradient: Tensor, tensor: Tensor) -> bool:
     """Whether `gradient` has to be summed to the shape of `tensor`: it has axes or dimensions that `tensor` lacks."""
+    if gradient.shape is tensor.shape:
+        return False
     return len(gradient.dims) > len(tensor.dims) or len(gradient.shape) > len(tensor.shape)
 
 
@@ -107,8 +109,9 @@ class Autograd:
         """A tensor that a kernel with several outputs will allocate; pass it to `kernel`."""
         self._serial += 1
         label = f"{self.recorder.module}.{self._tag}.{name}.{self._serial}"
-        tensor = make_tensor(make_storage(label, flat(shape), dtype, Role.BACKWARD, self.recorder.slot), shape, dtype)
-        tensor.memory = memory or tensor.memory
+        dims = flat(shape)
+        storage = Storage(label, size_of(dims, dtype.bits), dtype, Role.BACKWARD, self.recorder.slot)
+        tensor = Tensor(storage, shape, memory or dims, dtype)
         self._made.append(tensor)
         return tensor
 
@@ -167,25 +170,23 @@ class Autograd:
         self._node = op
         saved, early = self._found = self._saved(op)
         assert op.backward is not None
-        results: list[Tensor | None] = []
+        results: list[tuple[Tensor, Tensor]] = []
         for gradient, tensor in zip(op.backward(self, op, gradients), op.inputs, strict=True):
-            wanted = gradient is not None and tensor.requires_grad
-            results.append(gradient if wanted else None)
-            if gradient is not None and wanted:
+            if gradient is not None and tensor.requires_grad:
+                results.append((gradient, tensor))
                 recorder.retain(gradient.storage)
         if self._overwritten:
             saved, early = ([s for s in kept if s not in self._overwritten] for kept in (saved, early))
             self._overwritten.clear()
         self._release_made()
         self._release(early)
-        results = [g and self._validate(g, t) for g, t in zip(results, op.inputs, strict=True)]
+        results = [(self._validate(gradient, tensor), tensor) for gradient, tensor in results]
         for gradient in gradients:
             if gradient is not None:
                 recorder.release(gradient.storage)
         self._release(saved)
-        for gradient, tensor in zip(results, op.inputs, strict=True):
-            if gradient is not None:
-                self._send(gradient, tensor)
+        for gradient, tensor in results:
+            self._send(gradient, tensor)
 
     def _release_made(self) -> None:
         """The node's function returns: its temporaries go."""
@@ -201,7 +202,7 @@ class Autograd:
         """Bring a gradient to the shape and dtype of the tensor it belongs to (engine.cpp `validate_outputs`)."""
         if is_broadcast(gradient, tensor):
             gradient = self._replace(gradient, self.fresh("sum.dim_IntList", tensor.shape, gradient.dtype))
-        if gradient.dtype != tensor.dtype:
+        if gradient.dtype is not tensor.dtype and gradient.dtype != tensor.dtype:
             gradient = self._replace(gradient, self.like("_to_copy.default", gradient, tensor.dtype))
         return gradient
 

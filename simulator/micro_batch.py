@@ -118,14 +118,18 @@ class MicroBatch:
         held = {t.storage for t in (*graph.outputs, *graph.held)} | {graph.loss.storage if graph.loss else None}
         entered: set[int] = set()
         for index, op in enumerate(self.graph.ops):
-            self._before(index, op)
+            if self._runtimes:
+                self._before(index, op)
             region = self._region_of.get(op)
             if region is not None and id(region) not in entered:
                 entered.add(id(region))
                 for storage in region.arguments:
                     recorder.retain(storage)
             self._run(op, self.graph.births(op), self._uses, held)
-            for storage in (*self._use[op].reads, *self._use[op].holds):
+            use = self._use[op]
+            for storage in use.reads:
+                recorder.release(storage)
+            for storage in use.holds:
                 recorder.release(storage)
         if self.graph.outside is None:
             for runtime in self._runtimes:
@@ -147,8 +151,7 @@ class MicroBatch:
             births = [storage for storage in births if uses.get(storage)]
         recorder.run(op.name, births)
         for storage in births:
-            recorder.retain(storage, uses.get(storage, 0) + (storage in held))
-            recorder.release(storage)
+            recorder.hand_over(storage, uses.get(storage, 0) + (storage in held))
 
     def _release_outputs(self) -> None:
         for tensor in self.graph.outputs:
@@ -158,9 +161,10 @@ class MicroBatch:
         """References that the edges of the graph stand for; a checkpointed op's saves do not count."""
         uses: dict[Storage, int] = {}
         for op in self.graph.ops:
-            saves = [] if op in self._region_of else self._use[op].saves
-            for storage in (*self._use[op].reads, *self._use[op].holds, *saves):
-                uses[storage] = uses.get(storage, 0) + 1
+            use = self._use[op]
+            for storages in (use.reads, use.holds, () if op in self._region_of else use.saves):
+                for storage in storages:
+                    uses[storage] = uses.get(storage, 0) + 1
         return uses
 
     # checkpointing -------------------------------------------------------------------------------------------------

@@ -94,6 +94,29 @@ class Frame:
             self._trace.drop(tensor)
 
 
+class Call:
+    """The body of a ``with`` that is one Python function: entered with a frame, which is closed at the end."""
+
+    def __init__(self, trace: Trace, name: str, arguments: Sequence[Tensor]) -> None:
+        self._trace = trace
+        self._name = name
+        self._frame = Frame(trace, arguments)
+        self._outer = trace.module
+        self._first = len(trace.graph.ops)
+
+    def __enter__(self) -> Frame:
+        if self._name:
+            self._trace.module = f"{self._outer}.{self._name}" if self._outer else self._name
+        return self._frame
+
+    def __exit__(self, *_: object) -> None:
+        trace, first = self._trace, self._first
+        if self._name and first == len(trace.graph.ops):
+            trace.graph.idle.setdefault(first, []).append((trace.module, trace.slot))
+        trace.module = self._outer
+        self._frame.close()
+
+
 class Trace:
     """Builds a `ForwardGraph` op by op."""
 
@@ -150,19 +173,9 @@ class Trace:
         parallel = self.regime.tensor_parallel
         return self.shard(("s",)) if parallel and parallel.sequence else ("s",)
 
-    @contextmanager
-    def call(self, name: str, *arguments: Tensor) -> Iterator[Frame]:
+    def call(self, name: str, *arguments: Tensor) -> Call:
         """Run module or function `name`: its arguments live until it returns, its locals while they are bound."""
-        frame = Frame(self, arguments)
-        outer = self.module
-        if name:
-            self.module = f"{outer}.{name}" if outer else name
-        first = len(self.graph.ops)
-        yield frame
-        if name and first == len(self.graph.ops):
-            self.graph.idle.setdefault(first, []).append((self.module, self.slot))
-        self.module = outer
-        frame.close()
+        return Call(self, name, arguments)
 
     @contextmanager
     def layer(self, slot: int, *arguments: Tensor | None) -> Iterator[None]:
