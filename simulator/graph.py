@@ -156,7 +156,8 @@ class ForwardGraph:
     def uses(self, op: Op) -> Uses:
         """The storages that `op` reads, saves and holds."""
         if self._edges is None:
-            return Uses(op.reads, op.saves, in_order(op.holds, [*op.reads, *op.saves]))
+            holds = op.holds if len(op.holds) < 2 else in_order(op.holds, [*op.reads, *op.saves])
+            return Uses(op.reads, op.saves, holds)
         found = Uses([], [], [])
         for storage, edge in self._edges.pred[op].items():
             if "reads" in edge:
@@ -172,7 +173,7 @@ class ForwardGraph:
         return op.births if self._edges is None else list(self._edges.succ[op])
 
 
-@attrs.frozen(eq=False)
+@attrs.define(eq=False)
 class Uses:
     """Why one op needs storages; see the module's docstring."""
 

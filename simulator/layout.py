@@ -94,6 +94,15 @@ class Layout:
         return [(slot, layers[place.base + place.offset]) for slot, place in enumerate(self.places)]
 
 
+def shortest_layout(layers: Sequence[Hashable], reach: int = 1) -> Layout:
+    """Runs of patterns; or a chain, where there is more than one run and a chain has fewer layers."""
+    runs = layout_of(layers, reach)
+    contexts = set(_contexts(_kinds(layers), reach)) if len(runs.runs) > 1 else ()
+    if not 0 < len(contexts) < len(runs.places):
+        return runs
+    return min(runs, chain_of(layers, reach), key=lambda layout: len(layout.places))
+
+
 def layout_of(layers: Sequence[Hashable], reach: int = 1, together: int = 1) -> Layout:
     """Split a list of layers (or of whatever tells them apart) into runs, so that the fewest layers are built.
 

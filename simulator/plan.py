@@ -13,7 +13,7 @@ from hardware.errors import UnsupportedError
 from simulator.decoder import items_of
 from simulator.families import families
 from simulator.graph import ForwardGraph
-from simulator.layout import Layout, chain_of, layout_of, unrolled_layout
+from simulator.layout import Layout, layout_of, shortest_layout, unrolled_layout
 from simulator.liger import check_family
 from simulator.mesh import Mesh
 from simulator.model import ModelSpec
@@ -80,10 +80,9 @@ class Plan:
         ]
         if self.unrolled:
             return unrolled_layout(kinds)
-        runs = layout_of(kinds, self.reach, self.together)
-        if self.hooks or self.together > 1 or len(runs.runs) == 1:
-            return runs  # frameworks count on turns that follow one another
-        return min(runs, chain_of(kinds, self.reach), key=lambda layout: len(layout.places))
+        if self.hooks or self.together > 1:  # frameworks count on turns that follow one another
+            return layout_of(kinds, self.reach, self.together)
+        return shortest_layout(kinds, self.reach)
 
     @property
     def graph(self) -> ForwardGraph:

@@ -97,6 +97,8 @@ class Walk:
 
 Node = Leaf | Seq | Repeat | Walk
 
+_LAST_TO_FIRST = frozenset((Phase.BACKWARD, Phase.RECOMPUTE))
+
 #: What a storage is called in the unrolled program: label and real layer index.
 Identity = tuple[str, int | None]
 
@@ -200,4 +202,4 @@ class TreeBuilder:
 
 def _descends(steps: Sequence[RecordedStep]) -> bool:
     """Backward visits layers last to first."""
-    return any(step.phase in (Phase.BACKWARD, Phase.RECOMPUTE) for step in steps)
+    return not _LAST_TO_FIRST.isdisjoint([step.phase for step in steps])

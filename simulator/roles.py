@@ -39,3 +39,5 @@ class Phase(enum.Enum):
     BACKWARD = "backward"
     RECOMPUTE = "recompute"
     OPTIMIZER = "optimizer"
+
+    __hash__ = object.__hash__  # as above
