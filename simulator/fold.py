@@ -205,39 +205,46 @@ class Folder:
 
     def _fold_leaf(self, leaf: Leaf) -> _Straight:
         """One candidate per step after whose births something dies before anything else is born."""
-        born: list[tuple[int, int]] = []
-        died: list[tuple[int, int]] = []
+        born: list[Storage] = []
+        died: list[Storage] = []
+        rows: tuple[list[int], list[int]] = ([], [])
         peaks: list[Step] = []
         rising: Step | None = None
         for step in leaf.steps:
             births, deaths = step.recorded.births, step.recorded.deaths
             if births:
                 rising = step
-                born += [(len(peaks), self._column(storage)) for storage in births]
+                born += births
+                rows[0].extend([len(peaks)] * len(births))
             if deaths:
                 if rising is not None:
                     peaks.append(rising)
                     rising = None
-                died += [(len(peaks), self._column(storage)) for storage in deaths]
+                died += deaths
+                rows[1].extend([len(peaks)] * len(deaths))
         if rising is not None:
             peaks.append(rising)
+        columns = self._numbered(born), self._numbered(died)
         shape = (len(peaks) + 1, len(self._index))
-        live = np.cumsum(_counts(born, shape) - _counts(died, shape), axis=0)
+        live = np.cumsum(_counts(rows[0], columns[0], shape) - _counts(rows[1], columns[1], shape), axis=0)
         return _Straight(live[-1], live[:-1], tuple(peaks), len(born) + len(died))
 
+    def _numbered(self, storages: list[Storage]) -> list[int]:
+        """The column of each storage."""
+        known = self._columns
+        return [known[storage] if storage in known else self._column(storage) for storage in storages]
+
     def _column(self, storage: Storage) -> int:
-        column = self._columns.get(storage)
-        if column is None:
-            column = self._index.setdefault((storage.role, storage.size), len(self._index))
-            self._columns[storage] = column
+        column = self._index.setdefault((storage.role, storage.size), len(self._index))
+        self._columns[storage] = column
         return column
 
 
-def _counts(found: list[tuple[int, int]], shape: tuple[int, int]) -> Counts:
+def _counts(rows: list[int], columns: list[int], shape: tuple[int, int]) -> Counts:
     """How often each (row, column) occurs."""
-    rows, width = shape
-    flat = np.array([row * width + column for row, column in found], dtype=np.int64)
-    return np.bincount(flat, minlength=rows * width).reshape(shape)
+    height, width = shape
+    flat = np.array(rows, dtype=np.int64) * width + np.array(columns, dtype=np.int64)
+    return np.bincount(flat, minlength=height * width).reshape(shape)
 
 
 def _widen(rows: Counts, width: int) -> Counts:
