@@ -96,11 +96,12 @@ class Layout:
 
 def shortest_layout(layers: Sequence[Hashable], reach: int = 1) -> Layout:
     """Runs of patterns; or a chain, where there is more than one run and a chain has fewer layers."""
-    runs = layout_of(layers, reach)
-    contexts = set(_contexts(_kinds(layers), reach)) if len(runs.runs) > 1 else ()
+    kinds = numbered(layers)
+    runs = layout_of(kinds, reach)
+    contexts = set(_contexts(kinds, reach)) if len(runs.runs) > 1 else ()
     if not 0 < len(contexts) < len(runs.places):
         return runs
-    return min(runs, chain_of(layers, reach), key=lambda layout: len(layout.places))
+    return min(runs, chain_of(kinds, reach), key=lambda layout: len(layout.places))
 
 
 def layout_of(layers: Sequence[Hashable], reach: int = 1, together: int = 1) -> Layout:
@@ -109,7 +110,7 @@ def layout_of(layers: Sequence[Hashable], reach: int = 1, together: int = 1) -> 
     Args:
         together: how many layers, counted from the first, no run may part from one another.
     """
-    kinds = _kinds(layers)
+    kinds = numbered(layers)
     groups = [tuple(kinds[start : start + together]) for start in range(0, len(kinds), together)]
     numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
     runs: list[Run] = []
@@ -131,7 +132,7 @@ def chain_of(layers: Sequence[Hashable], reach: int = 1) -> Layout:
     The first and the last layer of each kind are always built as such: there the life of what the layers share (a
     mask, rotary tables) begins and ends.
     """
-    kinds = _kinds(layers)
+    kinds = numbered(layers)
     contexts = _contexts(kinds, reach)
     kept = _without_loops(contexts, _links(kinds, reach))
     slot_of = {contexts[layer]: slot for slot, layer in reversed([*enumerate(kept)])}
@@ -147,7 +148,7 @@ def unrolled_layout(layers: Sequence[Hashable]) -> Layout:
     return Layout(runs, tuple(Place(run, 0, 0) for run in runs))
 
 
-def _kinds(layers: Sequence[Hashable]) -> list[int]:
+def numbered(layers: Sequence[Hashable]) -> list[int]:
     """Equal layers get equal numbers, so that patterns are found on ints."""
     numbers: dict[Hashable, int] = {}
     by_identity: dict[int, int] = {}
@@ -162,13 +163,13 @@ def _contexts(kinds: list[int], reach: int) -> list[int]:
     ends = {kinds.index(kind) for kind in kinds} | {len(kinds) - 1 - kinds[::-1].index(kind) for kind in kinds}
     padded = [-1] * reach + kinds + [-1] * reach
     around = [(i in ends and i, *padded[i : i + 2 * reach + 1]) for i in range(len(kinds))]
-    return _kinds(around)
+    return numbered(around)
 
 
 def _links(kinds: list[int], reach: int) -> list[int]:
     """Equal numbers where layers up to `reach` before and after the boundary behind a position are alike."""
     padded = [-1] * reach + kinds + [-1] * reach
-    return _kinds([tuple(padded[i + 1 : i + 2 * reach + 1]) for i in range(len(kinds))])
+    return numbered([tuple(padded[i + 1 : i + 2 * reach + 1]) for i in range(len(kinds))])
 
 
 def _without_loops(contexts: list[int], links: list[int]) -> list[int]:
@@ -211,10 +212,15 @@ def _cut(kinds: list[int], turns: int) -> list[tuple[int, int]]:
     fewest = [0] * (total + 1)
     chosen = [(1, 1)] * total
     for position in reversed(range(total)):
-        options = [(period, count[position]) for period, count in enumerate(counts, start=1) if position < len(count)]
-        cost = {(p, n): p * min(n, turns) + fewest[position + p * n] for p, n in options if n > 1 or p == 1}
-        chosen[position] = min(cost, key=lambda run: (cost[run], -run[0] * run[1], run[0]))
-        fewest[position] = cost[chosen[position]]
+        ways = []
+        for period, count in enumerate(counts[: total - position], start=1):
+            turns_here = count[position]
+            if turns_here > 1 or period == 1:
+                length = period * turns_here
+                built = period * min(turns_here, turns) + fewest[position + length]
+                ways.append((built, -length, period, turns_here))
+        fewest[position], _, *run = min(ways)
+        chosen[position] = run[0], run[1]
     runs, position = [], 0
     while position < total:
         runs.append(chosen[position])
