@@ -6,24 +6,37 @@ input_buffer.cpp (`InputBuffer::accumulate`) and functions/accumulate_grad.h (`A
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import attrs
 
 from hardware.dtypes import DType
-from simulator.graph import ForwardGraph, Op, Shape, Storage, Tensor, flat
+from simulator.fused_backward import FusedKernels
+from simulator.fusion_order import kernel_order
+from simulator.graph import ForwardGraph, Op, Shape, Storage, Tensor, flat, make_storage, make_tensor
 from simulator.recorder import Recorder
 from simulator.roles import Phase, Role
 from simulator.runtime import Runtime
-from simulator.sizes import Dim, size_of
+from simulator.sizes import Dim
 
-#: Gives the storages that stand for an op's saved ones when its backward runs: those released when the node
-#: has ended, and those released as soon as its function returns (unpacked from checkpointing's recomputation).
-SavedStorages = Callable[[Op], tuple[list[Storage], list[Storage]]]
+if TYPE_CHECKING:
+    from simulator.checkpoints import Checkpoints, Region
+
+
+@attrs.define(eq=False)
+class Inner:
+    """A backward that runs inside that of the whole graph (reentrant checkpointing)."""
+
+    region: Region
+    received: list[Storage]
+    """The gradients it was started with, which the outer node holds."""
+    totals: dict[Storage, tuple[Tensor, Tensor]] = attrs.field(factory=dict)
+    """Arguments of the region, detached from the graph outside, and the gradients that they have so far."""
 
 
 def is_broadcast(gradient: Tensor, tensor: Tensor) -> bool:
     """Whether `gradient` has to be summed to the shape of `tensor`: it has axes or dimensions that `tensor` lacks."""
-    if gradient.shape is tensor.shape:
-        return False
     return len(gradient.dims) > len(tensor.dims) or len(gradient.shape) > len(tensor.shape)
 
 
@@ -33,7 +46,7 @@ class Autograd:
     Args:
         graph: the forward pass.
         recorder: where steps and references go on from the end of forward.
-        saved: looks up what an op saved, recomputing it first where checkpointing dropped it.
+        checkpoints: looks up what an op saved, recomputing it first where checkpointing dropped it.
         gradients: parameter storage to gradient storage; filled here. A parameter that is in it
             already (gradient accumulation, ``zero_grad(set_to_none=False)``) accumulates in place.
         runtimes: what frameworks do before each node and after each accumulated gradient.
@@ -44,7 +57,7 @@ class Autograd:
         self,
         graph: ForwardGraph,
         recorder: Recorder,
-        saved: SavedStorages,
+        checkpoints: Checkpoints,
         gradients: dict[Storage, Storage],
         *,
         runtimes: Sequence[Runtime] = (),
@@ -56,7 +69,8 @@ class Autograd:
         self.recorder = recorder
         self.gradients = gradients
         self.kernel_workspace = kernel_workspace
-        self._saved = saved
+        self._checkpoints = checkpoints
+        self._inner: Inner | None = None
         self.kept: list[Storage] = []
         """Gradients of leaves that are made anew in every micro-batch: they last as long as the graph."""
         self._pending: dict[int, list[Tensor | None]] = {}
@@ -68,6 +82,9 @@ class Autograd:
         self._found: tuple[list[Storage], list[Storage]] = ([], [])
         self._overwritten: list[Storage] = []
         self._slot = recorder.slot
+        self._kernels = FusedKernels(graph, recorder)
+        self._fusing = False
+        """Whether the node being evaluated is part of a fused kernel: what it makes is not in memory."""
         # a second micro-batch's gradients live beside the first's, so they need names of their own
         self._tag = "more" if gradients else "grad"
 
@@ -81,9 +98,12 @@ class Autograd:
         self._made.clear()
         self.recorder.retain(seed.storage)  # the caller of backward() holds it to the end
         self._pending[loss.producer] = [self._loss_gradient(seed)]
-        for index in range(loss.producer, -1, -1):
+        for index in kernel_order(self.graph, loss.producer):
+            if self._inner is not None and index < self._inner.region.first:
+                self._leave(self._inner)
             gradients = self._pending.pop(index, None)
             if gradients is not None:
+                self._enter(self.graph.ops[index], gradients)
                 self._evaluate(self.graph.ops[index], gradients)
         for runtime in self._runtimes:
             runtime.end_backward()
@@ -109,9 +129,12 @@ class Autograd:
         """A tensor that a kernel with several outputs will allocate; pass it to `kernel`."""
         self._serial += 1
         label = f"{self.recorder.module}.{self._tag}.{name}.{self._serial}"
-        dims = flat(shape)
-        storage = Storage(label, size_of(dims, dtype.bits), dtype, Role.BACKWARD, self.recorder.slot)
-        tensor = Tensor(storage, shape, memory or dims, dtype)
+        if self._fusing:
+            tensor = self._kernels.virtual(label, shape, dtype, memory)
+        else:
+            storage = make_storage(label, flat(shape), dtype, Role.BACKWARD, self.recorder.slot)
+            tensor = make_tensor(storage, shape, dtype)
+            tensor.memory = memory or tensor.memory
         self._made.append(tensor)
         return tensor
 
@@ -139,13 +162,15 @@ class Autograd:
     def overwritten(self, name: str, tensor: Tensor) -> Tensor:
         """A gradient that kernel `name` writes over `tensor`, which the node saved.
 
-        The memory stays. Unless somebody else holds it (the caller's frame the logits), it gets a name of backward's
-        own, under which it outlives the next micro-batch's forward.
+        The memory stays. Unless somebody else holds it (the caller's frame the logits), or another input of the node
+        lies in it (halves of one row), it gets a name of backward's own, under which it outlives the next
+        micro-batch's forward.
         """
         assert self._node is not None
         saved, early = self._found
         storage = (early or saved)[self.graph.uses(self._node).saves.index(tensor.storage)]
-        if self.recorder.references(storage) > 1:
+        together = sum(x.storage is tensor.storage for x in self._node.inputs) > 1
+        if together or self.recorder.references(storage) > 1:
             self.recorder.run(name, [])
             return Tensor(storage, tensor.shape, tensor.memory, tensor.dtype)
         self._overwritten.append(storage)
@@ -159,6 +184,29 @@ class Autograd:
 
     # the engine ----------------------------------------------------------------------------------------------------
 
+    def _enter(self, op: Op, gradients: list[Tensor | None]) -> None:
+        """`CheckpointFunction.backward` (torch/utils/checkpoint.py): all is run again, then its own backward begins."""
+        region = self._checkpoints.nested(op)
+        if region is None or self._inner is not None:
+            return
+        self._inner = Inner(region, [gradient.storage for gradient in gradients if gradient is not None])
+        for storage in self._inner.received:
+            self.recorder.retain(storage)
+        self._checkpoints.recompute(region)
+
+    def _leave(self, inner: Inner) -> None:
+        """It returns the gradients of its arguments, which go on in the graph outside."""
+        self._inner = None
+        owned = [(tensor, self._owned(total)) for tensor, total in inner.totals.values()]
+        saved = self._checkpoints.leave(inner.region)
+        self._release(inner.received)
+        self._release(saved)
+        for tensor, total in owned:
+            if tensor.producer is None:
+                self._accumulate_grad(tensor.storage, total)
+            else:
+                self._send(total, tensor)
+
     def _evaluate(self, op: Op, gradients: list[Tensor | None]) -> None:
         recorder = self.recorder
         for runtime in self._runtimes:
@@ -168,25 +216,38 @@ class Autograd:
             self._slot = op.slot
         recorder.module, recorder.slot = op.module, op.slot
         self._node = op
-        saved, early = self._found = self._saved(op)
+        saved, early = self._found = self._checkpoints.saved(op)
         assert op.backward is not None
-        results: list[tuple[Tensor, Tensor]] = []
+        if op.fused:
+            saved, early = [*saved, *early], []  # the kernel reads them when its results are written
+        self._fusing = op.fused
+        results: list[Tensor | None] = []
         for gradient, tensor in zip(op.backward(self, op, gradients), op.inputs, strict=True):
-            if gradient is not None and tensor.requires_grad:
-                results.append((gradient, tensor))
+            wanted = gradient is not None and tensor.requires_grad
+            results.append(gradient if wanted else None)
+            if gradient is not None and wanted:
                 recorder.retain(gradient.storage)
         if self._overwritten:
             saved, early = ([s for s in kept if s not in self._overwritten] for kept in (saved, early))
             self._overwritten.clear()
         self._release_made()
         self._release(early)
-        results = [(self._validate(gradient, tensor), tensor) for gradient, tensor in results]
-        for gradient in gradients:
+        results = [g and self._validate(g, t) for g, t in zip(results, op.inputs, strict=True)]
+        self._fusing = False
+        read = [gradient.storage for gradient in gradients if gradient is not None]
+        if op.fused:
+            self._kernels.hold_sources(results, [*read, *saved])
+        self._release([*read, *saved])
+        for gradient, tensor in zip(results, op.inputs, strict=True):
             if gradient is not None:
-                recorder.release(gradient.storage)
-        self._release(saved)
-        for gradient, tensor in results:
-            self._send(gradient, tensor)
+                self._send(self._written(op, gradient, tensor), tensor)
+
+    def _written(self, op: Op, gradient: Tensor, tensor: Tensor) -> Tensor:
+        """The `gradient` of `tensor` in memory, where something else than a fused kernel wants it."""
+        if self._kernels.stays(op, gradient, tensor):
+            return gradient
+        place = None if tensor.is_parameter else self._kernels.in_place(gradient)  # a weight's outlives this backward
+        return place or self._replace(gradient, self.like("fused_backward", gradient))
 
     def _release_made(self) -> None:
         """The node's function returns: its temporaries go."""
@@ -202,7 +263,7 @@ class Autograd:
         """Bring a gradient to the shape and dtype of the tensor it belongs to (engine.cpp `validate_outputs`)."""
         if is_broadcast(gradient, tensor):
             gradient = self._replace(gradient, self.fresh("sum.dim_IntList", tensor.shape, gradient.dtype))
-        if gradient.dtype is not tensor.dtype and gradient.dtype != tensor.dtype:
+        if gradient.dtype != tensor.dtype:
             gradient = self._replace(gradient, self.like("_to_copy.default", gradient, tensor.dtype))
         return gradient
 
@@ -212,17 +273,32 @@ class Autograd:
         return new
 
     def _send(self, gradient: Tensor, tensor: Tensor) -> None:
+        if self._inner is not None and self._is_argument(tensor, self._inner.region):
+            _, old = self._inner.totals.get(tensor.storage, (tensor, None))
+            self._inner.totals[tensor.storage] = tensor, self._accumulate(old, gradient)
+            return
         if tensor.producer is None:
             self._send_to_leaf(gradient, tensor)
             return
-        width = len(self.graph.ops[tensor.producer].outputs)
+        maker = self.graph.ops[tensor.producer]
+        fused = maker.fused and maker.slot == self.recorder.slot
+        width = len(maker.outputs)
         buffers = self._pending.setdefault(tensor.producer, [None] * width)
-        buffers[tensor.output_index] = self._accumulate(buffers[tensor.output_index], gradient)
+        buffers[tensor.output_index] = self._accumulate(buffers[tensor.output_index], gradient, fused=fused)
 
-    def _accumulate(self, old: Tensor | None, new: Tensor) -> Tensor:
+    @staticmethod
+    def _is_argument(tensor: Tensor, region: Region) -> bool:
+        outside = tensor.producer is None or tensor.producer < region.first
+        return outside and not tensor.storage.persistent
+
+    def _accumulate(self, old: Tensor | None, new: Tensor, *, fused: bool = False) -> Tensor:
         """Fan-in: in place when the buffer holds the only reference to `old` and it is no view."""
         if old is None:
             return new
+        if fused:
+            self._serial += 1
+            label = f"{self.recorder.module}.{self._tag}.add(engine).{self._serial}"
+            return self._kernels.total(label, old, new)
         if not old.is_view and self.recorder.references(old.storage) == 1:
             self.recorder.run("add_(engine)", [])
             self.recorder.release(new.storage)
@@ -274,13 +350,18 @@ class Autograd:
             runtime.accumulated(parameter)
 
     def _keep_gradient(self, parameter: Storage, gradient: Tensor) -> None:
-        if self.recorder.references(gradient.storage) > 1 and not self._weights_are_views:
-            copy = self.like("clone(grad)", gradient)
-            self._made.clear()
-            self.recorder.release(gradient.storage)
-            gradient = copy
+        gradient = gradient if self._weights_are_views else self._owned(gradient)
         gradient.storage.role = Role.GRADIENT
         if parameter.persistent:
             self.gradients[parameter] = gradient.storage
         else:
             self.kept.append(gradient.storage)
+
+    def _owned(self, gradient: Tensor) -> Tensor:
+        """What becomes `.grad`: the gradient itself where nobody else holds it, else a copy."""
+        if self.recorder.references(gradient.storage) == 1:
+            return gradient
+        copy = self.like("clone(grad)", gradient)
+        self._made.clear()
+        self.recorder.release(gradient.storage)
+        return copy

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from hardware.dtypes import BOOL, INT64
 from simulator import ops
-from simulator.decoder import set_loss
 from simulator.graph import Tensor, flat
 from simulator.masks import positions
 from simulator.trace import Trace
@@ -34,8 +33,8 @@ def bidirectional_mask(t: Trace, like: Tensor) -> Tensor | None:
         return ops.constant(t, "where.self", allowed, dtype=like.dtype)
 
 
-def cross_entropy(t: Trace, logits: Tensor, labels: Tensor) -> None:
-    """``CrossEntropyLoss()(logits.view(-1, classes), labels.view(-1))``, in the dtype of `logits`: the model's loss.
+def cross_entropy(t: Trace, logits: Tensor, labels: Tensor) -> Tensor:
+    """``CrossEntropyLoss()(logits.view(-1, classes), labels.view(-1))``, in the dtype of `logits`.
 
     Args:
         t: the trace.
@@ -45,6 +44,4 @@ def cross_entropy(t: Trace, logits: Tensor, labels: Tensor) -> None:
     with t.loss_head():
         rows = ops.reshape(t, logits, (flat(logits.shape[:-1]), logits.shape[-1]))
         with t.call("", rows) as local:
-            loss = ops.nll_loss(t, local("input", ops.log_softmax(t, rows)), labels)
-        set_loss(t, loss)
-    t.graph.outputs = (logits, loss) if t.regime.loss_division else (logits,)
+            return ops.nll_loss(t, local("input", ops.log_softmax(t, rows)), labels)

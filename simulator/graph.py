@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 #: The stream that kernels run on unless a framework says otherwise.
 COMPUTE = "compute"
+#: The part of an attention module between its projections.
+ATTENTION_CORE = "core_attention"
 #: A tensor's logical shape: each axis is a group of dimensions, e.g. ``(("b",), ("s",), ("a", "d"))``.
 Shape = tuple[tuple[Dim, ...], ...]
 
@@ -100,12 +102,18 @@ class Op:
     """Whether what it saves is packed after the kernel ran, not before: an output, or by a function in Python."""
     only_saved: bool = False
     """Whether it stands for turns of a loop that are not built: it makes what is saved of them, and nothing else."""
+    part: str = ""
+    """The part of its module that it belongs to, where that part has a name but no module of its own."""
+    only_recorded: tuple[Storage, ...] = ()
+    """What it makes for the sake of backward alone: not under ``torch.no_grad``."""
     attributes: dict[str, Any] = attrs.field(factory=dict)
     births: list[Storage] = attrs.field(factory=list)
     """What it makes: the edges from it, as they are written down; those to it are the next three."""
     reads: list[Storage] = attrs.field(factory=list)
     saves: list[Storage] = attrs.field(factory=list)
     holds: list[Storage] = attrs.field(factory=list)
+    fused: bool = False
+    """Whether a compiler makes it, and its backward, part of a kernel with its neighbours."""
 
 
 @attrs.define(eq=False)
@@ -118,6 +126,8 @@ class ForwardGraph:
     inputs: list[Tensor] = attrs.field(factory=list)
     arguments: dict[int, list[Storage]] = attrs.field(factory=dict)
     """What each built layer is called with; checkpointing keeps it for recomputation."""
+    positional: dict[int, int] = attrs.field(factory=dict)
+    """How many of those are handed over by position, the hidden states among them."""
     outside: int | None = None
     """Index of the first op outside the model (a loss that the caller computes); None where all are inside."""
     idle: dict[int, list[tuple[str, int | None]]] = attrs.field(factory=dict)

@@ -5,18 +5,22 @@ turn then stands for k - 2 of them. So cost does not grow with depth, nothing at
 special-cased, and alternating stacks (sliding / full attention) work like uniform ones.
 Where a layer's steps reach r layers away (prefetching), r turns are built at each end.
 
-An irregular list (a hybrid of three kinds of layers) may be built as a shorter chain in which every layer occurs among
-the neighbours it has in the model; one built layer then stands for all of the same kind and neighbours.
+A list without such a pattern may still have few kinds of layers (Nemotron 3): there a layer stands
+for every other of its kind with the same neighbours, wherever it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Hashable, Sequence
 
 import attrs
 
 from simulator.model import LayerSpec
 
+#: How many layers to each side make a layer's neighbours: its steps name storages of the next one, whose own names
+#: follow from the one after that.
+NEIGHBOURS = 2
 #: Longest pattern looked for; real models alternate with periods up to 8 (Jamba: 8 layers).
 LONGEST_PERIOD = 16
 
@@ -50,15 +54,14 @@ class Place:
     run: Run
     turn: int
     offset: int
-    stands_for: int | None = None
-    """In a chain, the layers that this one stands for: none where another one built has the same neighbours."""
+    others: tuple[int, ...] = ()
+    """Real layers that it stands for besides, where these do not follow one another."""
 
     @property
     def repeats(self) -> int:
         """How many turns of the real model this built turn stands for."""
-        if self.stands_for is not None:
-            return self.stands_for
-        return 1 + self.run.hidden_turns if self.turn == self.run.reach else 1
+        hidden = self.run.hidden_turns if self.turn == self.run.reach else 0
+        return 1 + hidden + len(self.others)
 
     @property
     def base(self) -> int:
@@ -74,13 +77,17 @@ class Layout:
     runs: tuple[Run, ...]
     places: tuple[Place, ...]
     """One per built slot."""
-    chain: tuple[int, ...] = ()
-    """Where the layers built are a chain, the slot that stands for each real layer."""
+
+    @property
+    def scattered(self) -> bool:
+        """Whether built layers stand for others here and there."""
+        return any(place.others for place in self.places)
 
     def slots(self) -> list[int]:
         """For every layer of the real model, the built slot that is it or stands for it."""
-        if self.chain:
-            return list(self.chain)
+        if self.scattered:
+            own = {layer: slot for slot, place in enumerate(self.places) for layer in (place.base, *place.others)}
+            return [own[layer] for layer in range(len(own))]
         found = []
         for run in self.runs:
             for turn in range(run.count):
@@ -92,16 +99,6 @@ class Layout:
     def built(self, layers: Sequence[LayerSpec]) -> list[tuple[int, LayerSpec]]:
         """Slot and spec of every layer to build."""
         return [(slot, layers[place.base + place.offset]) for slot, place in enumerate(self.places)]
-
-
-def shortest_layout(layers: Sequence[Hashable], reach: int = 1) -> Layout:
-    """Runs of patterns; or a chain, where there is more than one run and a chain has fewer layers."""
-    kinds = numbered(layers)
-    runs = layout_of(kinds, reach)
-    contexts = set(_contexts(kinds, reach)) if len(runs.runs) > 1 else ()
-    if not 0 < len(contexts) < len(runs.places):
-        return runs
-    return min(runs, chain_of(kinds, reach), key=lambda layout: len(layout.places))
 
 
 def layout_of(layers: Sequence[Hashable], reach: int = 1, together: int = 1) -> Layout:
@@ -126,20 +123,51 @@ def layout_of(layers: Sequence[Hashable], reach: int = 1, together: int = 1) -> 
     return Layout(tuple(runs), tuple(places))
 
 
-def chain_of(layers: Sequence[Hashable], reach: int = 1) -> Layout:
-    """A short chain of layers in which each layer of the model occurs with the neighbours it has in the model.
+def layout_by_neighbours(layers: Sequence[Hashable]) -> Layout:
+    """The layout in which a layer stands for all of its kind with the same `NEIGHBOURS` layers to both sides.
 
-    The first and the last layer of each kind are always built as such: there the life of what the layers share (a
-    mask, rotary tables) begins and ends.
+    What is built has the same neighbours everywhere, because it is cut at such layers only.
     """
-    kinds = numbered(layers)
-    contexts = _contexts(kinds, reach)
-    kept = _without_loops(contexts, _links(kinds, reach))
-    slot_of = {contexts[layer]: slot for slot, layer in reversed([*enumerate(kept)])}
-    chain = tuple(slot_of[context] for context in contexts)
-    runs = tuple(Run(layer, 1, 1, slot, reach) for slot, layer in enumerate(kept))
-    places = tuple(Place(run, 0, 0, chain.count(slot)) for slot, run in enumerate(runs))
-    return Layout(runs, places, chain)
+    windows = _windows(numbered(layers))
+    kept = _shortened(windows)
+    others: dict[int, list[int]] = {}
+    for layer in sorted(set(range(len(layers))) - set(kept)):
+        others.setdefault(windows[layer], []).append(layer)
+    runs = tuple(Run(layer, 1, 1, slot) for slot, layer in enumerate(kept))
+    return Layout(runs, tuple(Place(run, 0, 0, tuple(others.pop(windows[run.start], ()))) for run in runs))
+
+
+def _shortened(windows: list[int]) -> list[int]:
+    """The layers that are left without stretches that end like what is before them and are built elsewhere."""
+    kept, position = list(range(len(windows))), 0
+    while position < len(kept):
+        built = Counter(windows[layer] for layer in kept)
+        for end in reversed(range(position + 1, len(kept))):
+            if windows[kept[end]] == windows[kept[position]]:
+                stretch = Counter(windows[layer] for layer in kept[position + 1 : end + 1])
+                if all(built[window] > count for window, count in stretch.items()):
+                    del kept[position + 1 : end + 1]
+                    break
+        else:
+            position += 1
+    return kept
+
+
+def _windows(kinds: list[int]) -> list[int]:
+    """A number for every layer, the same where it and its neighbours are of the same kinds.
+
+    The first and the last of a kind are like no other: what all layers of a kind share (a mask) goes with them.
+    """
+    around = [-1] * NEIGHBOURS
+    padded = [*around, *kinds, *around]
+    last = {kind: layer for layer, kind in enumerate(kinds)}
+    first = {kind: layer for layer, kind in reversed(list(enumerate(kinds)))}
+    numbers: dict[tuple[int, ...], int] = {}
+    windows = []
+    for layer, kind in enumerate(kinds):
+        window = padded[layer : layer + 2 * NEIGHBOURS + 1]
+        windows.append((*window, layer == first[kind], layer == last[kind]))
+    return [numbers.setdefault(window, len(numbers)) for window in windows]
 
 
 def unrolled_layout(layers: Sequence[Hashable]) -> Layout:
@@ -156,47 +184,6 @@ def numbered(layers: Sequence[Hashable]) -> list[int]:
         if id(layer) not in by_identity:
             by_identity[id(layer)] = numbers.setdefault(layer, len(numbers))
     return [by_identity[id(layer)] for layer in layers]
-
-
-def _contexts(kinds: list[int], reach: int) -> list[int]:
-    """Layers get equal numbers where they and their neighbours are alike, and none is the first or last of a kind."""
-    ends = {kinds.index(kind) for kind in kinds} | {len(kinds) - 1 - kinds[::-1].index(kind) for kind in kinds}
-    padded = [-1] * reach + kinds + [-1] * reach
-    around = [(i in ends and i, *padded[i : i + 2 * reach + 1]) for i in range(len(kinds))]
-    return numbered(around)
-
-
-def _links(kinds: list[int], reach: int) -> list[int]:
-    """Equal numbers where layers up to `reach` before and after the boundary behind a position are alike."""
-    padded = [-1] * reach + kinds + [-1] * reach
-    return numbered([tuple(padded[i + 1 : i + 2 * reach + 1]) for i in range(len(kinds))])
-
-
-def _without_loops(contexts: list[int], links: list[int]) -> list[int]:
-    """Positions left when loops (from one link to the same one again) are cut out of which no context gets lost.
-
-    The longest loop goes first; in what is left, layers have the neighbours they had.
-    """
-    kept = list(range(len(contexts)))
-    while True:
-        row = [contexts[position] for position in kept]
-        first = {context: row.index(context) for context in row}
-        last = {context: i for i, context in enumerate(row)}
-        ahead = [links[position] for position in kept]
-        loops = [(stop - start, start) for start, stop in _loops(ahead, first, last)]
-        if not loops:
-            return kept
-        length, start = max(loops)
-        del kept[start + 1 : start + 1 + length]
-
-
-def _loops(links: list[int], first: dict[int, int], last: dict[int, int]) -> Iterator[tuple[int, int]]:
-    """From each place the longest loop to a later place alike, between which no context has all its places."""
-    for start, link in enumerate(links):
-        limit = min((last[context] for context in first if first[context] > start), default=len(links))
-        stop = next((i for i in range(limit - 1, start, -1) if links[i] == link), None)
-        if stop is not None:
-            yield start, stop
 
 
 def _cut(kinds: list[int], turns: int) -> list[tuple[int, int]]:

@@ -12,8 +12,9 @@ from hardware.dtypes import DType
 from hardware.errors import UnsupportedError
 from simulator.decoder import items_of
 from simulator.families import families
+from simulator.fusion import compile_layers
 from simulator.graph import ForwardGraph
-from simulator.layout import Layout, layout_of, numbered, shortest_layout, unrolled_layout
+from simulator.layout import Layout, layout_by_neighbours, layout_of, numbered, unrolled_layout
 from simulator.liger import check_family
 from simulator.mesh import Mesh
 from simulator.model import ModelSpec
@@ -49,10 +50,22 @@ class Plan:
     """Whether a framework's own ``linear`` runs instead of torch's: its backward takes the weight as it is then."""
     float8: str | None = None
     """How linear layers that run on float8 copies are scaled; None where none do."""
+    compiled: bool = False
+    """Whether each layer is compiled by itself: an approximation."""
     recomputed: frozenset[int] = frozenset()
     """Saved-set policy: the layers whose saved tensors are dropped and recomputed in backward."""
+    reentrant: bool = False
+    """Whether checkpoints are reentrant: a backward of their own inside that of the whole graph."""
+    recomputed_modules: frozenset[str] = frozenset()
+    """Modules, or parts of modules, of those layers that are checkpoints of their own; nothing means whole layers."""
+    offloaded: bool = False
+    """Whether the inputs that checkpoints keep are in host memory."""
     together: int = 1
     """How many consecutive layers, counted from the first, are one checkpoint."""
+    kept_ops: frozenset[str] = frozenset()
+    """Ops whose outputs checkpoints keep instead of running them again (selective activation checkpointing)."""
+    alternate_op: str | None = None
+    """The one of them of which every second is run again all the same."""
     frozen: frozenset[str] = frozenset()
     """Labels of the weights that need no gradient, in every layer that has them."""
     frozen_layers: int = 0
@@ -80,9 +93,15 @@ class Plan:
         ]
         if self.unrolled:
             return unrolled_layout(kinds)
-        if self.hooks or self.together > 1:  # frameworks count on turns that follow one another
-            return layout_of(kinds, self.reach, self.together)
-        return shortest_layout(kinds, self.reach)
+        layout = layout_of(kinds, self.reach, self.together)
+        if len(layout.runs) == 1 or self.hooks or self.layer_kinds or self.together > 1 or self._steps_in_backward:
+            return layout
+        return min(layout, layout_by_neighbours(kinds), key=lambda each: len(each.places))
+
+    @property
+    def _steps_in_backward(self) -> bool:
+        """Whether something acts on weights while backward goes over the layers."""
+        return self.training.optimizer_in_backward or self.training.grad_scaler
 
     @property
     def graph(self) -> ForwardGraph:
@@ -112,6 +131,8 @@ class Plan:
         recipe(trace, model, self.layout.built(model.layers))
         trace.end_autocast()
         _check_items(trace)
+        if self.compiled:
+            compile_layers(trace)
         trace.dim(TRAINABLE_TENSORS, _trainable_tensors(trace.graph, self.layout))
         return trace
 
@@ -180,6 +201,16 @@ def make_plan(
     return Plan(model, training, mesh or Mesh(), rank, unrolled=unrolled)
 
 
+def _hooks_embeddings(plan: Plan) -> bool:
+    """Transformers' own checkpointing, of single layers, asks for the gradient of the embedded tokens."""
+    return (
+        plan.training.implementation == "transformers"
+        and bool(plan.recomputed)
+        and plan.together == 1
+        and not plan.recomputed_modules
+    )
+
+
 def _is_frozen(plan: Plan) -> Callable[[str, int | None], bool]:
     """Whether a weight, given its label and its layer's slot, needs no gradient."""
     slots = {s for s, place in enumerate(plan.layout.places) if place.base + place.offset < plan.frozen_layers}
@@ -200,14 +231,24 @@ def apply(plan: Plan, strategies: Sequence[Strategy]) -> Plan:
 
 
 def _check_patches(plan: Plan) -> None:
-    """Refuse what was not compared with recordings: Liger's kernels and a divided loss inside a framework."""
+    """Refuse what was not compared with recordings: Liger's kernels and a divided loss amid other changes."""
     training = plan.training
     check_family(training.liger, plan.model.family)
-    for field, given in (("liger", training.liger.kernels), ("items_in_batch", training.items_in_batch)):
-        if given and (plan.hooks or plan.tensor_parallel):
-            raise UnsupportedError(
-                f"{field!r} is not modelled together with {', '.join(plan.applied)} yet: leave one of them out"
-            )
+    parallel = ["tensor_parallel"] if plan.tensor_parallel else []
+    others = [hooks for hooks in plan.hooks if not getattr(hooks, "around_liger", False)]
+    amid_liger = [*parallel, *map(_name, others), *(["float8"] if plan.float8 else [])]
+    if plan.frozen or plan.frozen_layers:
+        amid_liger.append("frozen weights")
+    for field, given, amid in (
+        ("liger", training.liger.kernels, amid_liger),
+        ("items_in_batch", training.items_in_batch, [*parallel, *map(_name, plan.hooks)]),
+    ):
+        if given and amid:
+            raise UnsupportedError(f"{field!r} is not modelled together with {', '.join(amid)} yet: leave one out")
+
+
+def _name(hooks: Hooks) -> str:
+    return str(getattr(hooks, "name", type(hooks).__name__))
 
 
 def _check_items(trace: Trace) -> None:
@@ -224,6 +265,7 @@ def _regime(plan: Plan) -> Regime:
         attention=training.attention,
         sdpa_backend=training.sdpa_backend,
         experts=training.experts,
+        imbalance=training.expert_imbalance,
         torch=training.torch,
         attention_mask=training.attention_mask,
         fused_activation_backward=training.fused_activation_backward,
@@ -240,6 +282,6 @@ def _regime(plan: Plan) -> Regime:
         liger=training.liger,
         items_in_batch=training.items_in_batch,
         memory_efficient_linear=plan.memory_efficient_linear,
-        embeddings_require_grad=training.implementation == "transformers" and bool(plan.recomputed),
+        embeddings_require_grad=_hooks_embeddings(plan),
         float8=plan.float8,
     )

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
-from itertools import groupby
+from itertools import groupby, pairwise
 
 import attrs
 
@@ -126,30 +126,34 @@ class TreeBuilder:
         """
         active = [part for step in steps if step.births or step.deaths for part in self._by_layer(step)]
         groups = [list(group) for _, group in groupby(active, key=self._turn)]
-        parts = self._walks(groups) if self._layout.chain else [self._part(group) for group in groups]
+        parts = self._spread(groups) if self._layout.scattered else [self._part(group) for group in groups]
         return parts[0] if len(parts) == 1 else Seq(tuple(parts))
 
-    def _walks(self, groups: Iterable[list[RecordedStep]]) -> list[Node]:
-        """The steps of a chain's layers, in one direction as far as they go, become a walk over the real layers."""
+    def _spread(self, groups: list[list[RecordedStep]]) -> list[Node]:
+        """Passes over the built layers, from the first or the last on, as passes over those of the real model."""
         parts: list[Node] = []
-        walk: dict[int, list[RecordedStep]] = {}
-        for steps in groups:
-            slot = steps[0].slot
-            if walk and (slot is None or (slot > next(reversed(walk))) == _descends(steps) or slot in walk):
-                parts.append(self._walk(walk))
-                walk = {}
+        one_pass: dict[int, Leaf] = {}
+        for before, group in zip([None, *groups], groups, strict=False):
+            slot, last = group[0].slot, before and before[0].slot
+            if slot is None or last is None or slot in one_pass:
+                parts += self._over_layers(one_pass)
+                one_pass = {}
             if slot is None:
-                parts.append(self._part(steps))
+                parts.append(self._part(group))
             else:
-                walk[slot] = steps
-        return [*parts, self._walk(walk)] if walk else parts
+                one_pass[slot] = self._leaf(group, slot, 1, 1)
+        return [*parts, *self._over_layers(one_pass)]
 
-    def _walk(self, walk: dict[int, list[RecordedStep]]) -> Walk:
-        reach = self._layout.places[0].run.reach
-        leaves = {slot: self._leaf(steps, slot, 1, reach) for slot, steps in walk.items()}
-        parts = [(leaves[slot], layer) for layer, slot in enumerate(self._layout.chain) if slot in leaves]
-        descends = any(map(_descends, walk.values()))
-        return Walk(tuple(reversed(parts) if descends else parts))
+    def _over_layers(self, leaves: Mapping[int, Leaf]) -> list[Node]:
+        order = list(leaves)
+        up = all(first < second for first, second in pairwise(order))
+        down = all(first > second for first, second in pairwise(order))
+        assert up or down, "layers without a period take turns"
+        layers = list(enumerate(self._layout.slots()))
+        backward = len(order) == 1 and any(_descends(leaf.steps) for leaf in leaves.values())
+        visited = layers if up and not backward else layers[::-1]
+        walk = tuple((leaves[slot], layer) for layer, slot in visited if slot in leaves)
+        return [Walk(walk)] if walk else []
 
     def _turn(self, step: RecordedStep) -> tuple[int, int] | None:
         """What steps of one turn of a pattern have in common; None outside the stack."""
@@ -200,6 +204,6 @@ class TreeBuilder:
         return Leaf(tuple([Step(step, numbers) for step in steps]))
 
 
-def _descends(steps: Sequence[RecordedStep]) -> bool:
+def _descends(steps: Sequence[RecordedStep | Step]) -> bool:
     """Backward visits layers last to first."""
     return not _LAST_TO_FIRST.isdisjoint([step.phase for step in steps])

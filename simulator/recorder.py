@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import attrs
 
 from simulator.graph import Storage
@@ -26,6 +28,7 @@ class Recorder:
     def __init__(self) -> None:
         self.steps: list[Step] = []
         self._references: dict[Storage, int] = {}
+        self._sources: dict[Storage, list[Storage]] = {}
         self.phase = Phase.FORWARD
         self.module = ""
         self.slot: int | None = None
@@ -34,6 +37,7 @@ class Recorder:
         """A recorder that goes on from here with steps of its own."""
         other = Recorder()
         other._references = dict(self._references)
+        other._sources = {storage: list(sources) for storage, sources in self._sources.items()}
         return other
 
     def run(self, name: str, births: list[Storage]) -> None:
@@ -74,6 +78,26 @@ class Recorder:
             return
         del self._references[storage]
         self.steps[-1].deaths.append(storage)
+        for source in self._sources.pop(storage, ()):
+            self.release(source)
+
+    def dying_with(self, storage: Storage) -> list[Storage]:
+        """What dies when one reference to `storage` is dropped, itself and what it is computed from."""
+        left: dict[Storage, int] = {}
+        pending, dead = [storage], []
+        while pending:
+            one = pending.pop()
+            left[one] = left.get(one, self.references(one)) - 1
+            if left[one] == 0 and not one.persistent:
+                dead.append(one)
+                pending += self._sources.get(one, [])
+        return dead
+
+    def hold_for(self, storage: Storage, sources: Sequence[Storage]) -> None:
+        """Keep `sources` until `storage` dies: what is not in memory itself is computed from them when it is needed."""
+        for source in sources:
+            self.retain(source)
+        self._sources.setdefault(storage, []).extend(sources)
 
     def unmake(self, storage: Storage) -> None:
         """The kernel that made `storage` wrote somewhere else instead; nobody but the caller may hold it."""

@@ -66,6 +66,19 @@ class Report:
         """Parameters of the whole model, each tied weight once."""
         return count_parameters(self.plan)
 
+    @cached_property
+    def host_bytes(self) -> int:
+        """What offloaded checkpoints keep in host memory when backward begins: their tensors, as they are."""
+        plan = self.plan
+        if not plan.offloaded:
+            return 0
+        graph, places = plan.graph, plan.layout.places
+        inputs = {slot: graph.arguments[slot][: graph.positional[slot]] for slot in plan.checkpoints}
+        sizes = [
+            (s.size.nbytes(plan.dimensions.bindings), places[slot].repeats) for slot in inputs for s in inputs[slot]
+        ]
+        return sum(nbytes * repeats for nbytes, repeats in sizes)
+
     def layer_of(self, step: StepPeak | None = None) -> int | None:
         """Index of the layer in which a peak (by default the highest) is; None outside the layers."""
         step = step or self.peak

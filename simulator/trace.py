@@ -35,6 +35,7 @@ class Regime:
     attention: str = "sdpa"
     sdpa_backend: str = "auto"
     experts: str = "grouped_mm"
+    imbalance: float = 1.0
     torch: tuple[int, int] = (2, 13)
     training: bool = True
     implementation: str = "transformers"
@@ -135,6 +136,7 @@ class Trace:
         self._squeezed: dict[tuple[Shape, int], Shape] = {}
         self._role = Role.ACTIVATION
         self._first_op = 0
+        self._part = ""
 
     # names ---------------------------------------------------------------------------------------------------------
 
@@ -178,12 +180,20 @@ class Trace:
         return Call(self, name, arguments)
 
     @contextmanager
-    def layer(self, slot: int, *arguments: Tensor | None) -> Iterator[None]:
-        """Everything inside belongs to layer `slot` of the stack, called with `arguments`."""
+    def layer(self, slot: int, *arguments: Tensor | None, positional: int = 1) -> Iterator[None]:
+        """Everything inside belongs to layer `slot` of the stack, called with `arguments`, some of them by position."""
         self.graph.arguments[slot] = [t.storage for t in arguments if t is not None]
+        self.graph.positional[slot] = sum(1 for t in arguments[:positional] if t is not None)
         self.slot, self._first_op = slot, len(self.graph.ops)
         yield
         self.slot, self._first_op = None, 0
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Everything inside is part `name` of its module (see `Op.part`)."""
+        self._part = name
+        yield
+        self._part = ""
 
     def leave_model(self) -> None:
         """The model has returned: what follows (a loss outside the module) runs in the caller's frame."""
@@ -285,7 +295,7 @@ class Trace:
     ) -> tuple[Tensor, ...]:
         """Record an op: it reads `inputs`, makes `outputs` (fresh, or views of inputs) and saves `saves`."""
         differentiable = backward is not None and any(tensor.requires_grad for tensor in inputs)
-        op = Op(name, self.module, self.slot, tuple(inputs), tuple(outputs), attributes=attributes)
+        op = Op(name, self.module, self.slot, tuple(inputs), tuple(outputs), part=self._part, attributes=attributes)
         op.backward = backward if differentiable else None
         index = len(self.graph.ops)
         self.graph.ops.append(op)

@@ -67,6 +67,8 @@ class Training:
     """``none`` (``set_to_none=True``) or ``zero``."""
     experts: str = "grouped_mm"
     """transformers' ``experts_implementation`` of models with mixtures of experts."""
+    expert_imbalance: float = 1.0
+    """How many times the mean number of tokens the busiest expert gets; sizes of ``eager`` depend on it alone."""
     grad_scaler: bool = False
     """Whether ``torch.amp.GradScaler`` scales the loss and unscales the gradients, which goes with fp16."""
     optimizer_in_backward: bool = False
@@ -99,6 +101,10 @@ class Training:
         check_count("gradient_accumulation", self.gradient_accumulation, LARGEST_ACCUMULATION)
         check_name("attention", self.attention, ATTENTIONS)
         check_name("experts", self.experts, EXPERTS)
+        if not 1 <= self.expert_imbalance < float("inf"):
+            raise UsageError(f"'expert_imbalance' must be a number >= 1: {self.expert_imbalance!r}")
+        if self.expert_imbalance > 1 and self.experts != "eager":
+            raise UsageError(f"'expert_imbalance' changes no size with experts {self.experts}: leave it out")
         check_name("sdpa_backend", self.sdpa_backend, SDPA_BACKENDS)
         check_name("attention_mask", self.attention_mask, ATTENTION_MASKS)
         check_name("zero_grad", self.zero_grad, ZERO_GRADS)
@@ -138,6 +144,8 @@ class Training:
             raise UsageError(f"{fails}, so none can accumulate: set 'gradient_accumulation' to 1")
         if self.clip is not None:
             raise UsageError(f"{fails}, so there is no global norm: leave 'clip' out")
+        if self.implementation in MEGATRON:
+            raise UnsupportedError(f"'optimizer_in_backward' with {self.implementation} is not modelled: leave it out")
         if self.zero_grad != "none":
             raise UsageError(f"{fails}, so none is set to zero: leave 'zero_grad' at none")
 

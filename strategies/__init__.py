@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from hardware.registry import Registry
 from simulator.plan import Strategy
+from strategies.attention_checkpointing import AttentionCheckpointing
 from strategies.bitfit import BitFit
 from strategies.block_checkpointing import BlockCheckpointing
 from strategies.checkpointing import FullCheckpointing
@@ -18,6 +19,8 @@ from strategies.fsdp2 import Fsdp2
 from strategies.gemini import Gemini
 from strategies.interval_checkpointing import IntervalCheckpointing
 from strategies.megatron import MegatronDistributedOptimizer
+from strategies.module_checkpointing import ModuleCheckpointing
+from strategies.op_checkpointing import OpCheckpointing
 from strategies.tensor_parallel import TensorParallel
 from strategies.uniform_checkpointing import UniformCheckpointing
 from strategies.zero_redundancy import ZeroRedundancy
@@ -31,6 +34,9 @@ _BUILT_IN: tuple[StrategyFactory, ...] = (
     IntervalCheckpointing,
     BlockCheckpointing,
     UniformCheckpointing,
+    AttentionCheckpointing,
+    ModuleCheckpointing,
+    OpCheckpointing,
     Freezing,
     BitFit,
     TensorParallel,

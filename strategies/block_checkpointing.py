@@ -6,8 +6,8 @@ import attrs
 
 from hardware.errors import UsageError
 from simulator.plan import Plan
-from strategies.checkpointing import recompute_layers
-from strategies.options import count, option
+from strategies.checkpointing import OFFLOAD, REENTRANT, recompute_layers
+from strategies.options import count, flag, option
 
 
 @attrs.frozen(kw_only=True)
@@ -18,6 +18,8 @@ class BlockCheckpointing:
     """
 
     layers: int = option(1, count(1), "how many layers are checkpointed, from the first (--recompute-num-layers)")
+    reentrant: bool = option(False, flag, REENTRANT)
+    offload: bool = option(False, flag, OFFLOAD)
     name: str = attrs.field(default="checkpoint_block", init=False)
 
     def __call__(self, plan: Plan) -> Plan:
@@ -25,4 +27,4 @@ class BlockCheckpointing:
         most = len(plan.model.layers)
         if self.layers > most:
             raise UsageError(f"'layers' of {self.name} must be at most the model's {most} layers: {self.layers}")
-        return recompute_layers(plan, self.name, range(self.layers))
+        return recompute_layers(plan, self.name, range(self.layers), reentrant=self.reentrant, offload=self.offload)

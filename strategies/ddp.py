@@ -49,6 +49,7 @@ class Ddp:
     )
     name: str = attrs.field(default="ddp", init=False)
     axis: ClassVar[str] = "dp_replicate"
+    around_liger: ClassVar[bool] = True
 
     def __call__(self, plan: Plan) -> Plan:
         """The plan with buckets and their all-reduce."""

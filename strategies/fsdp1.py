@@ -65,6 +65,7 @@ class Fsdp1:
     sync: str = option("every", choice("every", "last"), "micro-batches whose gradients are reduced (`no_sync`)")
     name: str = attrs.field(default="fsdp1", init=False)
     axis: ClassVar[str] = "dp_shard"
+    around_liger: ClassVar[bool] = True
 
     def __call__(self, plan: Plan) -> Plan:
         """The plan with the weights of each unit in one flat parameter."""

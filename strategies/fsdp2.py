@@ -56,6 +56,7 @@ class Fsdp2:
     offload: bool = option(False, flag, "weights, gradients and optimizer state in host memory (CPUOffloadPolicy)")
     name: str = attrs.field(default="fsdp2", init=False)
     axis: ClassVar[str] = "dp_shard"
+    around_liger: ClassVar[bool] = True
 
     def __call__(self, plan: Plan) -> Plan:
         """The plan with every weight sharded."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import attrs
 
 from simulator.plan import Plan
-from strategies.checkpointing import recompute_layers
-from strategies.options import count, option
+from strategies.checkpointing import OFFLOAD, REENTRANT, recompute_layers
+from strategies.options import count, flag, option
 
 
 @attrs.frozen(kw_only=True)
@@ -17,8 +17,12 @@ class IntervalCheckpointing:
     """
 
     n: int = option(2, count(1), "every n-th layer is checkpointed, the first one among them")
+    reentrant: bool = option(False, flag, REENTRANT)
+    offload: bool = option(False, flag, OFFLOAD)
     name: str = attrs.field(default="checkpoint_every", init=False)
 
     def __call__(self, plan: Plan) -> Plan:
         """The plan with every n-th layer recomputed."""
-        return recompute_layers(plan, self.name, range(0, len(plan.model.layers), self.n))
+        return recompute_layers(
+            plan, self.name, range(0, len(plan.model.layers), self.n), reentrant=self.reentrant, offload=self.offload
+        )

@@ -5,8 +5,8 @@ from __future__ import annotations
 import attrs
 
 from simulator.plan import Plan
-from strategies.checkpointing import recompute_layers
-from strategies.options import count, option
+from strategies.checkpointing import REENTRANT, recompute_layers
+from strategies.options import count, flag, option
 
 
 @attrs.frozen(kw_only=True)
@@ -18,9 +18,10 @@ class UniformCheckpointing:
     """
 
     layers: int = option(1, count(1), "how many layers are one checkpoint (--recompute-num-layers)")
+    reentrant: bool = option(False, flag, REENTRANT)
     name: str = attrs.field(default="checkpoint_uniform", init=False)
 
     def __call__(self, plan: Plan) -> Plan:
         """The plan with every layer recomputed, chunk by chunk."""
         total = len(plan.model.layers)
-        return recompute_layers(plan, self.name, range(total), min(self.layers, total))
+        return recompute_layers(plan, self.name, range(total), min(self.layers, total), reentrant=self.reentrant)

@@ -33,6 +33,7 @@ class ZeroRedundancy:
     parameters_as_bucket_view: bool = option(False, flag, "each rank's weights lie in one flat buffer")
     name: str = attrs.field(default="zero_redundancy", init=False)
     axis: ClassVar[str] = "dp_replicate"
+    around_liger: ClassVar[bool] = True
 
     def __call__(self, plan: Plan) -> Plan:
         """The plan in which the rank's optimizer holds its own weights' state."""

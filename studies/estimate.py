@@ -10,20 +10,19 @@ from typing import Any
 import attrs
 
 from hardware.cluster import Cluster, parse_cluster
-from simulator.api import simulate
 from simulator.model import ModelSpec
-from simulator.plan import RankClass, apply, make_plan, rank_classes
 from simulator.report import Report, StepPeak
 from simulator.timeline import Live
 from simulator.workload import Training
 from studies.breakdown import LayerGroup, by_place
 from studies.options import Resolved, TrainingOptions, parse_headroom, resolve
 from studies.pruning import Saving, savings
+from studies.ranks import SimulatedRanks as SimulatedRanks
+from studies.ranks import simulate_ranks as simulate_ranks
+from studies.routing import RoutingBand, routing_band
 from studies.rules_of_thumb import RuleOfThumb, rules_of_thumb
 
 SCHEMA_VERSION = 1
-#: Classes of ranks that are simulated.
-MOST_RANK_CLASSES = 6
 METRIC = "allocated"
 METRIC_NOTE = (
     "live tensors, each rounded up to 512 B; the CUDA context, library workspaces and fragmentation come on top"
@@ -43,14 +42,6 @@ class Verdict(enum.Enum):
         self.exit_code = exit_code
 
 
-@attrs.frozen(eq=False)
-class SimulatedRanks:
-    """A class of ranks and the report of one of them."""
-
-    ranks: RankClass
-    report: Report
-
-
 class Estimate:
     """The reports of a job's ranks held against a GPU; the rank with the highest peak speaks for all."""
 
@@ -61,6 +52,7 @@ class Estimate:
         min_headroom: int,
         assumptions: tuple[str, ...],
         savings: Sequence[Saving] = (),
+        routing: RoutingBand | None = None,
     ) -> None:
         self.ranks = tuple(ranks)
         self.report = ranks[0].report
@@ -68,6 +60,7 @@ class Estimate:
         self.min_headroom = min_headroom
         self.assumptions = assumptions
         self.savings = tuple(savings)
+        self.routing = routing
 
     @property
     def peak(self) -> StepPeak:
@@ -142,6 +135,7 @@ class Estimate:
             "peak": _step_dict(self.peak, self.report),
             "cold": _step_dict(self.report.cold, self.report),
             "steady": _step_dict(self.report.steady, self.report),
+            "host_bytes": self.report.host_bytes,
             "headroom_bytes": self.headroom,
             "min_headroom_bytes": self.min_headroom,
             "fits": self.verdict in (Verdict.FITS, Verdict.TOO_LITTLE_HEADROOM),
@@ -151,6 +145,7 @@ class Estimate:
             "largest": [_live_dict(live) for live in self.live[:10]],
             "rules_of_thumb": [attrs.asdict(rule) for rule in self.rules_of_thumb],
             "mesh": self.report.plan.mesh.degrees,
+            "routing": None if self.routing is None else _routing_dict(self.routing),
             "pruning": [_saving_dict(each) for each in self.savings],
             "ranks": [_ranks_dict(each) for each in self.ranks],
             "strategies": list(self.report.plan.applied),
@@ -170,7 +165,8 @@ def estimate(model: ModelSpec, gpus: str, options: TrainingOptions, min_headroom
     headroom = parse_headroom(min_headroom, cluster.gpu.capacity.low)
     ranks = simulate_ranks(model, resolved)
     assumptions = (*resolved.assumptions, *ranks[0].report.plan.assumptions)
-    return Estimate(ranks, cluster, headroom, assumptions, _savings(model, resolved, ranks[0].report))
+    saved = _savings(model, resolved, ranks[0].report)
+    return Estimate(ranks, cluster, headroom, assumptions, saved, routing_band(model, resolved))
 
 
 def _savings(model: ModelSpec, resolved: Resolved, after: Report) -> list[Saving]:
@@ -179,19 +175,6 @@ def _savings(model: ModelSpec, resolved: Resolved, after: Report) -> list[Saving
         return []
     unpruned = attrs.evolve(resolved, strategies=resolved.strategies[len(resolved.prunings) :], prunings=())
     return savings(simulate_ranks(model, unpruned)[0].report, after)
-
-
-def simulate_ranks(model: ModelSpec, resolved: Resolved) -> list[SimulatedRanks]:
-    """One report per class of ranks, the highest peak first; of many classes the fullest and the emptiest."""
-    plan = apply(make_plan(model, resolved.training, mesh=resolved.mesh), resolved.strategies)
-    classes = rank_classes(plan)
-    if len(classes) > MOST_RANK_CLASSES:
-        classes = [*classes[: MOST_RANK_CLASSES - 1], classes[-1]]
-    found = []
-    for ranks in classes:
-        report = simulate(model, resolved.training, resolved.strategies, mesh=resolved.mesh, rank=ranks.rank)
-        found.append(SimulatedRanks(ranks, report))
-    return sorted(found, key=lambda each: -each.report.peak.nbytes)
 
 
 def _model_dict(report: Report) -> dict[str, Any]:
@@ -209,6 +192,10 @@ def _training_dict(training: Training) -> dict[str, Any]:
     data["optimizer"] = attrs.asdict(training.optimizer)
     data["liger"] = {"kernels": training.liger.kernels, "multiprocessors": training.liger.multiprocessors}
     return data
+
+
+def _routing_dict(band: RoutingBand) -> dict[str, Any]:
+    return {"even_bytes": band.even, "worst_bytes": band.worst, "imbalance": band.imbalance}
 
 
 def _saving_dict(each: Saving) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from simulator.mesh import Mesh
 from simulator.model import ExpertsSpec, ModelSpec
 from simulator.plan import Strategy
 from simulator.workload import LARGEST_ACCUMULATION, Training
+from strategies.compilation import CompileLayers
 from strategies.float8 import Float8
 from strategies.freezing import Freezing
 from strategies.interval_checkpointing import IntervalCheckpointing
@@ -45,6 +46,9 @@ CHECKPOINTING = {
     "every": "checkpoint_every",
     "block": "checkpoint_block",
     "uniform": "checkpoint_uniform",
+    "selective": "checkpoint_attention",
+    "modules": "checkpoint_modules",
+    "ops": "checkpoint_ops",
 }
 _PERCENTAGE = re.compile(r"([0-9]{1,2}(?:\.[0-9]{1,9})?)\s*%")
 #: ``2.13``, or all that `torch.__version__` says, such as ``2.6.0+cu124``.
@@ -70,6 +74,7 @@ class TrainingOptions:
     sdpa_backend: str | None = None
     padding: str | None = None
     experts: str | None = None
+    expert_imbalance: float | None = None
     checkpointing: str | None = None
     """``NAME[,option=value...]`` with a name of `CHECKPOINTING`."""
     checkpoint_every: int | None = None
@@ -91,6 +96,7 @@ class TrainingOptions:
     """Of the GPU; the backward of Liger's norm allocates by them."""
     items_in_batch: bool = False
     float8: str | None = None
+    compile: str | None = None
     prune: Sequence[str] = ()
     """Each ``STRUCTURE=AMOUNT[@LAYERS]``, applied before everything else."""
     strategy: Sequence[str] = ()
@@ -141,6 +147,7 @@ def resolve(options: TrainingOptions, model: ModelSpec, world: int = 1) -> Resol
         sdpa_backend=chosen["sdpa_backend"],
         attention_mask=chosen["padding"],
         experts=chosen["experts"],
+        expert_imbalance=chosen["expert_imbalance"],
         keep_outputs=options.keep_outputs,
         grad_scaler=scaled,
         optimizer_in_backward=options.optimizer_in_backward,
@@ -154,7 +161,8 @@ def resolve(options: TrainingOptions, model: ModelSpec, world: int = 1) -> Resol
     )
     prunings = parse_prunings(options.prune)
     low = (Float8(recipe=options.float8),) if options.float8 is not None else ()
-    regimes = (*low, *_checkpointing(options, chosen["checkpointing"]), *_freezing(options.freeze))
+    compiled = _compiled(options.compile)
+    regimes = (*low, *compiled, *_checkpointing(options, chosen["checkpointing"]), *_freezing(options.freeze))
     assumptions = (*chosen.assumed(training), *why_scaled, *assumed, *model.assumptions)
     return Resolved(training, mesh, (*prunings, *regimes, *strategies), assumptions, prunings)
 
@@ -174,6 +182,7 @@ class _Chosen:
             "sdpa_backend": "auto",
             "padding": "none",
             "experts": "grouped_mm",
+            "expert_imbalance": 1.0,
             "checkpointing": "none",
             "zero_grad": "none",
             "torch": _dotted(NEWEST_TORCH),
@@ -209,6 +218,8 @@ class _Chosen:
 
     def _matters(self, name: str) -> bool:
         """Whether the model has what an option is about."""
+        if name == "expert_imbalance":
+            return self._routed and self["experts"] == "eager"
         return name != "experts" or self._routed
 
     def _why(self, name: str) -> str:
@@ -289,6 +300,15 @@ def _checkpointing(options: TrainingOptions, text: str) -> tuple[Strategy, ...]:
     return (parse_strategy(f"{name}{comma}{settings}"),) if name else ()
 
 
+def _compiled(what: str | None) -> tuple[Strategy, ...]:
+    """``--compile``: each layer by itself; the whole model as one graph fuses its loss, too."""
+    if what == "model":
+        raise UnsupportedError("'compile' model is not modelled yet; use layers")
+    if what not in (None, "none", "layers"):
+        raise unknown_name("compile", what, ("layers", "model", "none"))
+    return (CompileLayers(),) if what == "layers" else ()
+
+
 def _freezing(text: str | None) -> tuple[Strategy, ...]:
     """The strategy of ``--freeze``: which weights are not trained."""
     if text is None:
@@ -304,14 +324,21 @@ def _freezing(text: str | None) -> tuple[Strategy, ...]:
 def _liger(options: TrainingOptions, family: str) -> Liger:
     if options.liger and options.liger_kernels is not None:
         raise UsageError("'liger' switches the usual kernels on, 'liger_kernels' those it names: give one of the two")
-    names = default_kernels(family) if options.liger else tuple(filter(None, (options.liger_kernels or "").split(",")))
-    if options.liger_kernels is not None and not names:
-        raise UsageError(f"'liger_kernels' must name some of {', '.join(KERNELS)}: {options.liger_kernels!r}")
+    names = default_kernels(family) if options.liger else _kernel_names(options.liger_kernels)
     if options.multiprocessors is None:
         return liger(names)
     if "rms_norm" not in names:
         raise UsageError("'multiprocessors' matter to Liger's rms_norm alone: switch it on, or leave them out")
     return liger(names, multiprocessors=options.multiprocessors)
+
+
+def _kernel_names(text: str | None) -> tuple[str, ...]:
+    names = () if text is None else tuple(text.split(","))
+    if "" in names:
+        raise UsageError(f"'liger_kernels' must name some of {', '.join(KERNELS)}: {text!r}")
+    if len(set(names)) < len(names):
+        raise UsageError(f"'liger_kernels' must name each once: {text!r}")
+    return names
 
 
 def parse_headroom(text: str, capacity: int) -> int:

@@ -14,8 +14,8 @@ from simulator.report import Report
 from simulator.roles import Role
 from strategies.pruning import prunings
 
-#: The structure that is named by indices instead of an amount.
-LAYERS = "layers"
+#: The structure that is named by indices instead of an amount, and the one that is as large in every layer.
+LAYERS, HIDDEN = "layers", "hidden"
 _RANGE = re.compile(r"([0-9]{1,5})(?:-([0-9]{1,5}))?")
 _FORM = "'prune' is written STRUCTURE=AMOUNT[@LAYERS] such as heads=4, channels=25%@0,4-7, or layers=2,5-7"
 
@@ -48,6 +48,10 @@ def _parse(text: str) -> tuple[str, Strategy]:
     if name == LAYERS:
         return name, factory(parse_layers(value))
     amount, at, layers = value.partition("@")
+    if name == HIDDEN:
+        if at:
+            raise UsageError(f"'prune' hidden is one size for all layers: leave out '@{layers}'")
+        return name, factory(amount)
     return name, factory(amount, parse_layers(layers) if at else None)
 
 

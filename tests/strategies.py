@@ -11,7 +11,15 @@ from hardware.dtypes import BF16, FP16, FP32
 from simulator.liger import FAMILIES as LIGER_FAMILIES
 from simulator.liger import default_kernels, liger
 from simulator.mesh import Mesh
-from simulator.model import AttentionSpec, ExpertsSpec, FeedForwardSpec, LayerSpec, ModelSpec, StateSpaceSpec
+from simulator.model import (
+    AttentionSpec,
+    DeltaNetSpec,
+    ExpertsSpec,
+    FeedForwardSpec,
+    LayerSpec,
+    ModelSpec,
+    StateSpaceSpec,
+)
 from simulator.reading import spec_from_config
 from simulator.units import WRAPS
 from simulator.workload import IMPLEMENTATIONS, OPTIONS, SCALE_TYPES, Optimizer, Training
@@ -142,6 +150,24 @@ def state_space_specs(draw: st.DrawFn) -> StateSpaceSpec:
         bias=draw(st.booleans()),
         conv_bias=draw(st.booleans()),
     )
+
+
+@st.composite
+def delta_models(draw: st.DrawFn) -> ModelSpec:
+    """Small models of delta nets and at least one layer of gated attention."""
+    key_heads = draw(st.integers(1, 3))
+    delta = DeltaNetSpec(
+        key_heads=key_heads,
+        value_heads=key_heads * draw(st.integers(1, 3)),
+        key_dim=draw(st.integers(1, 20)),
+        value_dim=draw(st.integers(1, 20)),
+        kernel=draw(st.integers(1, 4)),
+    )
+    attention = AttentionSpec(draw(st.sampled_from((2, 4))), 2, head_dim=8, rotary_dim=draw(st.sampled_from((None, 4))))
+    mixers = draw(st.permutations([attention, *draw(st.lists(st.sampled_from((delta, attention)), max_size=5))]))
+    layers = tuple(LayerSpec(mixer, FeedForwardSpec(width=24)) for mixer in mixers)
+    family = draw(st.sampled_from(("qwen3_next", "qwen3_5_text")))
+    return ModelSpec("random-delta", family, hidden=16, vocab=40, max_positions=2**20, layers=layers)
 
 
 @st.composite
@@ -331,7 +357,7 @@ _LATENT = Sketch(
     },
 )
 _GLM = Sketch(
-    _DECODER | {"head_dim": 8, "moe_intermediate_size": 8, "n_routed_experts": 4},
+    _DECODER | {"head_dim": 8, "moe_intermediate_size": 8, "n_routed_experts": 4, "num_experts_per_tok": 2},
     tuple(heads | {"use_qk_norm": norm, "n_shared_experts": 1 + norm} for heads in _HEADS for norm in (False, True)),
     {"num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "num_mtp_layers": 0},
 )
@@ -353,6 +379,16 @@ _ENCODER = Sketch(
         for head in ("MaskedLM", "SequenceClassification")
     ),
 )
+_DELTA = Sketch(
+    {key: size for key, size in _MANY.sizes.items() if key != "num_hidden_layers"}
+    | {"head_dim": 32, "shared_expert_intermediate_size": 8, "linear_key_head_dim": 8, "linear_value_head_dim": 8},
+    tuple(
+        heads | {"linear_num_key_heads": keys, "linear_num_value_heads": 4, "num_experts_per_tok": 2}
+        for heads in _HEADS
+        for keys in (1, 4)
+    ),
+    {"num_hidden_layers": 4},
+)
 #: One for every family that is simulated.
 SKETCHES: dict[str, Sketch] = {
     **dict.fromkeys(("gpt2", "gpt_bigcode"), _GPT),
@@ -369,9 +405,7 @@ SKETCHES: dict[str, Sketch] = {
     "falcon": _FALCON,
     "bert": _ENCODER,
     "biogpt": attrs.evolve(_EVEN_ALONE, sizes=_DECODER | _POSITIONS),
-    "codegen": Sketch(
-        {"n_embd": 48, "n_layer": 1, "vocab_size": 1, "n_positions": 64}, ({"n_head": 4},), {"rotary_dim": 4}
-    ),
+    "codegen": Sketch({"n_embd": 48, "n_layer": 1, "vocab_size": 1, **_POSITIONS}, ({"n_head": 4},), {"rotary_dim": 4}),
     "gpt_neo": Sketch(
         {"hidden_size": 24, "vocab_size": 1, **_POSITIONS},
         tuple({"num_heads": heads, "num_layers": 2, "attention_types": [[["global", "local"], 1]]} for heads in (1, 2)),
@@ -389,20 +423,25 @@ SKETCHES: dict[str, Sketch] = {
     "deepseek_v2": attrs.evolve(_LATENT, fixed=_LATENT.fixed | {"topk_method": "group_limited_greedy"}),
     **dict.fromkeys(("deepseek_v3", "kimi_k2"), _LATENT),
     "mamba2": Sketch(
-        {"num_heads": 4, "head_dim": 6, "state_size": 5, "num_hidden_layers": 1, "vocab_size": 1},
-        ({"n_groups": 1, "hidden_size": 12, "expand": 2}, {"n_groups": 2, "hidden_size": 12, "expand": 2}),
+        {"state_size": 5, "num_hidden_layers": 1, "vocab_size": 1},
+        tuple({"hidden_size": 12, "num_heads": 4, "head_dim": 6, "n_groups": groups} for groups in (1, 2)),
         {"chunk_size": 8},
     ),
-    "qwen3_next": Sketch(
-        {key: size for key, size in _MANY.sizes.items() if key != "num_hidden_layers"}
-        | {"head_dim": 32, "shared_expert_intermediate_size": 8, "linear_key_head_dim": 8, "linear_value_head_dim": 8},
-        tuple(
-            heads | {"linear_num_key_heads": keys, "linear_num_value_heads": 4, "num_experts_per_tok": 2}
-            for heads in _HEADS
-            for keys in (1, 4)
-        ),
-        {"num_hidden_layers": 4},
+    "nemotron_h": Sketch(
+        {"hidden_size": 8, "ssm_state_size": 5, "mamba_head_dim": 3, "intermediate_size": 3, "vocab_size": 1}
+        | {"moe_intermediate_size": 8, "moe_shared_expert_intermediate_size": 3},
+        tuple({"num_attention_heads": 4, "num_key_value_heads": heads, "n_groups": heads} for heads in (1, 2)),
+        {"layers_block_type": ["linear_attention", "full_attention", "mlp", "moe"], "mamba_num_heads": 4}
+        | {"head_dim": 6, "chunk_size": 8, "n_routed_experts": 4, "num_experts_per_tok": 2},
     ),
+    "granitemoehybrid": Sketch(
+        {"hidden_size": 8, "intermediate_size": 8, "shared_intermediate_size": 3, "mamba_d_state": 5, "vocab_size": 1},
+        tuple({"num_key_value_heads": heads, "mamba_n_groups": heads} for heads in (1, 2)),
+        {"layer_types": ["linear_attention", "full_attention"], "num_hidden_layers": 2, "num_attention_heads": 2}
+        | {"mamba_n_heads": 4, "mamba_chunk_size": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
+    **dict.fromkeys(("qwen3_next", "qwen3_5_moe_text"), _DELTA),
+    "qwen3_5_text": attrs.evolve(_DELTA, sizes={key: _DELTA.sizes[key] for key in _DELTA.sizes if "expert" not in key}),
 }
 
 

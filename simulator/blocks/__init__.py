@@ -28,6 +28,9 @@ from simulator.blocks.feed_forward import dropout_add as dropout_add
 from simulator.blocks.feed_forward import fused_gated_mlp as fused_gated_mlp
 from simulator.blocks.feed_forward import gated_mlp as gated_mlp
 from simulator.blocks.feed_forward import plain_mlp as plain_mlp
+from simulator.blocks.forms import PLAIN as PLAIN
+from simulator.blocks.forms import Form as Form
+from simulator.blocks.forms import clamped_gate as clamped_gate
 from simulator.blocks.gated_attention import gated_attention as gated_attention
 from simulator.blocks.heads import PROJECTIONS as PROJECTIONS
 from simulator.blocks.heads import Norm as Norm
@@ -63,9 +66,6 @@ from simulator.blocks.rotary import rotate as rotate
 from simulator.blocks.rotary import rotate_halves as rotate_halves
 from simulator.blocks.rotary import rotate_in as rotate_in
 from simulator.blocks.rotary import rotate_part as rotate_part
-from simulator.blocks.routed_experts import PLAIN as PLAIN
-from simulator.blocks.routed_experts import Form as Form
-from simulator.blocks.routed_experts import clamped_gate as clamped_gate
 from simulator.blocks.routed_experts import routed_experts as routed_experts
 from simulator.blocks.routers import Router as Router
 from simulator.blocks.routers import chosen_softmax_router as chosen_softmax_router

@@ -11,7 +11,7 @@ from simulator import ops
 from simulator.blocks.heads import States, head_dims, separate_states
 from simulator.blocks.linear import projection
 from simulator.blocks.rotary import Rotate, liger_rotate, rotate
-from simulator.graph import Tensor
+from simulator.graph import ATTENTION_CORE, Tensor
 from simulator.model import AttentionSpec
 from simulator.sizes import Dim
 from simulator.trace import Trace
@@ -119,6 +119,21 @@ def attention(
     cast_weights: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """The attention interface that ``attn_implementation`` names; returns output ``[b, s, a, d]`` and weights."""
+    with t.part(ATTENTION_CORE):
+        return _attention(t, query, key, value, mask, spec, fp32_softmax=fp32_softmax, cast_weights=cast_weights)
+
+
+def _attention(
+    t: Trace,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    spec: AttentionSpec,
+    *,
+    fp32_softmax: bool,
+    cast_weights: bool,
+) -> tuple[Tensor, Tensor | None]:
     if t.regime.attention == "eager":
         return eager_attention(t, query, key, value, mask, spec, fp32_softmax=fp32_softmax, cast_weights=cast_weights)
     if t.regime.attention == "flash_attention_2":

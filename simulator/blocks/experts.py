@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from simulator import ops
 from simulator.blocks.feed_forward import Feed, gated_mlp
-from simulator.blocks.routed_experts import PLAIN, Form, routed_experts
+from simulator.blocks.forms import PLAIN, Form
+from simulator.blocks.routed_experts import routed_experts
 from simulator.blocks.routers import Router
 from simulator.graph import Tensor, flat
 from simulator.model import ExpertsSpec, FeedForwardSpec

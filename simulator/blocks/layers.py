@@ -9,13 +9,11 @@ from simulator.blocks.attention import rotary_attention
 from simulator.blocks.feed_forward import Feed, gated_mlp
 from simulator.blocks.heads import Norm
 from simulator.graph import Tensor
-from simulator.model import LayerSpec, StateSpaceSpec
+from simulator.model import LayerSpec
 from simulator.trace import Trace
 
 #: Hidden states, rotary tables, mask and token mixer to its output, and to the weights that attention leaves.
 Attend = Callable[..., tuple[Tensor, Tensor | None]]
-#: Hidden states through a state space model.
-Mix = Callable[[Trace, Tensor, StateSpaceSpec], Tensor]
 
 #: Names of the norms in front of the two halves of a layer, and of those behind them.
 BEFORE = ("input_layernorm", "post_attention_layernorm")
@@ -37,7 +35,6 @@ def decoder_layer(
     before: Names = BEFORE,
     after: Names = NONE,
     attend: Attend = rotary_attention,
-    mix: Mix | None = None,
     feed: Feed = gated_mlp,
     branch: Callable[[Trace, Tensor], Tensor] | None = None,
 ) -> Tensor:
@@ -48,15 +45,11 @@ def decoder_layer(
         before: names of the norms in front of attention and MLP.
         after: names of those behind them (models/olmo2/modeling_olmo2.py, models/gemma2/modeling_gemma2.py).
         attend, feed: the two halves.
-        mix: the first half of layers with a state space model instead of attention.
         branch: what happens to the output of a half before it is added (dropout, a multiplier).
     """
     with t.call("layer", x) as local:
         hidden = local("hidden", norm(t, before[0], x)) if before[0] else x
-        if mix is None or layer.attends:
-            hidden, weights = attend(t, hidden, tables, mask, layer.token_mixer)
-        else:
-            hidden, weights = mix(t, hidden, layer.state_space), None
+        hidden, weights = attend(t, hidden, tables, mask, layer.token_mixer)
         local("hidden", hidden)
         if weights is not None:
             local("_", weights)

@@ -2,56 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import attrs
-
 from hardware.dtypes import INT32
 from hardware.errors import UnsupportedError
 from simulator import ops
+from simulator.blocks.expert_loop import looped_experts
 from simulator.blocks.feed_forward import SILU, activation
+from simulator.blocks.forms import PLAIN, Form, Sizes, expert_weights, projections
 from simulator.graph import Tensor, flat
 from simulator.model import ExpertsSpec
 from simulator.sizes import Dim, product
 from simulator.trace import Frame, Trace
-
-
-def halves_gate(t: Trace, x: Tensor, width: tuple[Dim, ...], spec: ExpertsSpec) -> Tensor:
-    """`_default_apply_gate` (integrations/moe.py)."""
-    with t.call("", x) as local:
-        gate, up = ops.split(t, x, (x.shape[0], width), 2)
-        local("gate", gate)
-        local("up", up)
-        with t.call("act_fn", gate):
-            active = activation(t, spec.activation, gate)
-        return ops.mul(t, active, up)
-
-
-def clamped_gate(t: Trace, x: Tensor, width: tuple[Dim, ...], _: ExpertsSpec) -> Tensor:
-    """`GptOssExperts._apply_gate` (models/gpt_oss/modeling_gpt_oss.py): gate and up alternate, and both are clamped."""
-    with t.call("", x) as local:
-        gate, up = (
-            local(name, half)
-            for name, half in zip(("gate", "up"), ops.slices(t, x, (x.shape[0], width), 2), strict=True)
-        )
-        gate = local("gate", ops.clamp(t, gate, bounds=1))
-        up = local("up", ops.clamp(t, up))
-        glu = local("glu", ops.mul(t, gate, ops.sigmoid(t, ops.mul_scalar(t, gate))))
-        return ops.mul(t, ops.add_scalar(t, up), glu)
-
-
-@attrs.frozen
-class Form:
-    """How a family spells its experts."""
-
-    transposed: bool = False
-    """Whether weights are ``[experts, in, out]``; else ``[experts, out, in]``."""
-    gate: Callable[[Trace, Tensor, tuple[Dim, ...], ExpertsSpec], Tensor] = halves_gate
-    """Gate and up projections ``[rows, 2 f]`` to what goes down ``[rows, f]``."""
-
-
-#: Weights ``[experts, out, in]``, gate and up side by side.
-PLAIN = Form()
 
 
 def routed_experts(
@@ -60,10 +20,8 @@ def routed_experts(
     """Tokens ``[tokens, h]`` through the experts `indices` ``[tokens, K]``, as ``experts_implementation`` names."""
     if t.regime.liger.swiglu:
         return _fused_experts(t, x, weights, indices, spec)
-    run = {"grouped_mm": _grouped_experts, "batched_mm": _batched_experts}.get(t.regime.experts)
-    if run is None:
-        raise UnsupportedError(f"'experts' must be grouped_mm or batched_mm: {t.regime.experts!r} is not modelled yet")
-    return run(t, x, weights, indices, spec, form)
+    ways = {"grouped_mm": _grouped_experts, "batched_mm": _batched_experts, "eager": looped_experts}
+    return ways[t.regime.experts](t, x, weights, indices, spec, form)
 
 
 def _fused_experts(t: Trace, x: Tensor, weights: Tensor, indices: Tensor, spec: ExpertsSpec) -> Tensor:
@@ -71,7 +29,7 @@ def _fused_experts(t: Trace, x: Tensor, weights: Tensor, indices: Tensor, spec: 
     if spec.activation not in SILU:
         raise UnsupportedError(f"'liger' swiglu computes silu, not {spec.activation} as this model: leave swiglu out")
     with t.call("experts", x, indices, weights) as local:
-        up, down = (_expert_weights(t, name, sizes, spec, PLAIN) for name, sizes in _projections(t, x, spec))
+        up, down = (expert_weights(t, name, sizes, spec, PLAIN) for name, sizes in projections(t, x, spec))
         indices = local("top_k_index_2d", ops.constant(t, "_to_copy.default", indices, dtype=INT32))
         return local("out", ops.liger_experts(t, x, up, down, indices, weights))
 
@@ -95,9 +53,9 @@ def _grouped_experts(t: Trace, x: Tensor, weights: Tensor, indices: Tensor, spec
         offsets = ops.group_ends(t, ids, experts)
         ends = [local(f"offsets{i}", each) for i, each in enumerate(offsets)][-1]
         out = rows
-        for name, sizes in _projections(t, x, spec):
+        for name, sizes in projections(t, x, spec):
             bias = _own_bias(t, name, sizes, ids, spec, local)
-            weight = _expert_weights(t, name, sizes, spec, form)
+            weight = expert_weights(t, name, sizes, spec, form)
             out = local("proj_out", _grouped_linear(t, out, weight, ends, bias, form))
             if name != "down_proj":
                 out = local("proj_out", _between(t, out, width, spec, form))
@@ -122,8 +80,8 @@ def _batched_experts(t: Trace, x: Tensor, weights: Tensor, indices: Tensor, spec
         sample_weights = local("sample_weights", ops.reshape(t, weights, (pairs,)))
         ids = local("expert_ids", ops.reshape(t, indices, (pairs,)))
         out = rows
-        for name, sizes in _projections(t, x, spec):
-            weight = _expert_weights(t, name, sizes, spec, form)
+        for name, sizes in projections(t, x, spec):
+            weight = expert_weights(t, name, sizes, spec, form)
             weight = local("selected_weights", ops.index(t, weight, ids))
             bias = _own_bias(t, name, sizes, ids, spec, local)
             out = local("proj_out", _batched_linear(t, out, weight, bias, form))
@@ -145,25 +103,9 @@ def _batched_linear(t: Trace, x: Tensor, weight: Tensor, bias: Tensor | None, fo
         return out if bias is None else ops.add_into_view(t, out, bias)
 
 
-#: Sizes of the input and of the output of a projection.
-Sizes = tuple[tuple[Dim, ...], tuple[Dim, ...]]
-
-
-def _projections(t: Trace, x: Tensor, spec: ExpertsSpec) -> list[tuple[str, Sizes]]:
-    """Names of the weights of all experts, and what they lead from and to."""
-    hidden, width, both = x.shape[-1], (t.dim("f", spec.width),), (t.dim("2f", 2 * spec.width),)
-    up = ("gate_up_proj", (hidden, both)) if spec.gated else ("up_proj", (hidden, width))
-    return [up, ("down_proj", (width, hidden))]
-
-
 def _between(t: Trace, x: Tensor, width: tuple[Dim, ...], spec: ExpertsSpec, form: Form) -> Tensor:
     """What the projections up make, as it goes down."""
     return form.gate(t, x, width, spec) if spec.gated else activation(t, spec.activation, x)
-
-
-def _expert_weights(t: Trace, name: str, sizes: Sizes, spec: ExpertsSpec, form: Form) -> Tensor:
-    axes = sizes if form.transposed else sizes[::-1]
-    return t.weights(name, (t.dim("E", spec.experts),), *axes)
 
 
 def _own_bias(t: Trace, name: str, sizes: Sizes, ids: Tensor, spec: ExpertsSpec, local: Frame) -> Tensor | None:

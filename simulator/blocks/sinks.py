@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from simulator import ops
 from simulator.blocks.attention import repeat_kv
-from simulator.graph import Tensor, flat
+from simulator.graph import ATTENTION_CORE, Tensor, flat
 from simulator.model import AttentionSpec
 from simulator.trace import Trace
 
@@ -17,7 +17,7 @@ def attention_with_sinks(
     Each head has one more logit, which takes part in the softmax and is dropped.
     """
     sinks = t.vector("sinks", query.shape[1])
-    with t.call("", query, key, value) as local:
+    with t.part(ATTENTION_CORE), t.call("", query, key, value) as local:
         key = local("key_states", repeat_kv(t, key, query.shape[1]))
         value = local("value_states", repeat_kv(t, value, query.shape[1]))
         weights = local("attn_weights", ops.mul_scalar(t, ops.matmul(t, query, ops.transpose(t, key, 2, 3))))

@@ -150,9 +150,7 @@ def _per_head(t: Trace, x: Tensor, dims: _Dims) -> Tensor:
     """``x.float().repeat_interleave(heads // groups, dim=2)``."""
     rows, last = x.shape[:2], x.shape[-1]
     with t.call("") as inner:
-        wide = inner("float", ops.to(t, x, FP32))
-        repeated = ops.clone(t, wide, (*rows, dims.groups, dims.heads[len(dims.groups) :], last))
-        return ops.view(t, repeated, (*rows, dims.heads, last))
+        return ops.clone(t, inner("float", ops.to(t, x, FP32)), (*rows, dims.heads, last))
 
 
 def _in_chunks(t: Trace, x: Tensor, dims: _Dims) -> Tensor:

@@ -14,7 +14,7 @@ from simulator.blocks.heads import head_dims
 from simulator.blocks.latent_attention import rotate_complex
 from simulator.blocks.linear import projection
 from simulator.blocks.norms import unit_norm
-from simulator.graph import Tensor
+from simulator.graph import ATTENTION_CORE, Tensor
 from simulator.model import AttentionSpec, TemperedAttentionSpec
 from simulator.trace import Frame, Trace
 
@@ -62,7 +62,7 @@ def _eager_attention(
     t: Trace, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, spec: AttentionSpec
 ) -> tuple[Tensor, Tensor]:
     """`eager_attention_forward`: the softmax keeps its dtype."""
-    with t.call("", query, key, value) as local:
+    with t.part(ATTENTION_CORE), t.call("", query, key, value) as local:
         key = local("key_states", repeat_kv(t, key, query.shape[1]))
         value = local("value_states", repeat_kv(t, value, query.shape[1]))
         weights = local("attn_weights", ops.mul_scalar(t, ops.matmul(t, query, ops.transpose(t, key, 2, 3))))

@@ -35,10 +35,16 @@ def token_embeddings(t: Trace, table: Tensor, ids: Tensor) -> Tensor:
     return look_up(t, table, ids, "embed_tokens")
 
 
-def scaled_embeddings(t: Trace, table: Tensor, ids: Tensor) -> Tensor:
-    """`Gemma2TextScaledWordEmbedding` (models/gemma2/modeling_gemma2.py): times the root of the hidden size."""
+def scaled_embeddings(t: Trace, table: Tensor, ids: Tensor, *, buffer: bool = True) -> Tensor:
+    """`Gemma2TextScaledWordEmbedding` (models/gemma2/modeling_gemma2.py): times the root of the hidden size.
+
+    Args:
+        buffer: whether that is a buffer; else a number (`BioGptScaledWordEmbedding`).
+    """
     embeds = _rows(t, table, ids, "embed_tokens")
     with t.call("embed_tokens"):
+        if not buffer:
+            return t.embedded(ops.mul_scalar(t, embeds))
         return t.embedded(ops.mul(t, embeds, t.buffer("embed_scale", dtype=t.regime.weights)))
 
 
@@ -51,7 +57,7 @@ def vocabulary_head(t: Trace, name: str, x: Tensor, tied: Tensor | None, *, bias
         x = local("input", column_input(t, x)) if parallel else x
         rows = t.shard(("V",)) if parallel else ("V",)
         weight = t.matrix("weight", rows, x.shape[-1]) if tied is None else tied
-        logits = ops.linear(t, x, weight, t.vector("bias", rows) if bias else None, rows)
+        logits = ops.linear(t, x, weight, t.vector("bias", rows) if bias else None)
         if parallel is None or parallel.loss:
             return logits
         return ops.gather_output(t, local("output", logits), 2, ("V",))

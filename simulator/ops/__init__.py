@@ -56,6 +56,8 @@ from simulator.ops.fused_loss import liger_cross_entropy as liger_cross_entropy
 from simulator.ops.fused_loss import liger_linear_cross_entropy as liger_linear_cross_entropy
 from simulator.ops.indexing import gather as gather
 from simulator.ops.indexing import index as index
+from simulator.ops.indexing import index_add as index_add
+from simulator.ops.indexing import index_elements as index_elements
 from simulator.ops.indexing import largest as largest
 from simulator.ops.indexing import scattered as scattered
 from simulator.ops.indexing import take_row as take_row
@@ -72,6 +74,7 @@ from simulator.ops.loss import nll_loss as nll_loss
 from simulator.ops.loss import parallel_cross_entropy as parallel_cross_entropy
 from simulator.ops.matmul import addmm as addmm
 from simulator.ops.matmul import autocast_bmm as autocast_bmm
+from simulator.ops.matmul import autocast_mm as autocast_mm
 from simulator.ops.matmul import baddbmm as baddbmm
 from simulator.ops.matmul import bmm as bmm
 from simulator.ops.matmul import linear as linear

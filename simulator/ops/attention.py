@@ -220,9 +220,11 @@ def _efficient(t: Trace, query: Tensor, key: Tensor, value: Tensor, mask: Tensor
     padded = t.dim("s_pad32", round_up(t.dimensions.bindings["s"], LOGSUMEXP_ALIGNMENT))
     logsumexp = t.fresh(f"{name}.logsumexp", (*query.shape[:2], (padded,)), FP32)
     random = [t.fresh(f"{name}.philox_{part}", (), INT64) for part in ("seed", "offset")]
-    outputs = [out, logsumexp, *random]
     inputs = [query, key, value] + ([mask] if mask is not None else [])
+    recorded = [logsumexp] if any(x.requires_grad for x in inputs) else []  # `should_compute_logsumexp`
+    outputs = [out, *recorded, *random]
     t.emit(f"{name}.default", inputs, outputs, saves=[*inputs, *outputs], backward=_attention_backward)
+    t.graph.ops[-1].only_recorded = tuple(tensor.storage for tensor in recorded)
     return out
 
 

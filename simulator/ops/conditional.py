@@ -38,7 +38,7 @@ def _masked_fill_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gra
 
 
 def clamp(t: Trace, x: Tensor, *, bounds: int = 2) -> Tensor:
-    """``torch.clamp`` between `bounds` numbers, 1 or 2: its input says where the gradient passes."""
+    """``torch.clamp`` between `bounds` numbers, 2 or the upper one alone: its input says where the gradient passes."""
     out = t.fresh("clamp.default", x.shape, x.dtype, x.memory)
     t.emit("clamp.default", [x], [out], saves=[x], backward=_clamp_backward, bounds=bounds)
     return out
@@ -49,6 +49,6 @@ def _clamp_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients
     (gradient,) = gradients
     assert gradient is not None
     engine.fresh("scalar_tensor.default", (), gradient.dtype)
-    for _ in range(op.attributes["bounds"]):
-        engine.like("le.Scalar", op.inputs[0], BOOL)
+    for name in ("ge.Scalar", "le.Scalar")[-op.attributes["bounds"] :]:
+        engine.like(name, op.inputs[0], BOOL)
     return [engine.like("where.self", gradient)]

@@ -44,6 +44,7 @@ def divide_in_place(t: Trace, x: Tensor, divisor: Tensor) -> Tensor:
         out = t.view(x, x.shape)
         return t.emit("div_.Tensor", [x, divisor], [out])[0]
     original = constant(t, "clone.default", x)
+    t.graph.ops[-1].only_recorded = (original.storage,)
     out = t.view(x, x.shape)
     t.emit("div_.Tensor", [x, divisor, original], [out], saves=[original, divisor], backward=_divide_backward)
     t.drop(original)

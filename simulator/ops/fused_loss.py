@@ -20,11 +20,12 @@ def liger_cross_entropy(t: Trace, logits: Tensor, targets: Tensor) -> Tensor:
         logits: ``[b s, V]``.
         targets: shifted labels ``[b, s]``.
     """
+    rows = (logits.shape[0],)
     with t.call("") as local:
-        losses = local("loss_1d", constant(t, "zeros.default", logits, shape=(logits.shape[0],)))
-        _count_targets(t, local, targets)
+        losses = local("loss_1d", constant(t, "zeros.default", logits, shape=rows))
+        _count_targets(t, local, targets, rows)
         for bound in ("max.default", "min.default"):  # the targets are looked at before the kernel uses them
-            constant(t, bound, constant(t, "mul.Tensor", targets), shape=())
+            constant(t, bound, constant(t, "mul.Tensor", targets, shape=rows), shape=())
         return _sum(t, [logits, losses], [logits])
 
 
@@ -45,14 +46,14 @@ def liger_linear_cross_entropy(t: Trace, x: Tensor, weight: Tensor, targets: Ten
         for_x = local("grad_input", constant(t, "zeros_like.default", x))
         for_weight = local("grad_weight", constant(t, "zeros_like.default", weight))
         losses = local("loss_1d", constant(t, "zeros.default", x, dtype=FP32, shape=(tokens,)))
-        _count_targets(t, local, targets)
+        _count_targets(t, local, targets, (tokens,))
         for chunk in _chunks(t, tokens, weight):
             _chunk(t, local, x, weight, chunk)
         return _sum(t, [x, weight, losses], [for_x, for_weight])
 
 
-def _count_targets(t: Trace, local: Frame, targets: Tensor) -> None:
-    local("target_mask", constant(t, "ne.Scalar", targets, dtype=BOOL))
+def _count_targets(t: Trace, local: Frame, targets: Tensor, rows: Shape) -> None:
+    local("target_mask", constant(t, "ne.Scalar", targets, dtype=BOOL, shape=rows))
     constant(t, "sum.default", targets, shape=())
 
 
@@ -98,6 +99,7 @@ def _chunk(t: Trace, local: Frame, x: Tensor, weight: Tensor, chunk: str) -> Non
     local("grad_logits_chunk", logits)  # the kernel overwrites the logits
     _keep_cast(t, weight)
     constant(t, "mm.default", logits, shape=rows)  # copied into the rows of grad_input
+    local("grad_logits_t", logits)  # until here this name held the logits of the turn before, too
     if low != weight.dtype and t.regime.torch >= (2, 8):
         local("input_chunk", _low(t, x, rows))
         return  # ``torch.addmm(..., out_dtype=torch.float32, out=grad_weight)``

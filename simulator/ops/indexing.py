@@ -64,6 +64,27 @@ def index(t: Trace, x: Tensor, indices: Tensor) -> Tensor:
     return out
 
 
+def index_elements(t: Trace, x: Tensor, indices: Tensor) -> Tensor:
+    """``x[rows, columns]``: one element of `x` ``[n, m]`` for every pair of indices, which are one storage."""
+    out = t.fresh("index.Tensor", indices.shape, x.dtype)
+    backward = _scatter("index_put.default")
+    t.emit("index.Tensor", [x, indices], [out], saves=[indices], backward=backward, **_subclasses(t))
+    return out
+
+
+def index_add(t: Trace, x: Tensor, indices: Tensor, rows: Tensor) -> Tensor:
+    """``x.index_add_(0, indices, rows)``: saves both, the rows for their shape (derivatives.yaml `index_add`)."""
+    out = t.view(x, x.shape)
+    inputs = [x, indices, rows]
+    return t.emit("index_add_.default", inputs, [out], saves=[indices, rows], backward=_index_add_backward)[0]
+
+
+def _index_add_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients:
+    (gradient,) = gradients
+    rows = op.inputs[2]
+    return [gradient, None, engine.fresh("index_select.default", rows.shape, rows.dtype)]
+
+
 def take_row(t: Trace, x: Tensor, shape: Shape) -> Tensor:
     """``x[..., [i], :]``, indexing with a list of one: a copy, and an index on the device that is saved."""
     with t.call("") as local:

@@ -130,6 +130,13 @@ def matmul(t: Trace, x: Tensor, y: Tensor, *, autocasts: bool = True) -> Tensor:
         return view(t, result, (*x.shape[:-1], y.shape[-1]), "_unsafe_view.default")
 
 
+def autocast_mm(t: Trace, x: Tensor, y: Tensor) -> Tensor:
+    """``x @ y`` of two matrices; autocast, where it is on, casts both, the second first."""
+    with t.call("") as local:
+        y = local("y", autocast(t, y))
+        return _mm(t, local("x", autocast(t, x)), y, y.shape[1])
+
+
 def autocast_bmm(t: Trace, x: Tensor, y: Tensor) -> Tensor:
     """``torch.bmm`` as a module calls it: autocast, where it is on, casts both, the second first."""
     with t.call("") as local:

@@ -207,7 +207,10 @@ def repeat_turn(t: Trace, others: Op, turn: Sequence[Op], count: Dim) -> None:
 
 
 def unread(t: Trace, built: Sequence[Op], local: Frame) -> None:
-    """No gradient comes back through the ops `built`: what they save goes with the names that lead to them."""
+    """No gradient comes back through the ops `built`: what they save goes with the names that lead to them.
+
+    A checkpointed forward saves nothing, so there it is held for too long, but never at a step's peak.
+    """
     for op in built:
         op.backward = None
         for tensor in (*op.inputs, *op.outputs):

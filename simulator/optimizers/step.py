@@ -128,9 +128,9 @@ class OptimizerStep:
     def shared_state(self, name: str, dims: Iterable[Dim], dtype: DType, op: str) -> None:
         """Make a state that all parameters share with kernel `op`, unless an earlier step made it."""
         first = self.parameters[0].storage
-        slot = first.slot if len(self.parameters) == 1 else None
+        owner, slot = (first.label, first.slot) if len(self.parameters) == 1 else ("optimizer", None)
         if (first, name) not in self._states:
-            made = make_storage(f"optimizer.{name}", tuple(dims), dtype, Role.OPTIMIZER_STATE, slot)
+            made = make_storage(f"{owner}.{name}", tuple(dims), dtype, Role.OPTIMIZER_STATE, slot)
             self._states[first, name] = made
             self._record(op, slot, [made])
 
@@ -205,13 +205,19 @@ class OptimizerStep:
         """Let temporaries (or gradients) go, after the kernel that ran last.
 
         Those of several layers go in a step outside the layers: a step of one layer must not stand
-        between two steps of another, or repeating the layer would change their order.
+        between two steps of another, or repeating the layer would change their order. So do those of a layer
+        that is no neighbour of the one whose step ran last: an optimizer went back to the first layer.
         """
         if not storages:
             return
-        if not self.steps or len({storage.slot for storage in storages}) > 1:
+        slots = {storage.slot for storage in storages}
+        if not self.steps or len(slots) > 1 or any(self._is_far(slot) for slot in slots):
             self._record("free", None, [])
         self.steps[-1].deaths.extend(storages)
+
+    def _is_far(self, slot: int | None) -> bool:
+        last = self.steps[-1].slot
+        return slot is not None and last is not None and abs(slot - last) > 1
 
     def finish(self) -> None:
         """The function returns: its locals go."""

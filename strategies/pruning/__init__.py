@@ -12,6 +12,7 @@ from simulator.plan import Strategy
 from strategies.pruning.channels import PruneChannels
 from strategies.pruning.experts import PruneExperts
 from strategies.pruning.heads import PruneGroups, PruneHeads
+from strategies.pruning.hidden import PruneHidden
 from strategies.pruning.layers import PruneLayers
 
 #: Makes a technique from an amount and the layers it applies to.
@@ -23,6 +24,7 @@ _BUILT_IN: dict[str, PruningFactory] = {
     "experts": PruneExperts,
     "groups": PruneGroups,
     "heads": PruneHeads,
+    "hidden": PruneHidden,
     "layers": PruneLayers,
 }
 for structure, factory in _BUILT_IN.items():

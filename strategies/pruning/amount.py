@@ -37,7 +37,9 @@ class Amount:
             way = f"remove {near}" if near else "remove whole groups instead"
             raise UsageError(f"'{what}' to prune must be a multiple of {unit}, not {removed} of {total}: {way}")
         if not 0 < removed < total:
-            raise UsageError(f"'{what}' to prune must be from 1 to {total - 1}, not {removed} ({self}): leave some")
+            raise UsageError(
+                f"'{what}' to prune must be from 1 on, fewer than the {total} there are: {removed} ({self})"
+            )
         return removed
 
     def __str__(self) -> str:

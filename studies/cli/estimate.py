@@ -41,7 +41,10 @@ def command(
     sdpa_backend: Annotated[Text, typer.Option(help="auto, flash, efficient or math.")] = None,
     padding: Annotated[Text, typer.Option(help="Attention mask: none, full (nothing padded) or padded.")] = None,
     experts: Annotated[
-        Text, typer.Option(help="How experts are run (experts_implementation): grouped_mm or batched_mm.")
+        Text, typer.Option(help="How experts are run (experts_implementation): grouped_mm, batched_mm or eager.")
+    ] = None,
+    expert_imbalance: Annotated[
+        float | None, typer.Option(help="Tokens of the busiest expert over the mean, for experts run eagerly.")
     ] = None,
     checkpointing: Annotated[
         Text, typer.Option(help="Activation checkpointing: none, or NAME[,option=value...] with full, every, ...")
@@ -88,11 +91,14 @@ def command(
     float8: Annotated[
         Text, typer.Option(help="Linear layers on float8 copies, scaled tensorwise or rowwise (torchao, eager).")
     ] = None,
+    compile_: Annotated[
+        Text, typer.Option("--compile", help="none, or layers: torch.compile of each layer, approximately.")
+    ] = None,
     prune: Annotated[
         list[str] | None,
         typer.Option(
             help="STRUCTURE=AMOUNT[@LAYERS]: heads, groups, channels or experts, e.g. heads=4, channels=25%@0,4-7; "
-            "or layers=2,5-7. May be repeated."
+            "hidden=25%; or layers=2,5-7. May be repeated."
         ),
     ] = None,
     strategy: Annotated[
@@ -114,7 +120,7 @@ def command(
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 5 where something is not modelled.")] = False,
 ) -> int:
     """Estimate the GPU memory of one training step on every rank."""
-    given = {**locals(), "prune": tuple(prune or ()), "strategy": tuple(strategy or ())}
+    given = {**locals(), "compile": compile_, "prune": tuple(prune or ()), "strategy": tuple(strategy or ())}
     del strict  # the entry point reads it: it only changes an exit code
     from studies.options import TrainingOptions
     from studies.plots import check_target
@@ -162,14 +168,25 @@ def _summary(result: Estimate) -> Table:
         ("", METRIC_NOTE),
         ("capacity", f"{span} ({result.cluster.gpu.name}; {capacity.evidence})"),
         ("headroom", both(result.headroom)),
+        *([("host", f"{both(report.host_bytes)} of checkpoints")] if report.host_bytes else []),
         ("verdict", result.verdict.text),
         ("where", _where(result)),
         ("cold step", f"{gib(report.cold.nbytes)}, in {report.cold.phase.value}"),
         ("steady step", f"{gib(report.steady.nbytes)}, in {report.steady.phase.value}"),
         ("model", f"{report.model.name}: {report.parameters:,} parameters, {len(report.model.layers)} layers"),
         ("workload", result.workload),
+        *_routing(result),
     ]
     return Table(f"{report.model.name} on {result.cluster}", rows)
+
+
+def _routing(result: Estimate) -> list[tuple[str, str]]:
+    """How far the peak depends on which experts tokens go to, where it does."""
+    if result.routing is None:
+        return []
+    band = result.routing
+    worst = f"{size(band.worst)} with {band.imbalance:g} times the mean at one expert of each layer"
+    return [("routing", f"{size(band.even)} with even routing to {worst}")]
 
 
 def _pruning(result: Estimate) -> Table:

@@ -11,13 +11,13 @@ import attrs
 
 from hardware.dtypes import TRAINING_DTYPES, DType, dtype
 from hardware.errors import UnsupportedError, UsageError
-from simulator.liger import Liger, default_kernels, liger
 from simulator.model import ModelSpec
 from simulator.plan import Strategy
 from simulator.reading import spec_from_class
 from simulator.workload import IMPLEMENTATIONS, OPTIONS, Optimizer, Training
 from strategies.float8 import Float8
 from studies.pruning import parse_prunings
+from studies.validation.liger_switches import liger_of
 from studies.validation.regimes import checkpointing_strategies, freezing_strategies
 
 #: What a line may hold a recorded peak of.
@@ -31,13 +31,18 @@ _DROPOUT_RATES = {
     "Phi3Config": ("resid_pdrop", "embd_pdrop", "attention_dropout"),
 }
 #: Options of a case that change memory and that we simulate with one value only -> that value.
-_FIXED = {"mode": "train", "lora": None, "device": "cuda", "fake": True, "emulate": True}
+_FIXED = {"mode": "train", "lora": None, "emulate": True}
+#: Where the tensors of a case were: fake ones on a GPU that is not there, or real ones on the CPU.
+_DEVICES = (("cuda", True), ("cpu", False))
 _SWITCHES = (
-    *("attention_mask", "keep_outputs", "dropout_off"),
+    *("keep_outputs", "dropout_off"),
     *("optimizer_in_backward", "grad_scaler", "items_in_batch"),
 )
+#: What a case says of its padding mask, as JSON -> `Training.attention_mask`.
+_MASKS = {"null": "none", "false": "none", "true": "full", '"padded"': "padded"}
 _SIMULATED = {"dtype", "autocast", "attn", "sdpa_backend", "experts", "batch", "seq", "grad_accum", "optimizer", "clip"}
-_SIMULATED |= {"zero_grad", "liger", "checkpointing", "freeze", "prune", "float8", *_SWITCHES}
+_SIMULATED |= {"attention_mask", "expert_imbalance", "zero_grad", "liger", "checkpointing", "freeze", "prune", "float8"}
+_SIMULATED |= set(_SWITCHES)
 #: Options that leave dense training as it is: where to record, inference, the model's name (its line has it).
 _HARMLESS = {"timeline", "layers", "logits_to_keep_prefill", "new_tokens"}
 _HARMLESS |= {"model", "config_override", "config_class", "config", "tags", "id"}
@@ -123,10 +128,15 @@ def _refuse(case: Mapping[str, Any]) -> None:
     for key, value in _FIXED.items():
         if case.get(key, value) != value:
             raise UnsupportedError(f"{key} {json.dumps(case[key])} is not simulated yet, only {json.dumps(value)}")
+    if (case.get("device", "cuda"), case.get("fake", True)) not in _DEVICES:
+        raise UnsupportedError("device and fake must be cuda and true, or cpu and false: others are not simulated yet")
     for key in _SWITCHES:
         if case.get(key) not in (None, False, True):
             raise UnsupportedError(f"{key} {json.dumps(case[key])} is not simulated yet, only true and false")
-    unknown = sorted(set(case) - _SIMULATED - _HARMLESS - set(_FIXED))
+    mask = json.dumps(case.get("attention_mask"))
+    if mask not in _MASKS:
+        raise UnsupportedError(f"attention_mask {mask} is not simulated yet, only {', '.join(sorted(_MASKS)[1:])}")
+    unknown = sorted(set(case) - _SIMULATED - _HARMLESS - {"device", "fake", *_FIXED})
     if unknown:
         raise UnsupportedError(f"case option {unknown[0]!r} is not known")
 
@@ -151,24 +161,20 @@ def _training(case: Mapping[str, Any], family: str) -> Training:
         attention=case.get("attn", "sdpa"),
         sdpa_backend=case.get("sdpa_backend", "auto"),
         experts=case.get("experts") or "grouped_mm",
-        attention_mask="full" if case.get("attention_mask") else "none",
+        expert_imbalance=case.get("expert_imbalance", 1.0),
+        attention_mask=_MASKS[json.dumps(case.get("attention_mask"))],
         keep_outputs=bool(case.get("keep_outputs")),
         clip=case.get("clip") or None,
         grad_scaler=bool(case.get("grad_scaler")),
         optimizer_in_backward=bool(case.get("optimizer_in_backward")),
         zero_grad=case.get("zero_grad", "none"),
-        liger=_liger(case.get("liger"), family),
+        liger=liger_of(case.get("liger"), family),
         items_in_batch=bool(case.get("items_in_batch")),
-        # the oracle runs a CPU build of torch: it has no fused silu_backward, and cannot see inside kernels
-        fused_activation_backward=False,
+        # the oracle runs a CPU build of torch: it has no fused silu_backward for fakes, and cannot see inside kernels
+        fused_activation_backward=not case.get("fake", True),
         kernel_workspace=False,
         tensor_subclasses=True,
     )
-
-
-def _liger(switches: Any, family: str) -> Liger:
-    """What a case switches on: names of kernels, or ``default`` for what the family's function patches."""
-    return liger(default_kernels(family) if switches == "default" else tuple(switches or ()))
 
 
 def _dtype(name: Any) -> DType:
@@ -178,11 +184,12 @@ def _dtype(name: Any) -> DType:
 
 
 def _optimizer(options: Mapping[str, Any]) -> Optimizer:
-    known = {field.name for field in attrs.fields(Optimizer)} | {"impl", "update_proj_gap"}
+    projects = options.get("name") in OPTIONS["rank"]
+    known = {field.name for field in attrs.fields(Optimizer)} | {"impl", *(["update_proj_gap"] if projects else [])}
     unknown = sorted(set(options) - known)
     if unknown:
         raise UnsupportedError(f"optimizer option {unknown[0]!r} is not simulated")
-    if options.get("name") in OPTIONS["rank"] and options.get("update_proj_gap") != 1:
+    if projects and options.get("update_proj_gap") != 1:
         raise UnsupportedError(
             "a step that does not renew its projections is not simulated: 'update_proj_gap' must be 1"
         )

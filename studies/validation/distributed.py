@@ -24,6 +24,7 @@ from strategies.fsdp2 import Fsdp2
 from strategies.megatron import MegatronDistributedOptimizer
 from strategies.tensor_parallel import TensorParallel
 from strategies.zero_redundancy import ZeroRedundancy
+from studies.validation.liger_switches import liger_of
 from studies.validation.recorded_ddp import RecordedDdp
 
 #: The oracle's names of models: layers, hidden, feed-forward width, heads, key heads, vocabulary, tied embeddings.
@@ -45,7 +46,7 @@ _OPTIMIZERS = {
 _IMPLEMENTATIONS = {"hf": "transformers", "titan": "torchtitan", "gpt": "plain"}
 #: Options that every kind of case may have.
 _COMMON = {"kind", "model", "layers", "seq", "batch", "world", "ac", "impl", "dtype", "optim", "grad_accum", "autocast"}
-_COMMON |= {"rank"}
+_COMMON |= {"rank", "liger"}
 #: The part of a step as the oracle names it.
 PHASES = {"forward": "forward", "backward": "backward", "recompute": "backward", "optimizer": "optimizer"}
 #: Roles that are compared one by one -> the oracle's categories for them.
@@ -91,7 +92,9 @@ def distributed_case(line: Mapping[str, Any]) -> Case:
         raise UnsupportedError(f"case option {unknown[0]!r} is not known for kind {kind}")
     mesh, strategies = parallelise(config)
     checkpointing: tuple[Strategy, ...] = (FullCheckpointing(),) if config.get("ac") else ()
-    return Case(_model(config), _training(config), (*checkpointing, *strategies), mesh, config.get("rank", 0))
+    model = _model(config)
+    training = attrs.evolve(_training(config), liger=liger_of(config.get("liger"), model.family))
+    return Case(model, training, (*checkpointing, *strategies), mesh, config.get("rank", 0))
 
 
 def _model(config: Mapping[str, Any]) -> ModelSpec:

@@ -8,12 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hardware.dtypes import BF16, FP32
-from hardware.errors import UsageError
+from hardware.errors import UnsupportedError, UsageError
 from simulator import Optimizer, Training, simulate
 from simulator.reading import spec_from_class
 from simulator.roles import Phase, Role
 from simulator.timeline import moments
 from simulator.workload import IMPLEMENTATIONS
+from strategies.ddp import Ddp
 
 WAYS = [(name, way) for name, ways in IMPLEMENTATIONS.items() for way in ways]
 #: States as big as the weight, per parameter.
@@ -167,6 +168,14 @@ def test_a_change_is_validated_too():
 def test_in_backward_refuses_what_needs_all_gradients(options, hint):
     with pytest.raises(UsageError, match=hint):
         Training(optimizer_in_backward=True, **options)
+
+
+def test_in_backward_refuses_what_runs_its_own_loop():
+    with pytest.raises(UnsupportedError, match="optimizer_in_backward"):
+        Training(optimizer_in_backward=True, implementation="megatron_te")
+    model = spec_from_class("LlamaConfig", {"num_hidden_layers": 2}, "model")
+    with pytest.raises(UnsupportedError, match="with a strategy"):
+        simulate(model, Training(seq_len=8, optimizer_in_backward=True), [Ddp()])
 
 
 @settings(max_examples=25, deadline=None)

@@ -16,9 +16,11 @@ from hypothesis import strategies as st
 from hardware.dtypes import BF16, FP32
 from hardware.errors import UnsupportedError, UsageError
 from simulator import Optimizer, Training, simulate
+from simulator.lowering import lower
+from simulator.plan import make_plan
 from simulator.reading import spec_from_class
 from simulator.roles import Role
-from simulator.timeline import moments
+from simulator.timeline import LiveSet, moments
 from strategies.ddp import Ddp
 from strategies.fsdp2 import Fsdp2
 from studies.estimate import estimate
@@ -104,6 +106,22 @@ def test_the_decomposition_works_on_a_copy_inside_its_kernel():
     births = [r.storage for m in moments(hidden.program.cold) for r in m.step.births if "svd" in m.step.name]
     assert {storage.role for storage in births} >= {Role.WORKSPACE}
     assert hidden.peak.nbytes >= seen.peak.nbytes
+
+
+@pytest.mark.parametrize("name", PROJECTING)
+@pytest.mark.parametrize("layers", [1, 2, 3, 7])
+def test_a_model_whose_last_weight_is_in_a_layer(name, layers):
+    """They go from the last layer's norms back to the first layer's matrices."""
+    config = {"hidden_size": 48, "num_attention_heads": 4, "ffn_dim": 80, "vocab_size": 90, "word_embed_proj_dim": 48}
+    model = spec_from_class("OPTConfig", config | {"num_hidden_layers": layers, "do_layer_norm_before": False}, "model")
+    training = Training(seq_len=8, optimizer=Optimizer(name=name, rank=3))
+    short, long = (lower(make_plan(model, training, unrolled=flag)) for flag in (False, True))
+    live = LiveSet()
+    for node in (short.load, short.cold, short.steady):
+        for moment in moments(node):
+            live.run(moment)
+    traces = [[len(m.step.births) for m in moments(p.steady) if m.step.births] for p in (short, long)]
+    assert traces[0] == traces[1]
 
 
 def test_adam_mini_has_a_second_moment_per_head_row_or_tensor():

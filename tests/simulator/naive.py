@@ -57,6 +57,7 @@ class Engine:
         self.memory, self.kernel_workspace = memory, kernel_workspace
         self.cells = {}
         self.saved = {}
+        self.node = None
 
     def prepare(self, name, shape: Shape, dtype, memory=None):
         tensor = make_tensor(make_storage(name, flat(shape), dtype, Role.BACKWARD), shape, dtype)
@@ -86,8 +87,9 @@ class Engine:
     def overwritten(self, name, tensor):
         """The gradient is in the memory of a saved tensor, and has a name of its own unless another holds that."""
         gradient = self.prepare(name, tensor.shape, tensor.dtype, tensor.memory)
-        cell = self.cells[gradient.storage] = self.saved.pop(tensor.storage)
-        if sys.getrefcount(cell) == 3:  # `cell`, its place in `cells` and the argument itself
+        cell = self.cells[gradient.storage] = self.saved[tensor.storage]
+        together = sum(x.storage is tensor.storage for x in self.node.inputs) > 1
+        if not together and sys.getrefcount(cell) == 4:  # `cell`, its places in both, and the argument itself
             self.memory.trace.append(self.memory.live)
         return gradient
 
@@ -147,7 +149,7 @@ class NaiveMicroBatches:
             keys = [(index, i) for i in range(len(op.outputs))]
             incoming = [buffers.pop(key, None) for key in keys]
             if any(g is not None for g in incoming):
-                engine.saved = saved.pop(op)
+                engine.node, engine.saved = op, saved.pop(op)
                 outgoing = self._node(engine, op, incoming)
                 engine.saved = {}
                 incoming = None

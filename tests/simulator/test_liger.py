@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import attrs
 import pytest
 from hypothesis import given
@@ -12,8 +15,12 @@ from simulator import Training, simulate
 from simulator.liger import FAMILIES, KERNELS, Liger, default_kernels, liger
 from simulator.mesh import Mesh
 from simulator.model import AttentionSpec
+from simulator.reading import read_model
 from simulator.roles import Role
 from simulator.workload import Optimizer
+from strategies.bitfit import BitFit
+from strategies.deepspeed.zero12 import DeepSpeedZero2
+from strategies.float8 import Float8
 from strategies.fsdp2 import Fsdp2
 from tests.simulator import test_properties as properties
 from tests.strategies import liger_runs, uniform_llama
@@ -119,8 +126,53 @@ def test_another_activation_is_refused():
 
 
 @pytest.mark.parametrize("field", [{"liger": liger(("rope",))}, {"items_in_batch": True}])
-def test_frameworks_and_other_implementations_are_refused(field):
+def test_other_implementations_are_refused(field):
     with pytest.raises(UnsupportedError, match="goes with implementation transformers, not 'torchtitan'"):
         attrs.evolve(TRAINING, implementation="torchtitan", **field)
-    with pytest.raises(UnsupportedError, match="not modelled together with fsdp2 yet"):
-        simulate(uniform_llama(2), attrs.evolve(TRAINING, **field), [Fsdp2()], mesh=Mesh(dp_shard=2))
+
+
+@pytest.mark.parametrize(
+    ("field", "strategy"),
+    [({"liger": liger(("rope",))}, DeepSpeedZero2()), ({"items_in_batch": True}, Fsdp2())],
+)
+def test_a_framework_that_was_not_compared_is_refused(field, strategy):
+    with pytest.raises(UnsupportedError, match=f"not modelled together with {strategy.name} yet: leave one out"):
+        simulate(uniform_llama(2), attrs.evolve(TRAINING, **field), [strategy], mesh=Mesh(dp_shard=2))
+
+
+@pytest.mark.parametrize(("strategy", "name"), [(BitFit(), "frozen weights"), (Float8(), "float8")])
+def test_other_changes_of_the_model_are_refused(strategy, name):
+    layer = attrs.evolve(uniform_llama(1).layers[0], token_mixer=AttentionSpec(4, 2, 8, bias=True))
+    model = attrs.evolve(uniform_llama(1), layers=(layer,))
+    with pytest.raises(UnsupportedError, match=f"'liger' is not modelled together with {name} yet: leave one out"):
+        simulate(model, attrs.evolve(TRAINING, micro_batch=2, liger=liger(("swiglu",))), [strategy])
+
+
+def test_a_loss_that_does_not_take_the_items_is_refused():
+    model = read_model("gemma-3-4b-it")
+    with pytest.raises(UnsupportedError, match="not taken by Gemma 3 with its vision tower: leave it out"):
+        simulate(model, attrs.evolve(TRAINING, items_in_batch=True))
+
+
+DOCUMENT = (Path(__file__).parents[2] / "docs" / "kernels.md").read_text(encoding="utf-8")
+
+
+def test_the_document_lists_every_family():
+    documented = {}
+    row = re.compile(r"^\| (`\w+`(?:, `\w+`)*) \| ((?:\*?`\w+`\*?(?:, )?)+) \|$", re.MULTILINE)
+    for families, kernels in row.findall(DOCUMENT):
+        defaults = tuple(name for off, name in re.findall(r"(\*?)`(\w+)`", kernels) if not off)
+        for family in re.findall(r"\w+", families):
+            documented[family] = (set(re.findall(r"\w+", kernels)), set(defaults))
+    assert documented == {family: (set(known), set(default_kernels(family))) for family, known in FAMILIES.items()}
+
+
+def test_the_document_says_what_each_saves():
+    rows = dict(re.findall(r"^\| (.*?) \|.*\| ([0-9]+\.[0-9]{2}) \|$", DOCUMENT, re.MULTILINE))
+    model = read_model("llama-3.1-8b")
+    training = Training(seq_len=8192, weights=BF16, optimizer=Optimizer(name="adamw_8bit"))
+    for name, said in rows.items():
+        kernels = {"none": (), "`--liger`": default_kernels("llama")}.get(name, (name.split(",")[0].strip("`"),))
+        found = simulate(model, attrs.evolve(training, liger=liger(kernels))).steady.nbytes / 2**30
+        assert f"{found:.2f}" == said, name
+    assert len(rows) == 7

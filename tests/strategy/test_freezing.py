@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import attrs
 import pytest
 
 from hardware.dtypes import BF16
@@ -32,6 +33,17 @@ class TestFrozenFeedForwards(StrategyContract):
 class TestFrozenUnderCheckpointing(StrategyContract):
     strategy = Freezing(layers=1, embeddings=True)
     before = (FullCheckpointing(),)
+
+
+class TestBitFit(StrategyContract):
+    strategy = BitFit()
+
+    def plans(self, mesh=None, *, unrolled=False):
+        """The same plans, of a model whose projections have biases."""
+        for plan in super().plans(mesh, unrolled=unrolled):
+            mixers = [attrs.evolve(each.attention, bias=True) for each in plan.model.layers]
+            layers = [attrs.evolve(plan.model.layers[0], token_mixer=each) for each in mixers]
+            yield attrs.evolve(plan, model=attrs.evolve(plan.model, layers=tuple(layers)))
 
 
 def backward_layers(*strategies):

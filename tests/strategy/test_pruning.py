@@ -20,7 +20,7 @@ from strategies.checkpointing import FullCheckpointing
 from strategies.contract import StrategyContract
 from strategies.ddp import Ddp
 from strategies.fsdp2 import Fsdp2
-from strategies.pruning import PruneChannels, PruneExperts, PruneGroups, PruneHeads, PruneLayers, prunings
+from strategies.pruning import PruneChannels, PruneExperts, PruneGroups, PruneHeads, PruneHidden, PruneLayers, prunings
 from studies.validation import oracle_case, read_cases, validate_oracle
 from tests.strategies import model_specs, trainings, uniform_llama
 
@@ -39,6 +39,10 @@ class TestPruneGroups(StrategyContract):
 
 class TestPruneChannels(StrategyContract):
     strategy = PruneChannels("30%", (0,))
+
+
+class TestPruneHidden(StrategyContract):
+    strategy = PruneHidden("25%")
 
 
 class TestPruneLayers(StrategyContract):
@@ -66,8 +70,8 @@ def test_parameters_of_real_models(line):
 # against the model of these sizes -------------------------------------------------------------------------------------
 
 
-def config(family, heads=8, kv_heads=4, width=96, layers=4):
-    sizes = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": 8, "hidden_size": 48}
+def config(family, heads=8, kv_heads=4, width=96, layers=4, hidden=48):
+    sizes = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": 8, "hidden_size": hidden}
     more = {"intermediate_size": width, "num_hidden_layers": layers, "vocab_size": 130}
     more |= {"layer_types": ["full_attention"] * layers} if family == "gemma2" else {}
     return {"model_type": family, **sizes, **more, "max_position_embeddings": 64, "sliding_window": 32}
@@ -84,17 +88,19 @@ def found(model, strategies, training):
     per_group=st.integers(0, 1),
     groups=st.integers(0, 3),
     channels=st.integers(0, 95),
+    hidden=st.sampled_from([0, 24]),
     gone=st.sets(st.integers(0, 3), max_size=3),
     training=trainings(),
 )
-def test_a_pruned_model_is_the_model_of_its_config(family, per_group, groups, channels, gone, training):
+def test_a_pruned_model_is_the_model_of_its_config(family, per_group, groups, channels, hidden, gone, training):
     """Built from a config with fewer heads, channels and layers, it needs the same memory at every peak."""
     pruning = [PruneHeads(4 * per_group)] if per_group else []
     pruning += [PruneGroups(groups)] if groups else []
     pruning += [PruneChannels(channels)] if channels else []
+    pruning += [PruneHidden(hidden)] if hidden else []
     pruning += [PruneLayers(tuple(gone))] if gone else []
     kv_heads = 4 - groups
-    smaller = config(family, kv_heads * (2 - per_group), kv_heads, 96 - channels, 4 - len(gone))
+    smaller = config(family, kv_heads * (2 - per_group), kv_heads, 96 - channels, 4 - len(gone), 48 - hidden)
     try:
         built = found(spec_from_config(smaller, "smaller"), [], training)
     except UnsupportedError:
@@ -136,6 +142,43 @@ def test_experts_and_their_channels():
     assert simulate(model, Training(seq_len=8)).parameters > report.parameters
 
 
+SIZES = {"hidden_size": 96, "num_hidden_layers": 3, "num_attention_heads": 6, "vocab_size": 77}
+EXPERTS = {**SIZES, "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 160, "num_experts_per_tok": 2}
+LATENT = {"kv_lora_rank": 56, "q_lora_rank": 80, "qk_rope_head_dim": 16, "qk_nope_head_dim": 24, "v_head_dim": 32}
+ROUTED = {"n_routed_experts": 8, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 3, "moe_intermediate_size": 72}
+OTHERS = {
+    "mixtral": {**EXPERTS, "num_local_experts": 8},
+    "qwen3_moe": {**EXPERTS, "num_experts": 8, "moe_intermediate_size": 56},
+    "deepseek_v3": {
+        **SIZES,
+        **LATENT,
+        **ROUTED,
+        "num_key_value_heads": 6,
+        "intermediate_size": 320,
+        "first_k_dense_replace": 1,
+    },
+    "gpt_neox": {**SIZES, "intermediate_size": 160},
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "smaller", "pruning"),
+    [
+        ("mixtral", {"num_local_experts": 5}, PruneExperts(3)),
+        ("mixtral", {"intermediate_size": 128}, PruneChannels("20%")),
+        ("qwen3_moe", {"num_attention_heads": 4}, PruneHeads(2)),
+        ("deepseek_v3", {"num_attention_heads": 4, "num_key_value_heads": 4}, PruneHeads(2)),
+        ("deepseek_v3", {"n_routed_experts": 6}, PruneExperts("25%")),
+        ("gpt_neox", {"intermediate_size": 120}, PruneChannels(40)),
+    ],
+)
+def test_other_families_pruned_are_those_of_their_configs(family, smaller, pruning):
+    whole = {"model_type": family, **OTHERS[family]}
+    training = Training(micro_batch=2, seq_len=16, weights=BF16, attention="eager")
+    built = found(spec_from_config({**whole, **smaller}, "smaller"), [], training)
+    assert found(spec_from_config(whole, "whole"), [pruning], training) == built
+
+
 def moe(**options):
     sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 32, "intermediate_size": 16}
     more = {"num_hidden_layers": 2, "vocab_size": 64, "num_local_experts": 8, "num_experts_per_tok": 2}
@@ -169,10 +212,10 @@ def test_sharding_works_on_what_is_left(owner):
     ("strategy", "problem"),
     [
         (PruneHeads(3), "'heads' to prune must be a multiple of 2, not 3 of 4: remove 2"),
-        (PruneHeads(4), "'heads' to prune must be from 1 to 3, not 4"),
-        (PruneHeads("10%"), r"'heads' to prune must be from 1 to 3, not 0 \(10%\)"),
-        (PruneGroups(2), "'groups' to prune must be from 1 to 1, not 2"),
-        (PruneChannels(48), "'channels' to prune must be from 1 to 47"),
+        (PruneHeads(4), "'heads' to prune must be from 1 on, fewer than the 4 there are: 4"),
+        (PruneHeads("10%"), r"'heads' to prune must be from 1 on, fewer than the 4 there are: 0 \(10%\)"),
+        (PruneGroups(2), "'groups' to prune must be from 1 on, fewer than the 2 there are: 2"),
+        (PruneChannels(48), "'channels' to prune must be from 1 on, fewer than the 48 there are"),
         (PruneLayers((2,)), "'layers' to prune must be from 0 to 1 in uniform, not 2"),
         (PruneLayers((0, 1)), "'layers' to prune must leave at least one of 2"),
         (PruneExperts(1), "prune_experts: llama uniform has no experts"),
@@ -214,4 +257,4 @@ def test_a_layer_without_what_is_pruned():
 
 
 def test_the_registry_names_what_can_be_pruned():
-    assert {"channels", "experts", "groups", "heads", "layers"} <= set(prunings.names())
+    assert {"channels", "experts", "groups", "heads", "hidden", "layers"} <= set(prunings.names())

@@ -31,6 +31,8 @@ def test_words():
         (["layers=7-5"], "layers are written"),
         (["layers=x"], "layers are written"),
         (["heads=3@"], "layers are written"),
+        (["hidden=3@1"], "'prune' hidden is one size for all layers: leave out '@1'"),
+        (["hidden=3", "hidden=4"], "'prune' must name a structure once for each layer"),
         (["heads=3", "heads=1@2"], "'prune' must name a structure once for each layer"),
         (["layers=1", "layers=1-2"], "'prune' must name a structure once for each layer"),
     ],

@@ -127,7 +127,7 @@ NOT_SIMULATED = {
     "selective checkpointing": {"checkpointing": "selective"},
     "another device": {"device": "cpu"},
     "without the engine's accumulation": {"emulate": False},
-    "padding": {"attention_mask": "padded"},
+    "a mask of another kind": {"attention_mask": "packed"},
     "adapters": {"lora": {"r": 8}},
 }
 

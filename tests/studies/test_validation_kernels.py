@@ -16,14 +16,48 @@ import pytest
 from hardware.errors import UnsupportedError
 from simulator import simulate
 from simulator.liger import FAMILIES
+from simulator.roles import Phase
+from simulator.timeline import moments
 from studies.validation import oracle_case, read_cases, validate_oracle
 
 CASES = Path(__file__).parents[1] / "data" / "oracle" / "kernels.jsonl"
+DISTRIBUTED = CASES.with_stem("kernels_distributed")
 LINES = {line["id"]: line for line in read_cases(CASES)}
 
 
 def test_peaks_and_phases():
     rows = validate_oracle(CASES).rows
+    assert [row.name for row in rows if row.error_pct != 0] == []
+    assert [row.name for row in rows if row.phase_expected != row.phase_simulated] == []
+
+
+def phase_peaks(report):
+    """The most bytes of tensors, not rounded, while forward and while backward of a steady step runs."""
+    program, live, peaks = report.program, 0, {"peak_fwd": 0, "peak_bwd": 0}
+    for node in (program.load, program.cold, program.steady):
+        for moment in moments(node):
+            live += sum(birth.storage.size.nbytes(program.bindings) for birth in moment.step.births)
+            name = {Phase.FORWARD: "peak_fwd", Phase.BACKWARD: "peak_bwd", Phase.RECOMPUTE: "peak_bwd"}
+            if node is program.steady and moment.step.phase in name:
+                peaks[name[moment.step.phase]] = max(peaks[name[moment.step.phase]], live)
+            live -= sum(death.storage.size.nbytes(program.bindings) for death in moment.step.deaths)
+    return peaks
+
+
+@pytest.mark.parametrize("line", LINES.values(), ids=lambda line: line["id"])
+def test_forward_and_backward(line):
+    """Either may hide behind the other in the peak of the step."""
+    assert phase_peaks(simulate(*oracle_case(line))) == {key: line["steady"][key] for key in ("peak_fwd", "peak_bwd")}
+
+
+@pytest.mark.parametrize("line", LINES.values(), ids=lambda line: line["id"])
+def test_parameters(line):
+    assert simulate(*oracle_case(line)).parameters == line["params_total"]
+
+
+def test_several_devices():
+    """Around a Llama: FSDP1, FSDP2, HSDP, DDP and ZeroRedundancyOptimizer."""
+    rows = validate_oracle(DISTRIBUTED).rows
     assert [row.name for row in rows if row.error_pct != 0] == []
     assert [row.name for row in rows if row.phase_expected != row.phase_simulated] == []
 

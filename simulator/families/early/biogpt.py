@@ -43,9 +43,7 @@ def forward(t: Trace, spec: ModelSpec, layers: decoder.BuiltLayers) -> None:
     ids, labels = decoder.batch(t)
     vocabulary = blocks.vocabulary_table(t, "biogpt.embed_tokens")
     with t.call("biogpt") as local:
-        with t.call("") as inner:
-            rows = inner("rows", blocks.look_up(t, vocabulary, ids, "embed_tokens"))
-            embeds = local("inputs_embeds", ops.mul_scalar(t, rows))
+        embeds = local("inputs_embeds", blocks.scaled_embeddings(t, vocabulary, ids, buffer=False))
         ones = t.regime.attention_mask == "none"
         if ones:
             local("attention_mask", ops.constant(t, "ones.default", embeds, dtype=FP32, shape=(("b",), ("s",))))

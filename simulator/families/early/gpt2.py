@@ -34,7 +34,7 @@ def forward(t: Trace, spec: ModelSpec, layers: decoder.BuiltLayers) -> None:
         with t.call("drop"):
             hidden = local("hidden", ops.dropout(t, hidden, spec.embedding_dropout))
         for slot, layer in layers:
-            with t.layer(slot, hidden, mask, position_ids):
+            with t.layer(slot, hidden, mask, position_ids, positional=2):
                 hidden = local("hidden", _block(t, hidden, mask, spec, layer))
         hidden = local("hidden", blocks.layer_norm(t, "ln_f", hidden))
     decoder.language_head(t, hidden, labels, spec, vocabulary)

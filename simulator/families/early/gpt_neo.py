@@ -71,7 +71,7 @@ def forward(t: Trace, spec: ModelSpec, layers: decoder.BuiltLayers) -> None:
     ids, labels = decoder.batch(t)
     vocabulary = t.matrix("transformer.wte.weight", ("V",), ("h",))
     with t.call("transformer") as local:
-        embeds = local("inputs_embeds", ops.embedding(t, vocabulary, ids))
+        embeds = local("inputs_embeds", t.embedded(ops.embedding(t, vocabulary, ids)))
         position_ids = local("position_ids", masks.positions(t, ids))
         mask = masks.causal_mask(t, embeds)
         assert mask is not None

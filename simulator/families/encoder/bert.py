@@ -96,7 +96,8 @@ def forward(t: Trace, spec: ModelSpec, layers: decoder.BuiltLayers) -> None:
             logits = _classifier(t, hidden, spec.classifier, outer)
         else:
             logits = outer("logits", _masked_lm_head(t, hidden, spec, vocabulary))
-        encoder.cross_entropy(t, logits, labels)
+        loss = encoder.cross_entropy(t, logits, labels)
+    decoder.leave_with(t, logits, loss)
 
 
 def _embeddings(t: Trace, ids: Tensor, spec: ModelSpec, vocabulary: Tensor) -> Tensor:
@@ -110,7 +111,7 @@ def _embeddings(t: Trace, ids: Tensor, spec: ModelSpec, vocabulary: Tensor) -> T
         places = t.view(t.buffer("position_ids", positions, dtype=INT64), row)
         t.buffer("token_type_ids", positions, dtype=INT64)
         token_types = local("token_type_ids", ops.constant(t, "gather.default", places, shape=row))
-        words = local("inputs_embeds", ops.embedding(t, vocabulary, ids))
+        words = local("inputs_embeds", t.embedded(ops.embedding(t, vocabulary, ids)))
         by_sequence = t.view(token_types, ids.shape)
         kind = local("token_type_embeddings", ops.embedding(t, kind_table, by_sequence))
         total = local("embeddings", ops.add(t, words, kind))

@@ -25,6 +25,8 @@ from simulator.graph import Tensor
 from simulator.model import ExpertsSpec, LayerSpec, ModelSpec
 from simulator.trace import Trace
 
+FORM = blocks.Form(transposed=True, masked=False, gate=blocks.clamped_gate)
+
 
 def read(config: ConfigReader) -> ModelSpec:
     """The spec of a gpt-oss config; defaults are those of GptOssConfig in transformers 5.23.0."""
@@ -69,7 +71,11 @@ def _layer(t: Trace, x: Tensor, tables: tuple[Tensor, ...], mask: Tensor | None,
         feed = layer.feed_forward
         assert isinstance(feed, ExpertsSpec)
         hidden, scores = blocks.experts_and_scores(
-            t, hidden, feed, router=blocks.top_k_router, form=blocks.Form(transposed=True, gate=blocks.clamped_gate)
+            t,
+            hidden,
+            feed,
+            router=blocks.top_k_router,
+            form=blocks.Form(transposed=True, masked=False, gate=blocks.clamped_gate),
         )
         local("hidden", hidden)
         local("_", scores)

@@ -16,6 +16,10 @@ from simulator.model import AttentionSpec, DeltaNetSpec, LayerSpec, TokenMixerSp
 from simulator.trace import Trace
 
 LINEAR = "linear_attention"
+PATH = (
+    "linear attention runs the PyTorch functions of transformers, which are what is left without the packages "
+    "flash-linear-attention and causal-conv1d; copies inside a convolution's kernel are not counted"
+)
 #: Modules and weights of attention, and the first of a delta net, in the order in which they are registered.
 ATTENTION = ("self_attn", "q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
 DELTA_NET = ("linear_attn", "dt_bias", "A_log", "conv1d")
@@ -23,13 +27,27 @@ DELTA_NET = ("linear_attn", "dt_bias", "A_log", "conv1d")
 REST = ("mlp", "gate", "experts", "shared_expert", "shared_expert_gate", "input_layernorm", "post_attention_layernorm")
 
 
-def read_mixers(config: ConfigReader, hidden: int, depth: int, *, kv_heads: int) -> list[TokenMixerSpec]:
-    """The token mixer of every layer: a delta net, but each ``full_attention_interval``-th has gated attention."""
+def read_mixers(
+    config: ConfigReader, hidden: int, depth: int, *, kv_heads: int, activation: str
+) -> list[TokenMixerSpec]:
+    """The token mixer of every layer: a delta net, but each ``full_attention_interval``-th has gated attention.
+
+    Args:
+        config: the configuration.
+        hidden: channels of the residual stream.
+        depth: number of layers.
+        kv_heads: default number of key/value heads of attention.
+        activation: what follows the convolution of a delta net; the MLP's, too.
+    """
     interval = config.size("full_attention_interval", 4, LARGEST_LAYERS)
     pattern = [FULL if (index + 1) % interval == 0 else LINEAR for index in range(depth)]
     kinds = config.names("layer_types", pattern, (FULL, LINEAR), "each full_attention_interval-th sees all tokens")
     config.check(FULL in kinds, f"layer_types must have one {FULL}: without one nothing is rotated", "layer_types")
-    each: dict[str, TokenMixerSpec] = {FULL: _attention(config, hidden, kv_heads), LINEAR: _delta_net(config)}
+    config.assumptions.append(PATH)
+    each: dict[str, TokenMixerSpec] = {
+        FULL: _attention(config, hidden, kv_heads),
+        LINEAR: _delta_net(config, activation),
+    }
     return [each[kind] for kind in kinds]
 
 
@@ -39,7 +57,7 @@ def _attention(config: ConfigReader, hidden: int, kv_heads: int) -> AttentionSpe
     return attrs.evolve(spec, rotary_dim=read_rotary_dim(config, spec.head_dim, 0.25))
 
 
-def _delta_net(config: ConfigReader) -> DeltaNetSpec:
+def _delta_net(config: ConfigReader, activation: str) -> DeltaNetSpec:
     values = config.size("linear_num_value_heads", 32, LARGEST_HEADS)
     keys = config.size("linear_num_key_heads", 16, LARGEST_HEADS)
     config.multiple("linear_num_value_heads", "linear_num_key_heads", values, keys)
@@ -49,7 +67,7 @@ def _delta_net(config: ConfigReader) -> DeltaNetSpec:
         key_dim=config.size("linear_key_head_dim", 128, LARGEST_HIDDEN),
         value_dim=config.size("linear_value_head_dim", 128, LARGEST_HIDDEN),
         kernel=config.size("linear_conv_kernel_dim", 4, LARGEST_HIDDEN),
-        activation=config.activation("hidden_act", "silu"),
+        activation=activation,
     )
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import attrs
 
 from simulator import blocks, ops
@@ -16,7 +14,7 @@ from simulator.families.reader import ConfigReader
 from simulator.graph import Tensor, flat
 from simulator.limits import LARGEST_EXPERTS, LARGEST_HEADS, LARGEST_WIDTH
 from simulator.model import ExpertsSpec, FeedForwardSpec, LayerSpec, ModelSpec, StateSpaceSpec
-from simulator.trace import Trace
+from simulator.trace import Frame, Trace
 
 
 def read(config: ConfigReader) -> ModelSpec:
@@ -96,26 +94,28 @@ def _no_tables(*_: object, **__: object) -> tuple[Tensor, ...]:
 
 def _layer(t: Trace, x: Tensor, tables: tuple[Tensor, ...], mask: Tensor | None, layer: LayerSpec) -> Tensor:
     """`GraniteMoeHybridDecoderLayer`."""
-    return blocks.decoder_layer(
-        t,
-        x,
-        tables,
-        mask,
-        layer,
-        norm=blocks.llama_rms_norm,
-        mix=partial(blocks.mamba2_mixer, name="mamba"),
-        feed=_feed,
-        branch=ops.mul_scalar,
-    )
+    with t.call("layer", x) as local:
+        hidden = local("hidden_states", blocks.llama_rms_norm(t, "input_layernorm", x))
+        if layer.attends:
+            hidden, weights = blocks.rotary_attention(t, hidden, tables, mask, layer.attention)
+            if weights is not None:
+                local("_", weights)
+        else:
+            hidden = blocks.mamba2_mixer(t, hidden, layer.state_space, name="mamba")
+        branch = ops.mul_scalar(t, local("hidden_states", hidden))
+        residual = local("residual", local("hidden_states", ops.add(t, x, branch)))
+        hidden = local("hidden_states", blocks.llama_rms_norm(t, "post_attention_layernorm", residual))
+        hidden = local("hidden_states", _channels(t, hidden, layer.feed_forward, local))
+        return ops.add(t, residual, ops.mul_scalar(t, hidden))
 
 
-def _feed(t: Trace, x: Tensor, spec: FeedForwardSpec) -> Tensor:
+def _channels(t: Trace, x: Tensor, spec: FeedForwardSpec, local: Frame) -> Tensor:
+    """The second half of the layer, whose frame is `local`."""
     if not isinstance(spec, ExpertsSpec):
         return _shared_mlp(t, x, spec)
-    with t.call("") as local:
-        routed = local("moe_hidden_states", _experts(t, x, spec))
-        with t.call("") as inner:
-            return ops.add(t, routed, inner("shared", _shared_mlp(t, x, spec.shared)))
+    routed = local("moe_hidden_states", _experts(t, x, spec))
+    with t.call("") as inner:
+        return ops.add(t, routed, inner("shared", _shared_mlp(t, x, spec.shared)))
 
 
 def _experts(t: Trace, x: Tensor, spec: ExpertsSpec) -> Tensor:

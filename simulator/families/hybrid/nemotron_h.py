@@ -142,7 +142,8 @@ def _experts(t: Trace, x: Tensor, spec: ExpertsSpec) -> Tensor:
         if spec.latent is not None:
             latent = (t.dim("latent", spec.latent),)
             out = local("hidden_states", blocks.projection(t, "fc1_latent_proj", out, latent, spec.bias))
-        out = local("hidden_states", blocks.routed_experts(t, out, routed[1], routed[2], spec))
+        own = attrs.evolve(spec, bias=False)  # of all linear layers the experts alone have none
+        out = local("hidden_states", blocks.routed_experts(t, out, routed[1], routed[2], own))
         if spec.latent is not None:
             out = local("hidden_states", blocks.projection(t, "fc2_latent_proj", out, ("h",), spec.bias))
         out = local("hidden_states", ops.reshape(t, out, x.shape))

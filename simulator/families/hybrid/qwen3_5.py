@@ -27,7 +27,8 @@ def read_dense(config: ConfigReader) -> ModelSpec:
     """The spec of a Qwen3.5 text config; defaults are those of Qwen3_5TextConfig in transformers 5.23.0."""
     hidden, depth = read_hidden(config, 4096), read_depth(config, 32)
     feed_forward = read_gated(config, width=12288)
-    layers = [LayerSpec(mixer, feed_forward) for mixer in read_mixers(config, hidden, depth, kv_heads=4)]
+    mixers = read_mixers(config, hidden, depth, kv_heads=4, activation=feed_forward.activation)
+    layers = [LayerSpec(mixer, feed_forward) for mixer in mixers]
     return read_decoder(config, hidden, layers, vocab=248320, positions=32768)
 
 
@@ -43,7 +44,8 @@ def read_sparse(config: ConfigReader) -> ModelSpec:
         per_token=8,
         shared_width=config.required_size("shared_expert_intermediate_size", 512, LARGEST_WIDTH),
     )
-    layers = [LayerSpec(mixer, experts) for mixer in read_mixers(config, hidden, depth, kv_heads=2)]
+    mixers = read_mixers(config, hidden, depth, kv_heads=2, activation=experts.activation)
+    layers = [LayerSpec(mixer, experts) for mixer in mixers]
     return read_decoder(config, hidden, layers, vocab=248320, positions=32768)
 
 

@@ -28,7 +28,7 @@ def read(config: ConfigReader) -> ModelSpec:
         shared_width=config.required_size("shared_expert_intermediate_size", 512, LARGEST_WIDTH),
     )
     dense = read_gated(config, width=5632)
-    mixers = read_mixers(config, hidden, depth, kv_heads=2)
+    mixers = read_mixers(config, hidden, depth, kv_heads=2, activation=dense.activation)
     layers = with_mixers(read_sparse_layers(config, depth, None, dense, experts), mixers)
     return read_decoder(config, hidden, layers, vocab=151936, positions=32768)
 
