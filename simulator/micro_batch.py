@@ -138,8 +138,7 @@ class MicroBatch:
             births = [storage for storage in births if self._uses.get(storage)]
         recorder.run(op.name, births)
         for storage in births:
-            recorder.retain(storage, self._uses.get(storage, 0) + (storage in held))
-            recorder.release(storage)
+            recorder.hand_over(storage, self._uses.get(storage, 0) + (storage in held))
 
     def _release_outputs(self) -> None:
         for tensor in self.graph.outputs:

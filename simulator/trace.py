@@ -8,7 +8,18 @@ from contextlib import contextmanager
 import attrs
 
 from hardware.dtypes import DType
-from simulator.graph import BackwardRule, ForwardGraph, Op, Shape, Tensor, flat, make_storage, make_tensor
+from simulator.graph import (
+    BackwardRule,
+    ForwardGraph,
+    Op,
+    Shape,
+    Storage,
+    Tensor,
+    flat,
+    in_order,
+    make_storage,
+    make_tensor,
+)
 from simulator.liger import Liger
 from simulator.roles import Role
 from simulator.sizes import Dim, Dimensions, Value, product, size_of
@@ -84,18 +95,39 @@ class Frame:
             self._trace.drop(tensor)
 
 
+class Call:
+    """The body of a ``with`` that is one Python function: entered with a frame, which is closed at the end."""
+
+    def __init__(self, trace: Trace, name: str, arguments: Sequence[Tensor]) -> None:
+        self._trace = trace
+        self._name = name
+        self._frame = Frame(trace, arguments)
+        self._outer = trace.module
+        self._first = len(trace.graph.ops)
+
+    def __enter__(self) -> Frame:
+        if self._name:
+            self._trace.module = f"{self._outer}.{self._name}" if self._outer else self._name
+        return self._frame
+
+    def __exit__(self, *_: object) -> None:
+        trace, first = self._trace, self._first
+        if self._name and first == len(trace.graph.ops):
+            trace.graph.idle.setdefault(first, []).append((trace.module, trace.slot))
+        trace.module = self._outer
+        self._frame.close()
+
+
 class Trace:
     """Builds a `ForwardGraph` op by op."""
 
     def __init__(
         self, regime: Regime, dimensions: Dimensions, frozen: Callable[[str, int | None], bool] = lambda *_: False
     ) -> None:
-        import networkx as nx
-
         self.regime = regime
         self.dimensions = dimensions
         self._frozen = frozen
-        self.graph = ForwardGraph(nx.DiGraph())
+        self.graph = ForwardGraph()
         self.slot: int | None = None
         self.module = ""
         """Dotted path of the module being run."""
@@ -143,19 +175,9 @@ class Trace:
         parallel = self.regime.tensor_parallel
         return self.shard(("s",)) if parallel and parallel.sequence else ("s",)
 
-    @contextmanager
-    def call(self, name: str, *arguments: Tensor) -> Iterator[Frame]:
+    def call(self, name: str, *arguments: Tensor) -> Call:
         """Run module or function `name`: its arguments live until it returns, its locals while they are bound."""
-        frame = Frame(self, arguments)
-        outer = self.module
-        if name:
-            self.module = f"{outer}.{name}" if outer else name
-        first = len(self.graph.ops)
-        yield frame
-        if name and first == len(self.graph.ops):
-            self.graph.idle.setdefault(first, []).append((self.module, self.slot))
-        self.module = outer
-        frame.close()
+        return Call(self, name, arguments)
 
     @contextmanager
     def layer(self, slot: int, *arguments: Tensor | None, positional: int = 1) -> Iterator[None]:
@@ -257,7 +279,6 @@ class Trace:
         label = f"{self.module}.{name}" if self.module else name
         storage = make_storage(label, tuple(dims), dtype, role, self.slot)
         storage.persistent = True
-        self.graph.edges.add_node(storage)
         return make_tensor(storage, self.squeezed(tuple((d,) for d in dims)), dtype)
 
     # ops -----------------------------------------------------------------------------------------------------------
@@ -273,22 +294,22 @@ class Trace:
         **attributes: object,
     ) -> tuple[Tensor, ...]:
         """Record an op: it reads `inputs`, makes `outputs` (fresh, or views of inputs) and saves `saves`."""
+        differentiable = backward is not None and any(tensor.requires_grad for tensor in inputs)
         op = Op(name, self.module, self.slot, tuple(inputs), tuple(outputs), part=self._part, attributes=attributes)
-        self.graph.ops.append(op)
-        differentiable = backward is not None and any(t.requires_grad for t in inputs)
         op.backward = backward if differentiable else None
-        edges = self.graph.edges
-        edges.add_node(op)
-        for tensor in inputs:
-            edges.add_edge(tensor.storage, op, reads=True)
-        for index, tensor in enumerate(outputs):
-            tensor.producer, tensor.output_index = (len(self.graph.ops) - 1, index) if differentiable else (None, 0)
-            tensor.requires_grad = differentiable and tensor.dtype.floating
+        index = len(self.graph.ops)
+        self.graph.ops.append(op)
+        op.reads = _storages(inputs)
+        for number, tensor in enumerate(outputs):
+            if differentiable:
+                tensor.producer, tensor.output_index, tensor.requires_grad = index, number, tensor.dtype.floating
+            else:
+                tensor.producer, tensor.output_index, tensor.requires_grad = None, 0, False
             if not tensor.is_view:
-                edges.add_edge(op, tensor.storage)
-        for tensor in saves if differentiable else ():
-            edges.add_edge(tensor.storage, op, saves=True)
-            op.saves_late |= any(tensor is output for output in outputs)
+                op.births.append(tensor.storage)
+        if differentiable and saves:
+            op.saves = in_order(_storages(saves), op.reads)
+            op.saves_late = any(tensor is output for tensor in saves for output in outputs)
         return op.outputs
 
     def squeezed(self, shape: Shape) -> Shape:
@@ -333,7 +354,9 @@ class Trace:
         """A Python reference to `tensor` ends after the op that ran last."""
         ops = self.graph.ops
         if ops and not tensor.storage.persistent and tensor.storage.role is not Role.INPUT:
-            self.graph.edges.add_edge(tensor.storage, ops[-1], holds=True)
+            holds = ops[-1].holds
+            if tensor.storage not in holds:
+                holds.append(tensor.storage)
 
     # autocast ------------------------------------------------------------------------------------------------------
 
@@ -350,3 +373,10 @@ class Trace:
         for cast in self._casts.values():
             self.drop(cast)
         self._casts.clear()
+
+
+def _storages(tensors: Sequence[Tensor]) -> list[Storage]:
+    """The storages of `tensors`, each once."""
+    if len(tensors) == 1:
+        return [tensors[0].storage]
+    return list(dict.fromkeys([tensor.storage for tensor in tensors]))
