@@ -357,7 +357,7 @@ _LATENT = Sketch(
     },
 )
 _GLM = Sketch(
-    _DECODER | {"head_dim": 8, "moe_intermediate_size": 8, "n_routed_experts": 4, "num_experts_per_tok": 2},
+    _DECODER | {"head_dim": 8, "moe_intermediate_size": 8, "n_routed_experts": 4},
     tuple(heads | {"use_qk_norm": norm, "n_shared_experts": 1 + norm} for heads in _HEADS for norm in (False, True)),
     {"num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "num_mtp_layers": 0},
 )

@@ -30,7 +30,7 @@ def report_of(model, training, strategies, *, unrolled):
     return Report(plan, lower(plan))
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(irregular_models(), st.sampled_from([(), (FullCheckpointing(),)]), st.integers(1, 2), st.booleans())
 def test_what_is_built_has_the_timeline_of_the_model(model, strategies, micro_batches, eager):
     """Step by step, and at the peak storage by storage, as if every layer were built."""

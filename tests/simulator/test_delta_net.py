@@ -24,7 +24,7 @@ from strategies.tensor_parallel import TensorParallel
 from tests.simulator.naive import NaiveMicroBatches
 from tests.strategies import delta_models
 
-some = settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+some = settings(max_examples=8, suppress_health_check=[HealthCheck.too_slow])
 lengths = st.integers(1, 700) | st.integers(1, 11).map(lambda chunks: chunks * delta_rule.CHUNK)
 regimes = st.sampled_from([(FP32, None), (BF16, None), (FP32, BF16)])
 choices = st.sampled_from([(), (FullCheckpointing(),)])
