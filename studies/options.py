@@ -131,6 +131,7 @@ def resolve(options: TrainingOptions, model: ModelSpec, world: int = 1) -> Resol
     """
     chosen = _Chosen(options, model)
     _check_task(chosen["task"])
+    chosen.check_experts()
     weights, autocast = _look_up("dtype", chosen["dtype"], DTYPES)
     degrees = Degrees(**{field.name: getattr(options, field.name) for field in attrs.fields(Degrees)})
     mesh, strategies, assumed = parallelise(options.strategy, degrees, world)
@@ -215,6 +216,13 @@ class _Chosen:
         if training.torch > NEWEST_TORCH:
             lines.append(f"torch {_dotted(training.torch)} behaves as {_dotted(NEWEST_TORCH)}, the newest compared")
         return lines
+
+    def check_experts(self) -> None:
+        """Refuse what is said of experts that the model does not have."""
+        if not self._routed:
+            for name in ("experts", "expert_imbalance"):
+                if getattr(self._options, name) is not None:
+                    raise UsageError(f"{name.replace('_', '-')!r} changes nothing: this {self._family} has no experts")
 
     def _matters(self, name: str) -> bool:
         """Whether the model has what an option is about."""
