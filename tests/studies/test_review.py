@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from hardware.errors import UnsupportedError, UsageError
-from simulator.reading import read_model
+from simulator.reading import read_model, spec_from_config
 from studies.estimate import estimate
 from studies.options import TrainingOptions
 
@@ -31,3 +31,12 @@ def test_a_dense_model_has_no_experts_to_run(options):
 @pytest.mark.parametrize("options", [{"freeze": "layers=0"}, {"strategy": ("freeze",)}])
 def test_freezing_nothing_is_no_freezing(options):
     assert "freezes nothing" in str(refused("gpt2", **options).value)
+
+
+def test_layers_whose_first_one_casts_nothing():
+    """Norms after each half give fp32 under autocast: FSDP2 casts it on the way into every layer but the first."""
+    sizes = {"hidden_size": 96, "ffn_dim": 40, "word_embed_proj_dim": 24, "num_attention_heads": 4, "vocab_size": 50}
+    config = {"model_type": "opt", "num_hidden_layers": 5, "do_layer_norm_before": False, **sizes}
+    options = TrainingOptions(dtype="amp-bf16", strategy=("fsdp2,param_dtype=bf16",), seq_len=64, micro_batch=8)
+    result = estimate(spec_from_config(config, "opt"), "8xh100-80", options)
+    assert sum(live.nbytes for live in result.live) == result.peak.nbytes
