@@ -40,3 +40,7 @@ def test_layers_whose_first_one_casts_nothing():
     options = TrainingOptions(dtype="amp-bf16", strategy=("fsdp2,param_dtype=bf16",), seq_len=64, micro_batch=8)
     result = estimate(spec_from_config(config, "opt"), "8xh100-80", options)
     assert sum(live.nbytes for live in result.live) == result.peak.nbytes
+
+
+def test_no_expert_gets_more_tokens_than_there_are():
+    assert "at most 16" in str(refused("qwen3-30b-a3b", experts="eager", expert_imbalance=16.5).value)
