@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -135,7 +136,7 @@ class Trace:
         self._casts: dict[Tensor, Tensor] = {}
         self._squeezed: dict[tuple[Shape, int], Shape] = {}
         self._role = Role.ACTIVATION
-        self._first_op = 0
+        self._numbers: Counter[str] = Counter()
         self._part = ""
 
     # names ---------------------------------------------------------------------------------------------------------
@@ -184,9 +185,9 @@ class Trace:
         """Everything inside belongs to layer `slot` of the stack, called with `arguments`, some of them by position."""
         self.graph.arguments[slot] = [t.storage for t in arguments if t is not None]
         self.graph.positional[slot] = sum(1 for t in arguments[:positional] if t is not None)
-        self.slot, self._first_op = slot, len(self.graph.ops)
+        outside, self.slot, self._numbers = self._numbers, slot, Counter()
         yield
-        self.slot, self._first_op = None, 0
+        self.slot, self._numbers = None, outside
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
@@ -329,11 +330,19 @@ class Trace:
     def fresh(self, name: str, shape: Shape, dtype: DType, memory: tuple[Dim, ...] | None = None) -> Tensor:
         """A new storage for the output of op `name`, to be handed to `emit`."""
         shape = self.squeezed(shape)
-        label = f"{self.module}.{name}.{len(self.graph.ops) - self._first_op}"
+        label = self._numbered(f"{self.module}.{name}")
         tensor = make_tensor(make_storage(label, flat(shape), dtype, self._role, self.slot), shape, dtype)
         if memory is not None:
             (tensor.memory,) = self.squeezed((memory,))
         return tensor
+
+    def _numbered(self, label: str) -> str:
+        """`label` and how often it was used before in this layer.
+
+        Counted by label, not by op: where the first layer casts nothing its outputs are called as those of the others.
+        """
+        self._numbers[label] += 1
+        return f"{label}.{self._numbers[label] - 1}"
 
     def view(self, source: Tensor, shape: Shape, memory: tuple[Dim, ...] | None = None) -> Tensor:
         """An alias of `source` with another shape, to be handed to `emit`."""

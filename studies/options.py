@@ -131,6 +131,7 @@ def resolve(options: TrainingOptions, model: ModelSpec, world: int = 1) -> Resol
     """
     chosen = _Chosen(options, model)
     _check_task(chosen["task"])
+    chosen.check_experts()
     weights, autocast = _look_up("dtype", chosen["dtype"], DTYPES)
     degrees = Degrees(**{field.name: getattr(options, field.name) for field in attrs.fields(Degrees)})
     mesh, strategies, assumed = parallelise(options.strategy, degrees, world)
@@ -190,7 +191,9 @@ class _Chosen:
             "loss": "default",
         }
         self._family = model.family
-        self._routed = any(isinstance(layer.channel_mixer, ExpertsSpec) for layer in model.layers)
+        experts = [layer.channel_mixer for layer in model.layers if isinstance(layer.channel_mixer, ExpertsSpec)]
+        self._routed = bool(experts)
+        self._most_uneven = max((each.experts / each.per_token for each in experts), default=1.0)
 
     def __getitem__(self, name: str) -> Any:
         given = getattr(self._options, name)
@@ -215,6 +218,16 @@ class _Chosen:
         if training.torch > NEWEST_TORCH:
             lines.append(f"torch {_dotted(training.torch)} behaves as {_dotted(NEWEST_TORCH)}, the newest compared")
         return lines
+
+    def check_experts(self) -> None:
+        """Refuse what is said of experts that the model does not have, or more tokens for one than there are."""
+        if not self._routed:
+            for name in ("experts", "expert_imbalance"):
+                if getattr(self._options, name) is not None:
+                    raise UsageError(f"{name.replace('_', '-')!r} changes nothing: this {self._family} has no experts")
+        elif self["expert_imbalance"] > self._most_uneven:
+            most = f"{self._most_uneven:g}, where one expert gets every token"
+            raise UsageError(f"'expert-imbalance' must be at most {most}: {self['expert_imbalance']:g}")
 
     def _matters(self, name: str) -> bool:
         """Whether the model has what an option is about."""
