@@ -7,7 +7,7 @@ import pytest
 from hardware.errors import UnsupportedError, UsageError
 from simulator.reading import read_model, spec_from_config
 from studies.estimate import estimate
-from studies.options import TrainingOptions
+from studies.options import TrainingOptions, resolve
 
 
 def refused(model, **options):
@@ -44,3 +44,28 @@ def test_layers_whose_first_one_casts_nothing():
 
 def test_no_expert_gets_more_tokens_than_there_are():
     assert "at most 16" in str(refused("qwen3-30b-a3b", experts="eager", expert_imbalance=16.5).value)
+
+
+MAMBA = {"hidden_size": 12, "num_heads": 4, "head_dim": 6, "n_groups": 1, "state_size": 5, "num_hidden_layers": 1}
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"attention": "eager"}, "'attention' changes nothing: this mamba2 has no attention"),
+        ({"sdpa_backend": "flash"}, "'sdpa-backend' changes nothing: this mamba2 has no attention"),
+    ],
+)
+def test_options_about_attention_need_some(options, why):
+    model = spec_from_config({"model_type": "mamba2", "vocab_size": 7, **MAMBA}, "m")
+    with pytest.raises(UsageError, match=why):
+        resolve(TrainingOptions(**options), model)
+    result = estimate(model, "1x24GiB", TrainingOptions(seq_len=8))
+    assert "attention" not in result.workload
+    assert not any("attention" in line or "sdpa" in line for line in result.assumptions)
+
+
+def test_a_kernel_of_sdpa_is_for_sdpa_alone():
+    model = read_model("smollm2-135m")
+    with pytest.raises(UsageError, match="'sdpa-backend' changes nothing: attention is eager"):
+        resolve(TrainingOptions(attention="eager", sdpa_backend="flash"), model)
