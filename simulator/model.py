@@ -162,6 +162,22 @@ class DeltaNetSpec(TokenMixerSpec):
 
 
 @attrs.frozen(kw_only=True)
+class LightningSpec(TokenMixerSpec):
+    """Lightning attention: linear attention with a decaying state, block by block (arXiv:2401.04658)."""
+
+    heads: int = attrs.field(validator=_count(LARGEST_HEADS))
+    head_dim: int = attrs.field(validator=_count(LARGEST_HIDDEN))
+    block: int = attrs.field(validator=_count(LARGEST_POSITIONS))
+    """Tokens of a block, inside of which all pairs are weighed."""
+    activation: str = attrs.field(default="silu", validator=instance_of(str))
+    """What follows the projection of queries, keys and values."""
+
+    def __attrs_post_init__(self) -> None:
+        if self.heads * self.head_dim > LARGEST_WIDTH:
+            raise UsageError(f"heads x head_dim must be at most {LARGEST_WIDTH}, not {self.heads} x {self.head_dim}")
+
+
+@attrs.frozen(kw_only=True)
 class StateSpaceSpec(TokenMixerSpec):
     """A Mamba-2 mixer of one layer (Dao and Gu, arXiv:2405.21060)."""
 

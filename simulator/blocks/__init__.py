@@ -46,6 +46,7 @@ from simulator.blocks.layers import AROUND as AROUND
 from simulator.blocks.layers import BEFORE as BEFORE
 from simulator.blocks.layers import NONE as NONE
 from simulator.blocks.layers import decoder_layer as decoder_layer
+from simulator.blocks.lightning_attention import lightning_attention as lightning_attention
 from simulator.blocks.linear import layer_inputs as layer_inputs
 from simulator.blocks.linear import module_input as module_input
 from simulator.blocks.linear import projection as projection

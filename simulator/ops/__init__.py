@@ -43,6 +43,7 @@ from simulator.ops.elementwise import softplus as softplus
 from simulator.ops.elementwise import sub as sub
 from simulator.ops.elementwise import tanh as tanh
 from simulator.ops.elementwise import to as to
+from simulator.ops.elementwise import wide as wide
 from simulator.ops.embedding import embedding as embedding
 from simulator.ops.embedding import vocabulary_embedding as vocabulary_embedding
 from simulator.ops.experts import divide_in_place as divide_in_place
@@ -120,3 +121,5 @@ from simulator.ops.shape import split_with_sizes as split_with_sizes
 from simulator.ops.shape import transpose as transpose
 from simulator.ops.shape import view as view
 from simulator.ops.softmax import softmax as softmax
+from simulator.ops.turns import joined as joined
+from simulator.ops.turns import listed as listed
