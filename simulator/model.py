@@ -329,6 +329,8 @@ class ModelSpec:
     """Whether a norm follows the last layer."""
     parallel_blocks: bool = attrs.field(default=False, validator=_flag)
     """Whether attention and MLP of a layer read the same hidden states."""
+    load_balancing: bool = attrs.field(default=False, validator=_flag)
+    """Whether a loss for evenly used experts is computed from the logits of all routers, and added."""
     token_types: int | None = attrs.field(default=None, validator=optional(_count(LARGEST_VOCAB)))
     """Kinds of tokens (first and second sentence) with embeddings of their own; None without them."""
     classifier: ClassifierSpec | None = attrs.field(default=None, validator=optional(instance_of(ClassifierSpec)))

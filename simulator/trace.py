@@ -105,6 +105,9 @@ class Trace:
         self._role = Role.ACTIVATION
         self._first_op = 0
         self._part = ""
+        self._turn: int | None = None
+        self.router_logits: dict[int, Tensor] = {}
+        """What the routers of the layers returned as logits, by slot (transformers' ``capture_outputs``)."""
 
     # names ---------------------------------------------------------------------------------------------------------
 
@@ -165,6 +168,20 @@ class Trace:
         self.slot, self._first_op = slot, len(self.graph.ops)
         yield
         self.slot, self._first_op = None, 0
+
+    @contextmanager
+    def turn(self, slot: int) -> Iterator[None]:
+        """Everything inside is the turn of layer `slot` in a loop over layers, but no part of that layer."""
+        self.slot = self._turn = slot
+        self._first_op = len(self.graph.ops)
+        yield
+        self.slot = self._turn = None
+        self._first_op = 0
+
+    def capture(self, logits: Tensor) -> None:
+        """Remember what the router of the layer being run returned as `logits`."""
+        if self.slot is not None:
+            self.router_logits[self.slot] = logits
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
@@ -273,7 +290,9 @@ class Trace:
         **attributes: object,
     ) -> tuple[Tensor, ...]:
         """Record an op: it reads `inputs`, makes `outputs` (fresh, or views of inputs) and saves `saves`."""
-        op = Op(name, self.module, self.slot, tuple(inputs), tuple(outputs), part=self._part, attributes=attributes)
+        slot = self.slot if self._turn is None else None
+        op = Op(name, self.module, slot, tuple(inputs), tuple(outputs), part=self._part, attributes=attributes)
+        op.turn = self._turn
         self.graph.ops.append(op)
         differentiable = backward is not None and any(t.requires_grad for t in inputs)
         op.backward = backward if differentiable else None

@@ -50,6 +50,7 @@ from simulator.blocks.lightning_attention import lightning_attention as lightnin
 from simulator.blocks.linear import layer_inputs as layer_inputs
 from simulator.blocks.linear import module_input as module_input
 from simulator.blocks.linear import projection as projection
+from simulator.blocks.load_balancing import add_load_balancing_loss as add_load_balancing_loss
 from simulator.blocks.norms import cohere_layer_norm as cohere_layer_norm
 from simulator.blocks.norms import gemma_rms_norm as gemma_rms_norm
 from simulator.blocks.norms import layer_norm as layer_norm

@@ -113,8 +113,8 @@ class Blocks:
 
     def _cut(self, t: Trace, name: str, x: Tensor, rows: Axis, local: Frame) -> Tensor:
         """One block of a sequence; the only one is the sequence itself."""
-        shape = t.squeezed((*x.shape[:2], rows, x.shape[3]))
-        return local(f"current_{name}_states", x if shape == x.shape else ops.narrow(t, x, shape, 2))
+        whole = t.squeezed((rows,)) == x.shape[2:3]
+        return local(f"current_{name}_states", x if whole else ops.block(t, x, rows, 2))
 
     def _block_decay(self, t: Trace, local: Frame) -> None:
         rate = ops.constant(t, "mul.Tensor", ops.constant(t, "neg.default", self.decays.slope))
@@ -124,7 +124,9 @@ class Blocks:
 
 def _decayed(t: Trace, x: Tensor, decay: Tensor, rows: Axis) -> Tensor:
     """``x * decay`` of as many rows as a block has."""
-    return ops.mul(t, x, attrs.evolve(decay, shape=t.squeezed((decay.shape[0], rows, ()))))
+    out = ops.mul(t, x, attrs.evolve(decay, shape=t.squeezed((decay.shape[0], rows, ()))))
+    out.memory = tuple(dim for dim in out.memory if dim in out.dims)  # of a part it is no part
+    return out
 
 
 def _over_blocks(t: Trace, blocks: Blocks, block: int, local: Frame, caller: Frame) -> Tensor:

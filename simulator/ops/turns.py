@@ -7,7 +7,7 @@ import attrs
 from simulator.autograd import Autograd
 from simulator.graph import Op, Tensor, flat
 from simulator.ops.matmul import Axis
-from simulator.ops.shape import exchanged
+from simulator.ops.shape import exchanged, narrow
 from simulator.sizes import Dim, RepeatedSize, Size
 from simulator.trace import Trace
 
@@ -20,6 +20,14 @@ def listed(t: Trace, part: Tensor, count: Dim) -> Tensor:
     assert isinstance(out.storage.size, Size)
     out.storage.size = RepeatedSize(out.storage.size, count)
     return t.emit("other parts", [], [out])[0]
+
+
+def block(t: Trace, x: Tensor, rows: Axis, axis: int) -> Tensor:
+    """The part of an `axis` of `x` that a turn works on; around one of a single row lies the rest of that axis."""
+    out = narrow(t, x, (*x.shape[:axis], rows, *x.shape[axis + 1 :]), axis)
+    if not out.shape[axis]:
+        out.memory = x.memory
+    return out
 
 
 def joined(t: Trace, parts: list[Tensor], axis: int, whole: Axis) -> Tensor:
@@ -43,6 +51,6 @@ def _joined_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradient
 def _sliced(gradient: Tensor, part: Tensor, axis: int) -> Tensor:
     """The slice of `gradient` that belongs to `part`; all of it where it is the only one."""
     old, new = gradient.shape[axis], part.shape[axis]
-    memory = exchanged(gradient.memory, old, new)
+    memory = exchanged(gradient.memory, old, new) if new else gradient.memory
     assert memory is not None
     return attrs.evolve(gradient, shape=part.shape, memory=memory, is_view=True, dense=old == new)

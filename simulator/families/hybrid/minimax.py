@@ -10,7 +10,7 @@ from simulator import blocks, ops
 from simulator.decoder import BuiltLayers, rotary_decoder
 from simulator.families import Family, families
 from simulator.families.decoder import FULL, read_attention, read_decoder, read_depth, read_hidden
-from simulator.families.experts.reading import read_experts
+from simulator.families.experts.reading import read_experts, with_load_balancing
 from simulator.families.hybrid.reading import LINEAR
 from simulator.families.reader import ConfigReader
 from simulator.graph import Tensor
@@ -25,7 +25,9 @@ def read(config: ConfigReader) -> ModelSpec:
     rule = f"{FULL} and {LINEAR} in turn"
     kinds = config.names("layer_types", [(FULL, LINEAR)[index % 2] for index in range(depth)], (FULL, LINEAR), rule)
     config.check(FULL in kinds, f"layer_types must have one {FULL}: without one nothing is rotated", "layer_types")
-    experts = read_experts(config, width=("intermediate_size", 14336), experts=("num_local_experts", 8), per_token=2)
+    experts = read_experts(
+        config, width=("intermediate_size", 14336), experts=("num_local_experts", 8), per_token=2, balanced=True
+    )
     attention = _read_attention(config, hidden)
     block = config.size("block_size", 256, LARGEST_POSITIONS)
     mixers: dict[str, TokenMixerSpec] = {
@@ -34,7 +36,9 @@ def read(config: ConfigReader) -> ModelSpec:
             heads=attention.heads, head_dim=attention.head_dim, block=block, activation=experts.activation
         ),
     }
-    return read_decoder(config, hidden, [LayerSpec(mixers[kind], experts) for kind in kinds], positions=131072)
+    return with_load_balancing(
+        config, read_decoder(config, hidden, [LayerSpec(mixers[kind], experts) for kind in kinds], positions=131072)
+    )
 
 
 def _read_attention(config: ConfigReader, hidden: int) -> AttentionSpec:
