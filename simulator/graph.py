@@ -114,6 +114,13 @@ class Op:
     holds: list[Storage] = attrs.field(factory=list)
     fused: bool = False
     """Whether a compiler makes it, and its backward, part of a kernel with its neighbours."""
+    turn: int | None = None
+    """The layer whose turn it is in a loop over layers that is outside of them: how often it runs is said by that."""
+
+    @property
+    def place(self) -> int | None:
+        """The layer whose repeats its steps follow, whether or not it is part of that layer; None outside the stack."""
+        return self.slot if self.turn is None else self.turn
 
 
 @attrs.define(eq=False)

@@ -133,7 +133,7 @@ class MicroBatch:
     def _run(self, op: Op, births: list[Storage], held: set[Storage | None]) -> None:
         """Record `op`; each birth is then held once per use instead of by its maker."""
         recorder = self.recorder
-        recorder.module, recorder.slot = op.module, op.slot
+        recorder.module, recorder.slot = op.module, op.place
         if op.only_saved:  # a checkpointed forward saves nothing, so nothing is there
             births = [storage for storage in births if self._uses.get(storage)]
         recorder.run(op.name, births)
@@ -141,6 +141,9 @@ class MicroBatch:
             recorder.hand_over(storage, self._uses.get(storage, 0) + (storage in held))
 
     def _release_outputs(self) -> None:
+        if any(tensor.storage.slot is not None for tensor in self.graph.outputs):  # a step of all layers, not of one
+            self.recorder.module, self.recorder.slot = "", None
+            self.recorder.note("outputs")
         for tensor in self.graph.outputs:
             self.recorder.release(tensor.storage)
 

@@ -138,6 +138,9 @@ class Trace:
         self._role = Role.ACTIVATION
         self._numbers: Counter[str] = Counter()
         self._part = ""
+        self._turn: int | None = None
+        self.router_logits: dict[int, Tensor] = {}
+        """What the routers of the layers returned as logits, by slot (transformers' ``capture_outputs``)."""
 
     # names ---------------------------------------------------------------------------------------------------------
 
@@ -188,6 +191,20 @@ class Trace:
         outside, self.slot, self._numbers = self._numbers, slot, Counter()
         yield
         self.slot, self._numbers = None, outside
+
+    @contextmanager
+    def turn(self, slot: int) -> Iterator[None]:
+        """Everything inside is the turn of layer `slot` in a loop over layers, but no part of that layer."""
+        outside, self._numbers = self._numbers, Counter()
+        self.slot = self._turn = slot
+        yield
+        self.slot = self._turn = None
+        self._numbers = outside
+
+    def capture(self, logits: Tensor) -> None:
+        """Remember what the router of the layer being run returned as `logits`."""
+        if self.slot is not None:
+            self.router_logits[self.slot] = logits
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
@@ -296,7 +313,9 @@ class Trace:
     ) -> tuple[Tensor, ...]:
         """Record an op: it reads `inputs`, makes `outputs` (fresh, or views of inputs) and saves `saves`."""
         differentiable = backward is not None and any(tensor.requires_grad for tensor in inputs)
-        op = Op(name, self.module, self.slot, tuple(inputs), tuple(outputs), part=self._part, attributes=attributes)
+        slot = self.slot if self._turn is None else None
+        op = Op(name, self.module, slot, tuple(inputs), tuple(outputs), part=self._part, attributes=attributes)
+        op.turn = self._turn
         op.backward = backward if differentiable else None
         index = len(self.graph.ops)
         self.graph.ops.append(op)
