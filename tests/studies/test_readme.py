@@ -30,6 +30,8 @@ CASES = {
     "experts in a loop": OWN / "expert_loop.jsonl",
     "state space models": OWN / "hybrid.jsonl",
     "gated delta nets": OWN / "delta.jsonl",
+    "MiniMax-01": OWN / "minimax.jsonl",
+    "load-balancing loss": OWN / "load_balancing.jsonl",
     "Liger's kernels": OWN / "kernels.jsonl",
     "checkpointing by layer": OWN / "checkpointing.jsonl",
     "frozen weights": OWN / "freezing.jsonl",
