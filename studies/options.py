@@ -316,6 +316,8 @@ def _checkpointing(options: TrainingOptions, text: str) -> tuple[Strategy, ...]:
     if options.checkpoint_every is not None:
         if options.checkpointing is not None:
             raise UsageError("'checkpoint-every' and 'checkpointing' say the same thing: give one of the two")
+        if options.checkpoint_every < 1:
+            raise UsageError(f"'checkpoint-every' must be a whole number from 1 on: {options.checkpoint_every}")
         return (IntervalCheckpointing(n=options.checkpoint_every),)
     word, comma, settings = text.partition(",")
     name = _look_up("checkpointing", word, CHECKPOINTING)

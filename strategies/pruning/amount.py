@@ -36,6 +36,9 @@ class Amount:
             near = " or ".join(str(each) for each in (below, above) if 0 < each < total)
             way = f"remove {near}" if near else "remove whole groups instead"
             raise UsageError(f"'{what}' to prune must be a multiple of {unit}, not {removed} of {total}: {way}")
+        if removed == 0 and self.share and unit < total:
+            least = f"{100 * unit / total:.3g}%"
+            raise UsageError(f"'{what}' {self} of {total} rounds down to none: ask for more than {least}")
         if not 0 < removed < total:
             raise UsageError(
                 f"'{what}' to prune must be from 1 on, fewer than the {total} there are: {removed} ({self})"

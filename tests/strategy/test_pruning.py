@@ -213,7 +213,7 @@ def test_sharding_works_on_what_is_left(owner):
     [
         (PruneHeads(3), "'heads' to prune must be a multiple of 2, not 3 of 4: remove 2"),
         (PruneHeads(4), "'heads' to prune must be from 1 on, fewer than the 4 there are: 4"),
-        (PruneHeads("10%"), r"'heads' to prune must be from 1 on, fewer than the 4 there are: 0 \(10%\)"),
+        (PruneHeads("10%"), "'heads' 10% of 4 rounds down to none: ask for more than 50%"),
         (PruneGroups(2), "'groups' to prune must be from 1 on, fewer than the 2 there are: 2"),
         (PruneChannels(48), "'channels' to prune must be from 1 on, fewer than the 48 there are"),
         (PruneLayers((2,)), "'layers' to prune must be from 0 to 1 in uniform, not 2"),

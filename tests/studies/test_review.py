@@ -69,3 +69,12 @@ def test_a_kernel_of_sdpa_is_for_sdpa_alone():
     model = read_model("smollm2-135m")
     with pytest.raises(UsageError, match="'sdpa-backend' changes nothing: attention is eager"):
         resolve(TrainingOptions(attention="eager", sdpa_backend="flash"), model)
+
+
+def test_a_share_that_rounds_to_none_says_what_would_not():
+    error = refused("smollm2-135m", prune=("heads=25%",))
+    assert str(error.value) == "'heads' 25% of 9 rounds down to none: ask for more than 33.3%"
+
+
+def test_every_zeroth_layer_is_named_as_it_was_typed():
+    assert "'checkpoint-every' must be a whole number from 1 on: 0" in str(refused("gpt2", checkpoint_every=0).value)
