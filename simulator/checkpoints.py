@@ -200,6 +200,8 @@ class Checkpoints:
     def _run(self, op: Op, births: list[Storage], uses: Mapping[Storage, int], *, kept: bool) -> None:
         """Record `op` again, or take what was kept; each birth is then held once per use instead of by its maker."""
         self._recorder.module, self._recorder.slot = op.module, op.slot
+        if op.only_saved:  # of what it makes, what recomputation does not reach to save is not there
+            births = [storage for storage in births if uses.get(storage)]
         if not kept:
             self._recorder.run(op.name, births)
         for storage in births:

@@ -405,6 +405,16 @@ _ENCODER = Sketch(
         for head in ("MaskedLM", "SequenceClassification")
     ),
 )
+_DELTA = Sketch(
+    {key: size for key, size in _MANY.sizes.items() if key != "num_hidden_layers"}
+    | {"head_dim": 32, "shared_expert_intermediate_size": 8, "linear_key_head_dim": 8, "linear_value_head_dim": 8},
+    tuple(
+        heads | {"linear_num_key_heads": keys, "linear_num_value_heads": 4, "num_experts_per_tok": 2}
+        for heads in _HEADS
+        for keys in (1, 4)
+    ),
+    {"num_hidden_layers": 4},
+)
 #: One for every family that is simulated.
 SKETCHES: dict[str, Sketch] = {
     **dict.fromkeys(("gpt2", "gpt_bigcode"), _GPT),
@@ -457,16 +467,8 @@ SKETCHES: dict[str, Sketch] = {
         {"layer_types": ["linear_attention", "full_attention"], "num_hidden_layers": 2, "num_attention_heads": 2}
         | {"mamba_n_heads": 4, "mamba_chunk_size": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
     ),
-    "qwen3_next": Sketch(
-        {key: size for key, size in _MANY.sizes.items() if key != "num_hidden_layers"}
-        | {"head_dim": 32, "shared_expert_intermediate_size": 8, "linear_key_head_dim": 8, "linear_value_head_dim": 8},
-        tuple(
-            heads | {"linear_num_key_heads": keys, "linear_num_value_heads": 4, "num_experts_per_tok": 2}
-            for heads in _HEADS
-            for keys in (1, 4)
-        ),
-        {"num_hidden_layers": 4},
-    ),
+    **dict.fromkeys(("qwen3_next", "qwen3_5_moe_text"), _DELTA),
+    "qwen3_5_text": attrs.evolve(_DELTA, sizes={key: _DELTA.sizes[key] for key in _DELTA.sizes if "expert" not in key}),
 }
 
 

@@ -16,7 +16,7 @@ from tests.strategies import SKETCHES, family_configs
 
 SIMULATED = [name for name in families.names() if not families.get(name).counted]
 #: Wrappers around the family of the same name with ``_text``, which is drawn instead.
-WRAPPERS = ("gemma3", "llama4")
+WRAPPERS = ("gemma3", "llama4", "qwen3_5", "qwen3_5_moe")
 STEP = Training(seq_len=16, micro_batch=2, weights=BF16, attention="eager")
 
 

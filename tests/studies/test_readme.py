@@ -15,15 +15,28 @@ from studies.validation import validate_oracle
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 README = PAGES[0].read_text(encoding="utf-8")
+OWN = ROOT / "tests" / "data" / "oracle"
+SHARED = ROOT.parent / "shared" / "oracle"
 CASES = {
-    "our own small cases": ROOT / "tests" / "data" / "oracle" / "sample.jsonl",
-    "one rank of many, our own small cases": ROOT / "tests" / "data" / "oracle" / "distributed.jsonl",
-    "early families": ROOT / "tests" / "data" / "oracle" / "early.jsonl",
-    "latent attention": ROOT / "tests" / "data" / "oracle" / "latent.jsonl",
-    "dense families": ROOT / "tests" / "data" / "oracle" / "dense.jsonl",
-    "mixtures of experts (grouped products)": ROOT / "tests" / "data" / "oracle" / "experts.jsonl",
-    "one rank of many: FSDP2": ROOT.parent / "shared" / "oracle" / "distributed" / "cases.jsonl",
-    "44 recorded cases": ROOT.parent / "shared" / "oracle" / "single" / "cases.jsonl",
+    "our own small cases": OWN / "sample.jsonl",
+    "one rank of many, our own small cases": OWN / "distributed.jsonl",
+    "early families": OWN / "early.jsonl",
+    "GPT-Neo, CodeGen, BioGPT, MPT": OWN / "early_more.jsonl",
+    "BERT with its heads": OWN / "encoder.jsonl",
+    "latent attention": OWN / "latent.jsonl",
+    "dense families": OWN / "dense.jsonl",
+    "mixtures of experts (grouped products)": OWN / "experts.jsonl",
+    "gpt-oss, Llama 4, weights per token": OWN / "routed.jsonl",
+    "experts in a loop": OWN / "expert_loop.jsonl",
+    "state space models": OWN / "hybrid.jsonl",
+    "gated delta nets": OWN / "delta.jsonl",
+    "Liger's kernels": OWN / "kernels.jsonl",
+    "checkpointing by layer": OWN / "checkpointing.jsonl",
+    "frozen weights": OWN / "freezing.jsonl",
+    "pruned models": OWN / "pruning.jsonl",
+    "float8 linear layers": OWN / "float8.jsonl",
+    "one rank of many: FSDP2": SHARED / "distributed" / "cases.jsonl",
+    "44 recorded cases": SHARED / "single" / "cases.jsonl",
 }
 
 
