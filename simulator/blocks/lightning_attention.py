@@ -73,7 +73,7 @@ def _buffers(t: Trace, spec: LightningSpec, heads: Axis) -> Decays:
     query, key = (t.buffer(f"{name}_decay", *heads, block, dtype=low) for name in ("query", "key"))
     for each in (query, key):
         each.shape = t.squeezed((heads, (block,), ()))
-    diagonal = t.buffer("diagonal_decay", *heads, block, t.dim("block", spec.block), dtype=low)
+    diagonal = t.buffer("diagonal_decay", *heads, block, block, dtype=low)
     diagonal.shape = t.squeezed(((), heads, (block,), (block,)))
     return Decays(slope, query, key, diagonal)
 
@@ -129,13 +129,20 @@ def _decayed(t: Trace, x: Tensor, decay: Tensor, rows: Axis) -> Tensor:
     return out
 
 
-def _over_blocks(t: Trace, blocks: Blocks, block: int, local: Frame, caller: Frame) -> Tensor:
-    """The loop over blocks: few of its turns are built, the others save what these do."""
+def _lengths(t: Trace, block: int) -> tuple[int, list[Axis]]:
+    """How many blocks there are, and the tokens of those that are built, of which the last may have fewer."""
     tokens = int(t.dimensions.bindings["s"])
     count = ceil_div(tokens, block)
-    built = min(count, BUILT_TURNS)
-    rows = [(t.dim("block", block),)] * (built - 1)
-    rows.append((t.dim("last_block", tokens - (count - 1) * block),) if count > 1 else ("s",))
+    if count == 1:
+        return count, [("s",)]
+    whole, last = (t.dim("block", block),), (t.dim("last_block", tokens - (count - 1) * block),)
+    return count, [*[whole] * (min(count, BUILT_TURNS) - 1), last]
+
+
+def _over_blocks(t: Trace, blocks: Blocks, block: int, local: Frame, caller: Frame) -> Tensor:
+    """The loop over blocks: few of its turns are built, the others save what these do."""
+    count, rows = _lengths(t, block)
+    built = len(rows)
     shape = (blocks.query.shape[0], blocks.query.shape[1], blocks.query.shape[3], blocks.query.shape[3])
     outputs: list[Tensor] = []
     begins: list[int] = []

@@ -50,9 +50,15 @@ def _add_layer(t: Trace, logits: Tensor, local: Frame, *, masked: bool) -> None:
         wide = ops.mul(t, wide, column)
     local(_SUMS[1], ops.add(t, local.held(_SUMS[1]), ops.sum_axis(t, wide, 0)))
     if masked:
-        with t.call("") as inner:
-            inner("rows", ops.constant(t, "sum.default", column, shape=()))
-            local("total_rows", ops.constant(t, "add.Tensor", column, shape=()))
+        _add_rows(t, local)
+
+
+def _add_rows(t: Trace, local: Frame) -> None:
+    """How many tokens are no padding: a scalar on the device."""
+    mask = local.held("flat_mask")
+    with t.call("") as inner:
+        inner("rows", ops.constant(t, "sum.default", mask, shape=()))
+        local("total_rows", ops.constant(t, "add.Tensor", mask, shape=()))
 
 
 def _counts(t: Trace, chosen: Tensor, local: Frame) -> Tensor:

@@ -22,7 +22,7 @@ def test_peaks_and_phases():
     assert [row.name for row in rows if row.phase_expected != row.phase_simulated] == []
 
 
-@pytest.mark.parametrize("line", read_cases(ORACLE), ids=lambda line: line["id"])
+@pytest.mark.parametrize("line", list(read_cases(ORACLE)), ids=lambda line: line["id"])
 def test_the_peak_of_each_pass(line):
     peaks, steady = phase_peaks(simulate(*oracle_case(line)).program), line["steady"]
     assert peaks["forward"] == steady["peak_fwd"]

@@ -24,7 +24,7 @@ def test_peaks_and_phases():
     assert [row.name for row in rows if row.phase_expected != row.phase_simulated] == []
 
 
-@pytest.mark.parametrize("line", read_cases(ORACLE), ids=lambda line: line["id"])
+@pytest.mark.parametrize("line", list(read_cases(ORACLE)), ids=lambda line: line["id"])
 def test_parameters_and_the_peak_of_each_pass(line):
     report = simulate(*oracle_case(line))
     assert report.parameters == line["params_total"]
