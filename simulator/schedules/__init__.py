@@ -18,9 +18,7 @@ SCHEDULES: dict[str, type[Schedule]] = {
 }
 
 
-def schedule(
-    name: str, pp: int, micro_batches: int, chunks: int | None = None, group: int | None = None
-) -> Schedule:
+def schedule(name: str, pp: int, micro_batches: int, chunks: int | None = None, group: int | None = None) -> Schedule:
     """A schedule by its name, with its own defaults for what is None.
 
     Raises:

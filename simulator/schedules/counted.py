@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import deque
 from itertools import pairwise
 
 import attrs
@@ -26,18 +26,20 @@ class Turns:
 
     first: tuple[int, ...]
     end: int | None = None
-    _done: Counter[tuple[Kind, int]] = attrs.field(factory=Counter, init=False)
+    _next: list[list[int]] = attrs.field(init=False)
     _parts: list[Node] = attrs.field(factory=list, init=False)
     _waiting: deque[int] = attrs.field(factory=deque, init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._next = [list(self.first) for _ in Kind]
 
     def run(self, count: int, *pattern: Entry) -> None:
         """`count` turns of a pattern that names each kind and chunk at most once."""
         if count < 1:
             return
-        actions = [self._next(count, *entry) for entry in pattern]
+        actions = [self._take(count, *entry) for entry in pattern]
         for start, stop in pairwise(self._cuts(count, actions)):
-            moved = [attrs.evolve(a, micro_batch=a.micro_batch + start) for a in actions]
-            kept = tuple(a for a in moved if self.end is None or a.micro_batch < self.end)
+            kept = self._kept(actions, start)
             if kept:
                 self._parts.append(Repeat(stop - start, Leaf(kept), 1))
 
@@ -56,17 +58,23 @@ class Turns:
         """All that was run."""
         return Seq(tuple(self._parts))
 
-    def _next(self, count: int, kind: Kind, chunk: int, overlapped: bool = False) -> Action:
-        counted = Kind.I if kind is Kind.B else kind
-        action = Action(kind, chunk, self.first[chunk] + self._done[counted, chunk], overlapped)
-        self._done[counted, chunk] += count
+    def _take(self, count: int, kind: Kind, chunk: int, overlapped: bool = False) -> Action:
+        following = self._next[Kind.I if kind is Kind.B else kind]
+        action = Action(kind, chunk, following[chunk], overlapped)
+        following[chunk] += count
         if kind is Kind.B:
-            self._done[Kind.W, chunk] += count
+            self._next[Kind.W][chunk] += count
         return action
+
+    def _kept(self, actions: list[Action], start: int) -> tuple[Action, ...]:
+        """The actions of a turn whose micro-batches there are."""
+        if start:
+            actions = [attrs.evolve(a, micro_batch=a.micro_batch + start) for a in actions]
+        return tuple(actions if self.end is None else [a for a in actions if a.micro_batch < self.end])
 
     def _cuts(self, count: int, actions: list[Action]) -> list[int]:
         """Turns at which an action's micro-batches run out, between the first and the end."""
         if self.end is None:
             return [0, count]
-        left = {min(max(self.end - action.micro_batch, 0), count) for action in actions}
-        return sorted({0, count, *left})
+        left = {self.end - action.micro_batch for action in actions}
+        return [0, *sorted(turn for turn in left if 0 < turn < count), count]

@@ -18,6 +18,6 @@ class GPipe(Schedule):
     name: ClassVar[str] = "gpipe"
     source: ClassVar[str] = "arXiv:1811.06965"
 
-    def tree(self, rank: int) -> Node:
-        """The same for every rank."""
+    def tree(self, rank: int) -> Node:  # noqa: ARG002
+        """The same on every rank."""
         return lockstep(self.rounds, (Lane(Kind.F, -self.micro_batches), Lane(Kind.B, 0)))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import attrs
 
 from simulator.schedules.schedule import Schedule
-from simulator.schedules.tree import Gains, Kind, Node, fold
+from simulator.schedules.tree import Kind, Node, fold
 
 
 @attrs.frozen
@@ -47,9 +47,10 @@ def most_held(tree: Node, whole: Sequence[int], awaiting: Sequence[int]) -> int:
         whole: of each chunk, what a micro-batch holds between its forward and its backward.
         awaiting: of each chunk, what is left of that between its backward for inputs and that for weights.
     """
-    gains: Gains = {
-        (kind, chunk): gain
-        for chunk, (held, left) in enumerate(zip(whole, awaiting, strict=True))
-        for kind, gain in ((Kind.F, held), (Kind.B, -held), (Kind.I, left - held), (Kind.W, -left))
+    gains: dict[Kind, Sequence[int]] = {
+        Kind.F: whole,
+        Kind.B: [-held for held in whole],
+        Kind.I: [left - held for held, left in zip(whole, awaiting, strict=True)],
+        Kind.W: [-left for left in awaiting],
     }
-    return fold(tree, gains)[1]
+    return fold(tree, [gains[kind] for kind in Kind])[1]

@@ -50,7 +50,10 @@ class Interleaving(Schedule):
 
 @attrs.frozen
 class Interleaved(Interleaving):
-    """Narayanan et al., SC21, arXiv:2104.04473, section 2.2.2; warm-up of Megatron-LM's ``get_pp_rank_microbatches``."""
+    """Narayanan et al., SC21, arXiv:2104.04473, section 2.2.2.
+
+    The warm-up is that of Megatron-LM's ``get_pp_rank_microbatches``; torch's ``ScheduleInterleaved1F1B`` is the same.
+    """
 
     name: ClassVar[str] = "interleaved_1f1b"
     source: ClassVar[str] = "arXiv:2104.04473"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import attrs
 
@@ -65,7 +66,7 @@ def lockstep(rounds: Rounds, lanes: Sequence[Lane]) -> Node:
     cuts = {turn for lane in lanes for turn in (lane.start, lane.start + rounds.regular, lane.start + rounds.length)}
     turns = sorted(cuts)
     parts: list[Node] = []
-    for first, end in zip(turns, turns[1:], strict=False):
+    for first, end in pairwise(turns):
         running = [lane for lane in lanes if lane.start <= first < lane.start + rounds.length]
         parts += _phase(rounds, running, first, end)
     return Seq(tuple(parts))

@@ -96,7 +96,7 @@ def _check_once(schedule: Schedule, order: Order, stage: Ints) -> None:
         stage_found, micro_batch = divmod(int(wrong.argmax()), schedule.micro_batches)
         counts = ", ".join(f"{kind.name} {done[wrong.argmax(), kind]}" for kind in Kind)
         raise UsageError(
-            f"micro-batch {micro_batch} on stage {stage_found} needs one F and either one B or one I and one W: {counts}"
+            f"micro-batch {micro_batch} on stage {stage_found} needs one F, and one B or else one I and one W: {counts}"
         )
 
 
@@ -125,68 +125,55 @@ def _needs(schedule: Schedule, order: Order, stage: Ints) -> Ints:
 def _run(schedule: Schedule, order: Order, stage: Ints, bounds: Ints, times: Mapping[Kind, int]) -> tuple[Ints, Ints]:
     """Start and end of every action; each rank goes on until it must wait, again and again."""
     needs = _needs(schedule, order, stage)
-    overlapped = np.flatnonzero(order[:, 3])
     takes = np.array([times[kind] for kind in Kind])[order[:, 0]]
-    # Of two that start together, the first waits for what both need and takes the time of both.
-    others = np.full(len(order), len(order))
-    others[overlapped] = needs[overlapped + 1]
-    takes[overlapped] += takes[overlapped + 1]
-    takes[overlapped + 1] = 0
-    clocks = _Clocks(needs.tolist(), others.tolist(), takes.tolist(), [0] * len(order), [-1] * len(order) + [0])
-    begun = bounds[:-1].tolist()
-    stuck = clocks.finish(begun, bounds[1:].tolist())
+    # Of two that start together, the first takes the time of both, after a gate that waits for what the second needs.
+    pairs = np.flatnonzero(order[:, 3])
+    takes[pairs] += takes[pairs + 1]
+    takes[pairs + 1] = 0
+    moved = np.arange(len(order) + 1) + np.searchsorted(pairs, np.arange(len(order) + 1), side="right")
+    gates = np.insert(moved[needs], pairs, moved[needs[pairs + 1]])
+    first = bounds + np.searchsorted(pairs, bounds)
+    ends, stuck = _advance(gates.tolist(), np.insert(takes, pairs, 0).tolist(), first.tolist())
     if stuck is not None:
-        what, needed = (_described(order, stage, int(i)) for i in (stuck, clocks.awaited(stuck)))
-        rank = int(np.searchsorted(bounds, stuck, side="right")) - 1
-        raise UsageError(f"the ranks of {schedule.name} wait for each other: rank {rank} for {needed} before {what}")
-    start = np.array(clocks.start, dtype=np.int64)
-    start[overlapped + 1] = start[overlapped]
-    return start, np.array(clocks.end[:-1], dtype=np.int64)
+        action = int(np.searchsorted(moved, stuck))
+        raise UsageError(_waiting(schedule, order, stage, bounds, action, int(np.searchsorted(moved, gates[stuck]))))
+    end = np.array(ends, dtype=np.int64)[moved[:-1]]
+    start = end - takes
+    start[pairs + 1] = start[pairs]
+    return start, end
 
 
-def _described(order: Order, stage: Ints, action: int) -> str:
-    return f"{Kind(order[action, 0]).name} of micro-batch {order[action, 2]} on stage {stage[action]}"
+def _waiting(schedule: Schedule, order: Order, stage: Ints, bounds: Ints, action: int, needed: int) -> str:
+    what, awaited = (
+        f"{Kind(order[index, 0]).name} of micro-batch {order[index, 2]} on stage {stage[index]}"
+        for index in (action, needed)
+    )
+    rank = int(np.searchsorted(bounds, action, side="right")) - 1
+    return f"ranks of {schedule.name} wait for each other: rank {rank}, before {what}, for {awaited}"
 
 
-@attrs.define
-class _Clocks:
-    """What each action waits for (two actions), how long it takes, when it started and ended (-1: not yet).
+def _advance(needs: list[int], takes: list[int], bounds: list[int]) -> tuple[list[int], int | None]:
+    """When every action ends, and the action at which a rank is stuck for good, or None.
 
     Plain lists: reading one element of an array costs several times as much, and every action reads some.
     """
-
-    needs: list[int]
-    others: list[int]
-    takes: list[int]
-    start: list[int]
-    end: list[int]
-
-    def finish(self, cursors: list[int], ends: list[int]) -> int | None:
-        """Run every rank from its cursor to its end; the action at which a rank is stuck for good, or None."""
-        clocks = [0] * len(cursors)
-        moved = True
-        while moved:
-            moved = False
-            for rank, cursor in enumerate(cursors):
-                if cursor < ends[rank]:
-                    cursors[rank], clocks[rank] = self._advance(cursor, ends[rank], clocks[rank])
-                    moved = moved or cursors[rank] > cursor
-        return next((cursor for cursor, end in zip(cursors, ends, strict=True) if cursor < end), None)
-
-    def awaited(self, action: int) -> int:
-        """What an action still waits for."""
-        needed = self.needs[action]
-        return needed if self.end[needed] < 0 else self.others[action]
-
-    def _advance(self, action: int, last: int, clock: int) -> tuple[int, int]:
-        needs, others, takes, start, end = self.needs, self.others, self.takes, self.start, self.end
-        while action < last:
-            ready, ready_too = end[needs[action]], end[others[action]]
-            if ready < 0 or ready_too < 0:
-                break
-            clock = max(clock, ready, ready_too)
-            start[action] = clock
-            clock += takes[action]
-            end[action] = clock
-            action += 1
-        return action, clock
+    ends = [-1] * len(needs) + [0]
+    cursors, clocks = bounds[:-1], [0] * (len(bounds) - 1)
+    waiting = [rank for rank, cursor in enumerate(cursors) if cursor < bounds[rank + 1]]
+    while waiting:
+        before = cursors.copy()
+        for rank in waiting:
+            clock = clocks[rank]
+            action = cursors[rank]
+            last = bounds[rank + 1]
+            while action < last and (ready := ends[needs[action]]) >= 0:
+                if ready > clock:  # max() would take as long as all the rest
+                    clock = ready
+                clock += takes[action]
+                ends[action] = clock
+                action += 1
+            cursors[rank], clocks[rank] = action, clock
+        if cursors == before:
+            return ends, cursors[waiting[0]]
+        waiting = [rank for rank in waiting if cursors[rank] < bounds[rank + 1]]
+    return ends, None

@@ -59,8 +59,8 @@ class Schedule(ABC):
     def __attrs_post_init__(self) -> None:
         low, high = self.legal_chunks[0], self.legal_chunks[-1]
         if self.chunks not in self.legal_chunks:
-            rule = f"{low}; leave it out, or take {MORE_CHUNKS}" if low == high else f"at least {low}; {ONE_CHUNK} has 1"
-            raise UsageError(f"'chunks' of {self.name} is {self.chunks} but must be {rule}")
+            rule, other = (f"{low}", MORE_CHUNKS) if low == high else (f"at least {low}", ONE_CHUNK)
+            raise UsageError(f"'chunks' of {self.name} must be {rule}: {self.chunks}; leave it out, or take {other}")
         self.check()
 
     def usual_group(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from enum import IntEnum
 
 import attrs
@@ -67,23 +67,25 @@ Node = Leaf | Seq | Repeat
 
 #: Integers, a row per action: kind, chunk, micro-batch, overlapped.
 Order = npt.NDArray[np.int64]
-#: What one action adds to a total: (kind, chunk) to a number.
-Gains = Mapping[tuple[Kind, int], int]
+#: What one action adds to a total: a number for each kind, and in it for each chunk.
+Gains = Sequence[Sequence[int]]
 
 
 def flat(node: Node) -> Order:
     """The order that a tree stands for, of shape (actions, 4)."""
     match node:
         case Leaf(actions):
-            rows = [(a.kind, a.chunk, a.micro_batch, a.overlapped) for a in actions]
-            return np.array(rows, dtype=np.int64).reshape(-1, 4)
+            numbers = [n for a in actions for n in (a.kind, a.chunk, a.micro_batch, a.overlapped)]
+            return np.fromiter(numbers, np.int64, len(numbers)).reshape(-1, 4)
         case Seq(parts):
-            return np.concatenate([np.empty((0, 4), np.int64), *(flat(part) for part in parts)])
-        case Repeat(count, body, stride):
+            return np.concatenate([np.empty((0, 4), np.int64), *map(flat, parts)])
+        case Repeat(1, body, _):
+            return flat(body)
+        case Repeat(times, body, stride):
             once = flat(body)
-            rows_of_all = np.tile(once, (count, 1))
-            rows_of_all[:, 2] += np.repeat(np.arange(count) * stride, len(once))
-            return rows_of_all
+            turns = np.broadcast_to(once, (times, *once.shape)).copy()
+            turns[:, :, 2] += np.arange(times)[:, None] * stride
+            return turns.reshape(-1, 4)
 
 
 def fold(node: Node, gains: Gains) -> tuple[int, int]:
@@ -92,7 +94,7 @@ def fold(node: Node, gains: Gains) -> tuple[int, int]:
         case Leaf(actions):
             total = highest = 0
             for action in actions:
-                total += gains.get((action.kind, action.chunk), 0)
+                total += gains[action.kind][action.chunk]
                 highest = max(highest, total)
             return total, highest
         case Seq(parts):
@@ -102,10 +104,10 @@ def fold(node: Node, gains: Gains) -> tuple[int, int]:
                 highest = max(highest, total + peak)
                 total += net
             return total, highest
-        case Repeat(count, body, _):
+        case Repeat(times, body, _):
             net, peak = fold(body, gains)
             # A total that rises from turn to turn is highest in the last, one that falls in the first.
-            return count * net, peak + max(0, (count - 1) * net)
+            return times * net, peak + max(0, (times - 1) * net)
 
 
 def count(node: Node) -> int:
