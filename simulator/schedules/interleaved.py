@@ -16,6 +16,8 @@ from simulator.schedules.tree import Kind, Node
 class Interleaving(Schedule):
     """Micro-batches in groups, of `pp` unless said otherwise, that go through all chunks one group after the other."""
 
+    interleaves: ClassVar[bool] = True
+
     def usual_group(self) -> int:
         """Megatron-LM's default; a single chunk has no use for groups."""
         return self.micro_batches if self.chunks == 1 else self.pp

@@ -26,8 +26,9 @@ class Replay:
         order: of shape (actions, 4), see `tree.Order`.
         stage: of each action.
         bounds: rank r has the actions ``bounds[r]`` to ``bounds[r + 1]``.
-        start: when an action starts.
+        start: when an action starts; two that overlap start and end together and take the time of both.
         end: when it is done.
+        busy: time that all ranks together compute.
     """
 
     order: Order
@@ -35,6 +36,7 @@ class Replay:
     bounds: Ints
     start: Ints
     end: Ints
+    busy: int
 
 
 def orders(schedule: Schedule) -> list[Order]:
@@ -64,7 +66,8 @@ def replay(
     stage = places[np.repeat(np.arange(schedule.pp), np.diff(bounds)), order[:, 1]]
     _check_once(schedule, order, stage)
     start, end = _run(schedule, order, stage, bounds, times)
-    return Replay(order, stage, bounds, start, end)
+    busy = int(np.array([times[kind] for kind in Kind])[order[:, 0]].sum())
+    return Replay(order, stage, bounds, start, end, busy)
 
 
 def _check_range(schedule: Schedule, order: Order) -> None:

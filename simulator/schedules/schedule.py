@@ -42,6 +42,8 @@ class Schedule(ABC):
     source: ClassVar[str]
     #: Chunks that may be asked for; the first is the default.
     legal_chunks: ClassVar[range] = range(1, 2)
+    #: Whether `group` says when the next chunk's turn is.
+    interleaves: ClassVar[bool] = False
 
     pp: int = attrs.field(validator=_count)
     micro_batches: int = attrs.field(validator=_count)
