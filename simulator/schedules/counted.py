@@ -41,7 +41,7 @@ class Turns:
         for start, stop in pairwise(self._cuts(count, actions)):
             kept = self._kept(actions, start)
             if kept:
-                self._parts.append(Repeat(stop - start, Leaf(kept), 1))
+                self._append(stop - start, kept)
 
     def postpone(self, count: int, *pattern: Entry) -> None:
         """Like `run`; the weights of each backward for inputs wait for `weights`, first come, first served."""
@@ -65,6 +65,16 @@ class Turns:
         if kind is Kind.B:
             self._next[Kind.W][chunk] += count
         return action
+
+    def _append(self, count: int, actions: tuple[Action, ...]) -> None:
+        """Turns of their own; single ones are one straight run with what went before."""
+        before = self._parts[-1] if self._parts else None
+        if count > 1:
+            self._parts.append(Repeat(count, Leaf(actions), 1))
+        elif isinstance(before, Leaf):
+            self._parts[-1] = Leaf(before.actions + actions)
+        else:
+            self._parts.append(Leaf(actions))
 
     def _kept(self, actions: list[Action], start: int) -> tuple[Action, ...]:
         """The actions of a turn whose micro-batches there are."""

@@ -91,5 +91,5 @@ def _runs(rounds: Rounds, lanes: Sequence[Lane], first: int, end: int) -> Iterat
     while first < end:
         actions, alike = zip(*[lane.action(rounds, first) for lane in lanes], strict=True)
         count = min(*alike, end - first)
-        yield Repeat(count, Leaf(actions), 1)
+        yield Repeat(count, Leaf(actions), 1) if count > 1 else Leaf(actions)
         first += count
