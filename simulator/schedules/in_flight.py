@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import attrs
 
 from simulator.schedules.schedule import Schedule
-from simulator.schedules.tree import Kind, Node, fold
+from simulator.schedules.tree import Gains, Kind, Node, fold, fold_by_chunk
 
 
 @attrs.frozen
@@ -29,13 +29,14 @@ class InFlight:
 
 def in_flight(schedule: Schedule, rank: int) -> InFlight:
     """What a rank of a schedule holds, without unrolling it."""
-    tree, chunks = schedule.tree(rank), range(schedule.chunks)
+    tree = schedule.tree(rank)
     every, none = [1] * schedule.chunks, [0] * schedule.chunks
+    by_chunk = fold_by_chunk(tree, _gains(every, none))
     return InFlight(
         whole=most_held(tree, every, none),
         awaiting_weights=most_held(tree, none, every),
         at_once=most_held(tree, every, every),
-        by_chunk=tuple(most_held(tree, [int(chunk == one) for chunk in chunks], none) for one in chunks),
+        by_chunk=tuple(by_chunk[chunk][1] for chunk in range(schedule.chunks)),
     )
 
 
@@ -47,10 +48,14 @@ def most_held(tree: Node, whole: Sequence[int], awaiting: Sequence[int]) -> int:
         whole: of each chunk, what a micro-batch holds between its forward and its backward.
         awaiting: of each chunk, what is left of that between its backward for inputs and that for weights.
     """
+    return fold(tree, _gains(whole, awaiting))[1]
+
+
+def _gains(whole: Sequence[int], awaiting: Sequence[int]) -> Gains:
     gains: dict[Kind, Sequence[int]] = {
         Kind.F: whole,
         Kind.B: [-held for held in whole],
         Kind.I: [left - held for held, left in zip(whole, awaiting, strict=True)],
         Kind.W: [-left for left in awaiting],
     }
-    return fold(tree, [gains[kind] for kind in Kind])[1]
+    return [gains[kind] for kind in Kind]

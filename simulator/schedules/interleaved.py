@@ -47,7 +47,8 @@ class Interleaving(Schedule):
         groups = max(1, self.micro_batches // self.pp)
         group = self.micro_batches // groups
         even = self.micro_batches % groups == 0 and group != self.group
-        return f"take {counts}" + (f", or 'group' {group}" if even else "")
+        alone = "" if self.group == self.usual_group() else " without 'group'"
+        return f"take {counts}{alone}" + (f", or 'group' {group}" if even else "")
 
 
 @attrs.frozen

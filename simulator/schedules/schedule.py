@@ -13,7 +13,7 @@ from simulator.schedules.lockstep import Rounds
 from simulator.schedules.tree import Node
 
 #: Far above every pipeline run, and few enough that every rank's tree is made in seconds.
-LARGEST = {"pp": 1024, "micro_batches": 2**24, "chunks": 128, "group": 2**24}
+LARGEST = {"pp": 512, "micro_batches": 2**24, "chunks": 64, "group": 2**24}
 #: Named in errors: schedules that take several chunks, and the one that takes just one.
 MORE_CHUNKS, ONE_CHUNK = "interleaved_1f1b or zb_h1", "1f1b"
 

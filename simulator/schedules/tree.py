@@ -110,6 +110,29 @@ def fold(node: Node, gains: Gains) -> tuple[int, int]:
             return times * net, peak + max(0, (times - 1) * net)
 
 
+def fold_by_chunk(node: Node, gains: Gains) -> dict[int, tuple[int, int]]:
+    """Like `fold`, for the actions of each chunk by themselves, in one walk."""
+    found: dict[int, tuple[int, int]] = {}
+    match node:
+        case Leaf(actions):
+            for action in actions:
+                gain = gains[action.kind][action.chunk]
+                _join(found, action.chunk, gain, max(gain, 0))
+        case Seq(parts):
+            for part in parts:
+                for chunk, (net, peak) in fold_by_chunk(part, gains).items():
+                    _join(found, chunk, net, peak)
+        case Repeat(times, body, _):
+            for chunk, (net, peak) in fold_by_chunk(body, gains).items():
+                found[chunk] = times * net, peak + max(0, (times - 1) * net)
+    return found
+
+
+def _join(found: dict[int, tuple[int, int]], chunk: int, net: int, peak: int) -> None:
+    total, highest = found.get(chunk, (0, 0))
+    found[chunk] = total + net, max(highest, total + peak)
+
+
 def count(node: Node) -> int:
     """How many actions a tree stands for."""
     match node:

@@ -194,7 +194,7 @@ def test_a_micro_batch_cannot_go_backward_before_it_goes_forward(s, data):
 @pytest.mark.parametrize(
     ("name", "numbers", "message"),
     [
-        ("1f1b", (0, 8), "'pp' must be an integer from 1 to 1024: 0"),
+        ("1f1b", (0, 8), "'pp' must be an integer from 1 to 512: 0"),
         ("1f1b", (4, -1), "'micro_batches' must be an integer"),
         ("1f1b", (4, 8, 2), "'chunks' of 1f1b must be 1: 2; leave it out, or take interleaved_1f1b or zb_h1"),
         ("1f1b", (4, 8, 1, 4), "1f1b has no 'group': 4; leave it out, or take interleaved_1f1b or zb_h1"),
@@ -225,16 +225,20 @@ def test_what_a_schedule_is_not_defined_for_is_one_line(name, numbers, message):
 
 
 @some
-@given(st.integers(1, 16), st.integers(1, 64), st.sampled_from(("interleaved_1f1b", "zb_h1")), st.integers(2, 4))
-def test_the_way_out_of_a_wrong_number_is_one(pp, micro_batches, name, chunks):
+@given(
+    st.integers(1, 16), st.integers(1, 64), st.sampled_from(("interleaved_1f1b", "zb_h1")), st.integers(2, 4),
+    st.none() | st.integers(1, 70),
+)  # fmt: skip
+def test_the_way_out_of_a_wrong_number_is_one(pp, micro_batches, name, chunks, group):
     try:
-        schedule(name, pp, micro_batches, chunks)
+        schedule(name, pp, micro_batches, chunks, group)
     except UsageError as error:
-        counts, _, group = str(error).split("; take ")[1].partition(", or 'group' ")
-        for other in counts.split(" or "):
+        counts, _, other_group = str(error).split("; take ")[1].partition(", or 'group' ")
+        assert counts.endswith(" without 'group'") == (group not in (None, pp))
+        for other in counts.removesuffix(" without 'group'").split(" or "):
             schedule(name, pp, int(other), chunks)
-        if group:
-            schedule(name, pp, micro_batches, chunks, int(group))
+        if other_group:
+            schedule(name, pp, micro_batches, chunks, int(other_group))
 
 
 @some
