@@ -77,7 +77,7 @@ class Turns:
             self._parts.append(Leaf(actions))
 
     def _kept(self, actions: list[Action], start: int) -> tuple[Action, ...]:
-        """The actions of a turn whose micro-batches there are."""
+        """The actions of a turn, `start` turns on, but for micro-batches that are not there."""
         if start:
             actions = [attrs.evolve(a, micro_batch=a.micro_batch + start) for a in actions]
         return tuple(actions if self.end is None else [a for a in actions if a.micro_batch < self.end])

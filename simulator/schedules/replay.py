@@ -55,16 +55,21 @@ def replay(
         times: how long each kind of action takes; sending takes none.
 
     Raises:
-        UsageError: an action that is missing, done twice or on an unknown chunk, or ranks that wait for each other.
+        UsageError: an action that is missing, done twice, on an unknown chunk or on a rank that did not run its
+            forward, or ranks that wait for each other.
     """
     found = orders(schedule) if rank_orders is None else list(rank_orders)
+    if len(found) != schedule.pp:
+        raise UsageError(f"{schedule.name} has {schedule.pp} ranks and needs an order for each: {len(found)}")
     bounds = np.cumsum([0, *map(len, found)])
     order = np.concatenate(found)
     _check_range(schedule, order)
     _check_pairs(schedule, order, bounds)
-    places = np.array([[schedule.stage(r, c) for c in range(schedule.chunks)] for r in range(schedule.pp)])
-    stage = places[np.repeat(np.arange(schedule.pp), np.diff(bounds)), order[:, 1]]
+    stages = np.array([[schedule.stage(r, c) for c in range(schedule.chunks)] for r in range(schedule.pp)])
+    rank = np.repeat(np.arange(schedule.pp), np.diff(bounds))
+    stage = stages[rank, order[:, 1]]
     _check_once(schedule, order, stage)
+    _check_holder(schedule, order, stage, rank)
     start, end = _run(schedule, order, stage, bounds, times)
     busy = int(np.array([times[kind] for kind in Kind])[order[:, 0]].sum())
     return Replay(order, stage, bounds, start, end, busy)
@@ -101,6 +106,18 @@ def _check_once(schedule: Schedule, order: Order, stage: Ints) -> None:
         raise UsageError(
             f"micro-batch {micro_batch} on stage {stage_found} needs one F, and one B or else one I and one W: {counts}"
         )
+
+
+def _check_holder(schedule: Schedule, order: Order, stage: Ints, rank: Ints) -> None:
+    """Backward runs where forward did: a stage may be held by two ranks."""
+    where = stage * schedule.micro_batches + order[:, 2]
+    forward = order[:, 0] == Kind.F
+    holder = np.full(schedule.stages * schedule.micro_batches, -1)
+    holder[where[forward]] = rank[forward]
+    elsewhere = holder[where] != rank
+    if elsewhere.any():
+        what = _described(order, stage, int(elsewhere.argmax()))
+        raise UsageError(f"an order of {schedule.name} has {what} on another rank than its forward")
 
 
 def _needs(schedule: Schedule, order: Order, stage: Ints) -> Ints:
@@ -147,12 +164,13 @@ def _run(schedule: Schedule, order: Order, stage: Ints, bounds: Ints, times: Map
 
 
 def _waiting(schedule: Schedule, order: Order, stage: Ints, bounds: Ints, action: int, needed: int) -> str:
-    what, awaited = (
-        f"{Kind(order[index, 0]).name} of micro-batch {order[index, 2]} on stage {stage[index]}"
-        for index in (action, needed)
-    )
+    what, awaited = _described(order, stage, action), _described(order, stage, needed)
     rank = int(np.searchsorted(bounds, action, side="right")) - 1
     return f"ranks of {schedule.name} wait for each other: rank {rank}, before {what}, for {awaited}"
+
+
+def _described(order: Order, stage: Ints, action: int) -> str:
+    return f"{Kind(order[action, 0]).name} of micro-batch {order[action, 2]} on stage {stage[action]}"
 
 
 def _advance(needs: list[int], takes: list[int], bounds: list[int]) -> tuple[list[int], int | None]:

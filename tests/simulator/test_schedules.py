@@ -177,6 +177,28 @@ def test_a_checker_finds_what_is_wrong():
     assert "no next one" in broken(s, alone)
 
 
+def test_a_checker_finds_a_backward_away_from_its_forward():
+    """DualPipe's stage 0 is on both ranks of two; a micro-batch's activations are on one."""
+
+    def moved(found):
+        last = np.flatnonzero((found[0][:, 1] == 0) & (found[0][:, 0] == Kind.B))[-1]
+        row = found[0][last].copy()
+        found[0] = np.delete(found[0], last, axis=0)
+        row[1] = 1
+        found[1] = np.concatenate([found[1], [row]])
+
+    assert "on another rank than its forward" in broken(schedule("dualpipe", 2, 4), moved)
+
+
+def test_a_checker_finds_a_pair_that_waits_for_itself():
+    def paired(found):
+        found[0][0, 3] = 1
+
+    message = broken(schedule("1f1b", 1, 2), paired)
+    assert message.endswith("before F of micro-batch 0 on stage 0, for F of micro-batch 0 on stage 0")
+    assert "2 ranks and needs an order for each: 1" in broken(schedule("1f1b", 2, 2), lambda found: found.pop())
+
+
 @some
 @given(schedules(tuple(name for name in SCHEDULES if not name.startswith("dualpipe"))), st.data())
 def test_a_micro_batch_cannot_go_backward_before_it_goes_forward(s, data):
