@@ -22,6 +22,8 @@ from simulator.model import (
     StateSpaceSpec,
 )
 from simulator.reading import spec_from_config
+from simulator.schedules import SCHEDULES, schedule
+from simulator.schedules.schedule import Schedule
 from simulator.units import WRAPS
 from simulator.workload import IMPLEMENTATIONS, OPTIONS, SCALE_TYPES, Optimizer, Training
 from strategies.fsdp2 import Fsdp2
@@ -542,3 +544,22 @@ def _early_keys(draw: st.DrawFn, family: str, depth: int, head_dim: int) -> dict
         return {"attn_config": {"clip_qkv": draw(st.sampled_from((None, 8.0)))}}
     names = {"biogpt": "intermediate_size", "gpt_bigcode": "n_inner", "gpt_neox": "intermediate_size", "opt": "ffn_dim"}
     return {names[family]: width} if family in names else {}
+
+
+@st.composite
+def schedules(draw: st.DrawFn, names: tuple[str, ...] = tuple(SCHEDULES)) -> Schedule:
+    """Legal pipeline schedules, with groups of any legal size where chunks take turns."""
+    name = draw(st.sampled_from(names))
+    pp, micro_batches = draw(st.integers(1, 16)), draw(st.integers(1, 64))
+    chunks = draw(st.integers(2, 4)) if name == "interleaved_1f1b" else None
+    chunks = draw(st.integers(1, 4)) if name == "zb_h1" else chunks
+    if name == "dualpipe":
+        pp, micro_batches = pp + pp % 2, micro_batches + micro_batches % 2
+    if name.startswith("dualpipe"):
+        micro_batches = max(2 * pp, micro_batches)
+    if chunks is None or chunks == 1:
+        return schedule(name, pp, micro_batches, chunks)
+    if micro_batches < pp:
+        return schedule(name, pp, micro_batches, chunks, micro_batches)
+    whole = [g for g in range(pp, micro_batches + 1) if micro_batches % g == 0 or micro_batches % g >= pp]
+    return schedule(name, pp, micro_batches, chunks, draw(st.sampled_from(whole)))

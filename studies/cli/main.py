@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from hardware.errors import UnsupportedError, UsageError
-from studies.cli import catalogue, estimate, validate
+from studies.cli import catalogue, estimate, schedule, validate
 
 OUR_ERROR = 1
 USAGE = 2
@@ -30,6 +30,7 @@ app.command("estimate")(estimate.command)
 app.command("models")(catalogue.models)
 app.command("gpus")(catalogue.gpus)
 app.command("strategies")(catalogue.strategies)
+app.command("schedule")(schedule.command)
 app.add_typer(validate.app, name="validate")
 
 
