@@ -247,7 +247,8 @@ class Checkpoints:
         made = {storage for op in ops for storage in graph.births(op)}
         savers = [op for op in ops if self._use[op].saves]
         within = set(ops)
-        outputs = [s for s in made if any("reads" in e for o, e in graph.edges.succ[s].items() if o not in within)]
+        read = {storage for op in graph.ops if op not in within for storage in self._use[op].reads}
+        outputs = [storage for storage in made if storage in read]
         arguments = self._called_with(ops)
         positional = 1 if ops[0].slot is None else graph.positional[ops[0].slot]
         bound = arguments[positional:] if self.reentrant else []

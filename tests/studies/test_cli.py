@@ -169,7 +169,7 @@ def test_the_plot_is_never_overwritten_unasked(capsys, tmp_path):
 
 
 def test_our_own_error_is_told_from_the_users(capsys, monkeypatch):
-    monkeypatch.setattr("studies.estimate.simulate", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("studies.ranks.simulate", lambda *_, **__: 1 / 0)
     code, out, err = call(capsys, *SMALL)
     assert (code, out, err.count("\n")) == (1, "", 1)
     assert "ZeroDivisionError" in err
