@@ -1,4 +1,7 @@
-"""Selective recomputation (Korthikanti et al., arXiv:2205.05198, section 5): of each layer the attention core alone."""
+"""Selective recomputation (Korthikanti et al., arXiv:2205.05198, section 5): of each layer the attention core alone.
+
+Behaviour: torch/utils/checkpoint.py `checkpoint`, around what lies between projections.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""BitFit (Ben Zaken et al., arXiv:2106.10199): train the biases alone."""
+"""BitFit (Ben Zaken et al., arXiv:2106.10199): train the biases alone.
+
+Behaviour: torch/nn/modules/module.py `requires_grad_`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Checkpoint the first layers of the stack: Megatron-LM's ``--recompute-method block``."""
+"""Checkpoint the first layers of the stack: Megatron-LM's ``--recompute-method block``.
+
+Behaviour: megatron/core/transformer/transformer_block.py `_checkpointed_forward`; torch/utils/checkpoint.py.
+"""
 
 from __future__ import annotations
 

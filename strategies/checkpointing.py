@@ -1,4 +1,7 @@
-"""Full activation checkpointing (Chen et al., arXiv:1604.06174): keep each layer's input, recompute the rest."""
+"""Full activation checkpointing (Chen et al., arXiv:1604.06174): keep each layer's input, recompute the rest.
+
+Behaviour: torch/utils/checkpoint.py `checkpoint`, as transformers modeling_layers.py calls it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Checkpoint every n-th layer: transformers' ``every_n_layers``, torchtitan's selective layers."""
+"""Checkpoint every n-th layer: transformers' ``every_n_layers``, torchtitan's selective layers.
+
+Behaviour: torchtitan/distributed/activation_checkpoint.py; torch/utils/checkpoint.py `checkpoint`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Checkpoint modules inside layers: feed-forwards, norms, attention (Megatron-LM's ``--recompute-modules``)."""
+"""Checkpoint modules inside layers: feed-forwards, norms, attention (Megatron-LM's ``--recompute-modules``).
+
+Behaviour: torch/utils/checkpoint.py `checkpoint`, around each module.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Checkpoint the stack in chunks of layers (Chen et al., arXiv:1604.06174, section 4.3): only a chunk's input stays."""
+"""Checkpoint the stack in chunks of layers (Chen et al., arXiv:1604.06174, section 4.3): only a chunk's input stays.
+
+Behaviour: megatron/core/transformer/transformer_block.py `_checkpointed_forward`; torch/utils/checkpoint.py.
+"""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ from simulator.liger import Liger
 from simulator.mesh import Mesh
 from simulator.plan import apply, make_plan
 from simulator.reading import spec_from_class
+from simulator.workload import Optimizer
 from strategies.checkpointing import FullCheckpointing
 from strategies.deepspeed.zero3 import DeepSpeedZero3
 from strategies.gemini import Gemini
@@ -58,7 +59,7 @@ def test_depth_costs_nothing():
 def test_false_adds_nothing():
     without = spec_from_class("MixtralConfig", {**SMALL, "output_router_logits": False}, "m")
     assert without == spec_from_class("MixtralConfig", SMALL, "m")
-    step = Training(seq_len=512, weights=BF16)
+    step = Training(seq_len=512, weights=BF16, optimizer=Optimizer(name="sgd"))
     assert simulate(without, step).steady.nbytes < simulate(MODEL, step).steady.nbytes
 
 

@@ -146,7 +146,7 @@ def joined(ops: list[tuple[str, list[int], list[int]]]) -> list[tuple[list[int],
     return [(sorted(births), sorted(deaths)) for name, births, deaths in found if name != "embedding_dense_backward"]
 
 
-def accumulate_out_of_place(self: Autograd, old: Tensor | None, new: Tensor) -> Tensor:
+def accumulate_out_of_place(self: Autograd, old: Tensor | None, new: Tensor, **_: bool) -> Tensor:
     """The recordings were made under a dispatch mode, where the engine never accumulates in place."""
     if old is None:
         return new
