@@ -88,17 +88,21 @@ class Autograd:
         # a second micro-batch's gradients live beside the first's, so they need names of their own
         self._tag = "more" if gradients else "grad"
 
-    def run(self) -> None:
+    def run(self, loss: Tensor) -> None:
         """Backward from the loss to every parameter."""
-        loss = self.graph.loss
-        assert loss is not None
-        assert loss.producer is not None
         self.recorder.phase = Phase.BACKWARD
         seed = self.fresh("ones_like.default", loss.shape, loss.dtype)
         self._made.clear()
         self.recorder.retain(seed.storage)  # the caller of backward() holds it to the end
-        self._pending[loss.producer] = [self._loss_gradient(seed)]
-        for index in kernel_order(self.graph, loss.producer):
+        self.run_from(loss, self._loss_gradient(seed))
+        self.recorder.release(seed.storage)
+
+    def run_from(self, output: Tensor, gradient: Tensor) -> None:
+        """Backward from `output` to every parameter, begun with the `gradient` of it."""
+        assert output.producer is not None
+        self.recorder.phase = Phase.BACKWARD
+        self._pending[output.producer] = [gradient]
+        for index in kernel_order(self.graph, output.producer):
             if self._inner is not None and index < self._inner.region.first:
                 self._leave(self._inner)
             gradients = self._pending.pop(index, None)
@@ -107,7 +111,6 @@ class Autograd:
                 self._evaluate(self.graph.ops[index], gradients)
         for runtime in self._runtimes:
             runtime.end_backward()
-        self.recorder.release(seed.storage)
 
     def _loss_gradient(self, seed: Tensor) -> Tensor:
         gradient = seed
@@ -351,6 +354,9 @@ class Autograd:
 
     def _keep_gradient(self, parameter: Storage, gradient: Tensor) -> None:
         gradient = gradient if self._weights_are_views else self._owned(gradient)
+        if parameter.role is Role.RECEIVED:  # it is sent to the stage before
+            self.kept.append(gradient.storage)
+            return
         gradient.storage.role = Role.GRADIENT
         if parameter.persistent:
             self.gradients[parameter] = gradient.storage

@@ -1,0 +1,184 @@
+"""Lowering the step of a pipelined rank: parts in the schedule's order, and what torch's loop holds in between.
+
+Source: torch 2.13 torch/distributed/pipelining/schedules.py `ScheduleGPipe._step_microbatches`,
+`Schedule1F1B._step_microbatches`, `_PipelineScheduleRuntime._step_microbatches`; stage.py `PipelineStage`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import attrs
+
+from simulator.graph import Storage, Tensor
+from simulator.pipeline import BACKWARD, FORWARD, MICRO_BATCHES, Action, Pipeline
+from simulator.program import Node, TreeBuilder
+from simulator.recorder import Step
+from simulator.roles import Phase, Role
+from simulator.runtime import Job, buffer
+from simulator.sizes import size_of
+from simulator.stage_micro_batch import StageForward, StageMicroBatch
+
+#: A storage of one micro-batch.
+Kept = tuple[Storage, int]
+#: A variable of torch's: what it is, and of which stage and micro-batch where it has one of each.
+Name = tuple[str, int, int]
+#: Locals of the loop: what the last forward returned, and the gradient that is being sent.
+OUTPUT, SENT = ("output", 0, 0), ("sent", 0, 0)
+
+
+@attrs.frozen(eq=False)
+class _Forward:
+    model: Node
+    loss: Node | None
+    recorded: StageForward
+
+
+@attrs.frozen(eq=False)
+class _Backward:
+    node: Node
+    gradient: Storage | None
+
+
+class PipelinedSteps:
+    """The micro-batches of an optimizer step on one rank of a pipeline.
+
+    Args:
+        job: the rank, whose residents get the buffers to receive in.
+        pipeline: the rank's stages and the order of its actions.
+        builder: makes trees of recorded steps.
+    """
+
+    def __init__(self, job: Job, pipeline: Pipeline, builder: TreeBuilder) -> None:
+        self._job = job
+        self._pipeline = pipeline
+        self._builder = builder
+        self._stages = job.graph.stages
+        self._micro_batch = StageMicroBatch(job)
+        self._forwards: dict[int, _Forward] = {}
+        self._backwards: dict[tuple[int, bool], _Backward] = {}
+        self._frees: dict[Storage, Node] = {}
+        self._holders: Counter[Kept] = Counter()
+        self._names: dict[Name, Kept] = {}
+        self._parts: list[Node] = []
+        self._new: dict[int, bool] = {}
+        self._whole_output: Node | None = None
+        self._receive_buffers()
+
+    def _receive_buffers(self) -> None:
+        """`_setup_forward_recv_info`, `_create_grad_recv_info`: one buffer per micro-batch, kept from step to step."""
+        count = self._job.plan.training.gradient_accumulation
+        for number, stage in enumerate(self._stages):
+            if stage.received is not None:
+                self._allocate("activation", number, stage.received.storage, count)
+            if stage.loss is None:
+                self._allocate("gradient", number, stage.gradient_received().storage, count)
+
+    def _allocate(self, what: str, number: int, like: Storage, count: int) -> None:
+        made = buffer(f"stage{number}.received_{what}", like.size, like.dtype, Role.RECEIVED)
+        self._job.resident = [*self._job.resident, *[made] * count]
+        for micro_batch in range(count):
+            self._name((what, number, micro_batch), (made, micro_batch))
+
+    # what Python holds ---------------------------------------------------------------------------------------------
+
+    def _name(self, name: Name, kept: Kept | None) -> None:
+        """Bind a variable of torch's to `kept`, and drop what it was bound to: the last holder frees it."""
+        old = self._names.pop(name, None)
+        if kept is not None:
+            self._names[name] = kept
+            self._holders[kept] += 1
+        if old is not None:
+            self._holders[old] -= 1
+            if not self._holders[old]:
+                self._parts.append(self._free(old[0]))
+
+    def _free(self, storage: Storage) -> Node:
+        if storage not in self._frees:
+            step = Step("free", Phase.BACKWARD, "", None, [], [storage])
+            self._frees[storage] = self._builder.tree([step])
+        return self._frees[storage]
+
+    # the schedule --------------------------------------------------------------------------------------------------
+
+    def step(self, *, cold: bool) -> list[Node]:
+        """All micro-batches of a step; the first has no gradients to add to unless they were set to zero."""
+        self._parts = []
+        if cold or self._job.plan.training.zero_grad == "none":
+            self._job.gradients.clear()
+        self._new = dict.fromkeys(range(len(self._stages)), not self._job.gradients)
+        self._drop("returned", "loss")  # `clear_runtime_states`; and the caller has a new list of losses
+        run = {FORWARD: self._forward, BACKWARD: self._backward}
+        for action in self._pipeline.order:
+            run[action.kind](action)
+        self._drop("output", "sent")
+        if self._stages[-1].loss is not None and self._pipeline.return_outputs:
+            self._parts.append(self._merged(self._stages[-1].output))
+        return self._parts
+
+    def _drop(self, *variables: str) -> None:
+        """`variables` go, whatever the stage and micro-batch."""
+        for name in [name for name in self._names if name[0] in variables]:
+            self._name(name, None)
+
+    def _merged(self, output: Tensor | None) -> Node:
+        """`merge_chunks`, after the last backward: all outputs in one tensor, of which the caller makes no use."""
+        assert output is not None
+        if self._whole_output is None:
+            size = size_of((MICRO_BATCHES, *output.dims), output.dtype.bits)
+            merged = buffer("outputs", size, output.dtype, Role.BACKWARD)
+            self._whole_output = self._builder.tree([Step("cat.default", Phase.BACKWARD, "", None, [merged], [merged])])
+        return self._whole_output
+
+    def _forward(self, action: Action) -> None:
+        number, micro_batch = action.chunk, action.micro_batch
+        stage = self._stages[number]
+        if number not in self._forwards:
+            self._forwards[number] = self._lower_forward(number)
+        forward = self._forwards[number]
+        self._parts.append(forward.model)
+        assert stage.output is not None
+        output = stage.output.storage, micro_batch
+        self._name(("forward cache", number, micro_batch), output)
+        if self._pipeline.runtime != "runtime":
+            self._name(OUTPUT, output)
+        if forward.loss is not None:
+            self._parts.append(forward.loss)
+        if stage.loss is not None:
+            if self._pipeline.return_outputs:
+                self._name(("returned", number, micro_batch), output)
+            self._name(("loss", number, micro_batch), (stage.loss.storage, micro_batch))
+        following = self._pipeline.next_is_here(number)
+        if following is not None:  # `set_local_fwd_input`
+            self._name(("activation", following, micro_batch), output)
+
+    def _lower_forward(self, number: int) -> _Forward:
+        recorded = self._micro_batch.forward_stage(number)
+        loss = self._builder.tree(recorded.loss) if recorded.loss else None
+        return _Forward(self._builder.tree(recorded.model), loss, recorded)
+
+    def _backward(self, action: Action) -> None:
+        number, micro_batch = action.chunk, action.micro_batch
+        if self._pipeline.runtime == "gpipe":
+            self._name(SENT, None)  # `ops` is bound to what the next backward receives
+        key = number, self._new[number]
+        if key not in self._backwards:
+            after = self._forwards[number].recorded.after
+            recorded = self._micro_batch.backward_stage(number, after)
+            self._backwards[key] = _Backward(self._builder.tree(recorded.steps), recorded.gradient)
+        self._new[number] = False
+        backward = self._backwards[key]
+        self._parts.append(backward.node)
+        self._name(("forward cache", number, micro_batch), None)
+        if backward.gradient is not None:
+            self._send(number, (backward.gradient, micro_batch))
+
+    def _send(self, number: int, gradient: Kept) -> None:
+        """`get_bwd_send_ops`, or `set_local_bwd_input` where the stage before is on this rank, too."""
+        before = self._pipeline.previous_is_here(number)
+        if before is not None:
+            self._name(("gradient", before, gradient[1]), gradient)
+        else:
+            self._name(SENT, gradient)
+            if self._pipeline.runtime == "runtime":
+                self._name(SENT, None)
