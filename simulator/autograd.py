@@ -219,13 +219,14 @@ class Autograd:
             self._slot = op.slot
         recorder.module, recorder.slot = op.module, op.slot
         self._node = op
-        saved, early = self._found = self._checkpoints.saved(op)
+        saved, early = self._found = self._saved(op)
         assert op.backward is not None
         if op.fused:
             saved, early = [*saved, *early], []  # the kernel reads them when its results are written
         self._fusing = op.fused
         results: list[Tensor | None] = []
-        for gradient, tensor in zip(op.backward(self, op, gradients), op.inputs, strict=True):
+        seen = self._seen(op)
+        for gradient, tensor in zip(op.backward(self, seen, gradients), seen.inputs, strict=True):
             wanted = gradient is not None and tensor.requires_grad
             results.append(gradient if wanted else None)
             if gradient is not None and wanted:
@@ -244,6 +245,14 @@ class Autograd:
         for gradient, tensor in zip(results, op.inputs, strict=True):
             if gradient is not None:
                 self._send(self._written(op, gradient, tensor), tensor)
+
+    def _seen(self, op: Op) -> Op:
+        """`op` as its rule sees it: inputs whose gradients nobody asks for require none."""
+        return op
+
+    def _saved(self, op: Op) -> tuple[list[Storage], list[Storage]]:
+        """What goes when the node of `op` has run: afterwards, and as soon as its function returns."""
+        return self._checkpoints.saved(op)
 
     def _written(self, op: Op, gradient: Tensor, tensor: Tensor) -> Tensor:
         """The `gradient` of `tensor` in memory, where something else than a fused kernel wants it."""

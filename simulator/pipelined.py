@@ -7,20 +7,21 @@ Source: torch 2.13 torch/distributed/pipelining/schedules.py `ScheduleGPipe._ste
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 
 import attrs
 
 from simulator.graph import Storage, Tensor
-from simulator.pipeline import BACKWARD, FORWARD, MICRO_BATCHES, Action, Pipeline
+from simulator.pipeline import BACKWARD, BACKWARD_INPUT, BACKWARD_WEIGHT, FORWARD, MICRO_BATCHES, Action, Pipeline
 from simulator.program import Node, TreeBuilder
 from simulator.recorder import Step
 from simulator.roles import Phase, Role
 from simulator.runtime import Job, buffer
 from simulator.sizes import size_of
-from simulator.stage_micro_batch import StageForward, StageMicroBatch
+from simulator.stage_micro_batch import StageBackward, StageForward, StageMicroBatch
 
-#: A storage of one micro-batch.
-Kept = tuple[Storage, int]
+#: A storage of one optimizer step and, there, of one micro-batch.
+Kept = tuple[Storage, int, int]
 #: A variable of torch's: what it is, and of which stage and micro-batch where it has one of each.
 Name = tuple[str, int, int]
 #: Locals of the loop: what the last forward returned, and the gradient that is being sent.
@@ -37,7 +38,7 @@ class _Forward:
 @attrs.frozen(eq=False)
 class _Backward:
     node: Node
-    gradient: Storage | None
+    recorded: StageBackward
 
 
 class PipelinedSteps:
@@ -56,12 +57,13 @@ class PipelinedSteps:
         self._stages = job.graph.stages
         self._micro_batch = StageMicroBatch(job)
         self._forwards: dict[int, _Forward] = {}
-        self._backwards: dict[tuple[int, bool], _Backward] = {}
+        self._backwards: dict[tuple[str, int, bool], _Backward] = {}
         self._frees: dict[Storage, Node] = {}
         self._holders: Counter[Kept] = Counter()
         self._names: dict[Name, Kept] = {}
         self._parts: list[Node] = []
         self._new: dict[int, bool] = {}
+        self._step = 0
         self._whole_output: Node | None = None
         self._receive_buffers()
 
@@ -78,7 +80,7 @@ class PipelinedSteps:
         made = buffer(f"stage{number}.received_{what}", like.size, like.dtype, Role.RECEIVED)
         self._job.resident = [*self._job.resident, *[made] * count]
         for micro_batch in range(count):
-            self._name((what, number, micro_batch), (made, micro_batch))
+            self._name((what, number, micro_batch), (made, self._step, micro_batch))
 
     # what Python holds ---------------------------------------------------------------------------------------------
 
@@ -104,11 +106,19 @@ class PipelinedSteps:
     def step(self, *, cold: bool) -> list[Node]:
         """All micro-batches of a step; the first has no gradients to add to unless they were set to zero."""
         self._parts = []
+        self._step += 1
         if cold or self._job.plan.training.zero_grad == "none":
             self._job.gradients.clear()
         self._new = dict.fromkeys(range(len(self._stages)), not self._job.gradients)
-        self._drop("returned", "loss")  # `clear_runtime_states`; and the caller has a new list of losses
-        run = {FORWARD: self._forward, BACKWARD: self._backward}
+        self._drop(
+            "returned", "received.grad", "loss"
+        )  # `clear_runtime_states`; and the caller has a new list of losses
+        run = {
+            FORWARD: self._forward,
+            BACKWARD: self._backward,
+            BACKWARD_INPUT: self._backward_input,
+            BACKWARD_WEIGHT: self._backward_weight,
+        }
         for action in self._pipeline.order:
             run[action.kind](action)
         self._drop("output", "sent")
@@ -138,7 +148,7 @@ class PipelinedSteps:
         forward = self._forwards[number]
         self._parts.append(forward.model)
         assert stage.output is not None
-        output = stage.output.storage, micro_batch
+        output = stage.output.storage, self._step, micro_batch
         self._name(("forward cache", number, micro_batch), output)
         if self._pipeline.runtime != "runtime":
             self._name(OUTPUT, output)
@@ -147,7 +157,7 @@ class PipelinedSteps:
         if stage.loss is not None:
             if self._pipeline.return_outputs:
                 self._name(("returned", number, micro_batch), output)
-            self._name(("loss", number, micro_batch), (stage.loss.storage, micro_batch))
+            self._name(("loss", number, micro_batch), (stage.loss.storage, self._step, micro_batch))
         following = self._pipeline.next_is_here(number)
         if following is not None:  # `set_local_fwd_input`
             self._name(("activation", following, micro_batch), output)
@@ -161,23 +171,52 @@ class PipelinedSteps:
         number, micro_batch = action.chunk, action.micro_batch
         if self._pipeline.runtime == "gpipe":
             self._name(SENT, None)  # `ops` is bound to what the next backward receives
-        key = number, self._new[number]
-        if key not in self._backwards:
-            after = self._forwards[number].recorded.after
-            recorded = self._micro_batch.backward_stage(number, after)
-            self._backwards[key] = _Backward(self._builder.tree(recorded.steps), recorded.gradient)
+        after = self._forwards[number].recorded.after
+        done = self._part(action, lambda: self._micro_batch.backward_stage(number, after))
         self._new[number] = False
-        backward = self._backwards[key]
-        self._parts.append(backward.node)
         self._name(("forward cache", number, micro_batch), None)
-        if backward.gradient is not None:
-            self._send(number, (backward.gradient, micro_batch))
+        if done.gradient is not None:
+            self._send(number, (done.gradient, self._step, micro_batch))
+
+    def _backward_input(self, action: Action) -> None:
+        """Of the first stage, whose input needs no gradient, nothing is computed until its weights' turn."""
+        number, micro_batch = action.chunk, action.micro_batch
+        stage = self._stages[number]
+        if stage.received is None:
+            return
+        after = self._forwards[number].recorded.after
+        done = self._part(action, lambda: self._micro_batch.backward_input(number, after))
+        if stage.loss is not None:  # `backward_state` keeps what the stage returned, of the last stage the loss
+            self._name(("forward cache", number, micro_batch), None)
+        assert done.gradient is not None
+        gradient = done.gradient, self._step, micro_batch
+        self._name(("received.grad", number, micro_batch), gradient)
+        self._send(number, gradient)
+
+    def _backward_weight(self, action: Action) -> None:
+        number, micro_batch = action.chunk, action.micro_batch
+        if self._stages[number].received is None:
+            self._backward(attrs.evolve(action, kind=BACKWARD))
+            return
+        first = self._backwards[BACKWARD_INPUT, number, False]
+        self._part(action, lambda: self._micro_batch.backward_weight(number, first.recorded))
+        self._new[number] = False
+        self._name(("forward cache", number, micro_batch), None)
+
+    def _part(self, action: Action, lower: Callable[[], StageBackward]) -> StageBackward:
+        """Run a backward; those that run alike are lowered once."""
+        key = action.kind, action.chunk, action.kind != BACKWARD_INPUT and self._new[action.chunk]
+        if key not in self._backwards:
+            recorded = lower()
+            self._backwards[key] = _Backward(self._builder.tree(recorded.steps), recorded)
+        self._parts.append(self._backwards[key].node)
+        return self._backwards[key].recorded
 
     def _send(self, number: int, gradient: Kept) -> None:
         """`get_bwd_send_ops`, or `set_local_bwd_input` where the stage before is on this rank, too."""
         before = self._pipeline.previous_is_here(number)
         if before is not None:
-            self._name(("gradient", before, gradient[1]), gradient)
+            self._name(("gradient", before, gradient[-1]), gradient)
         else:
             self._name(SENT, gradient)
             if self._pipeline.runtime == "runtime":

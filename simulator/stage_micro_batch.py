@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import attrs
 
-from simulator.graph import Storage
+from hardware.errors import UnsupportedError
+from simulator.autograd import Autograd
+from simulator.graph import Op, Storage, Tensor
 from simulator.micro_batch import AfterForward, MicroBatch
 from simulator.recorder import Recorder, Step
 from simulator.roles import Phase
 from simulator.runtime import Job
+from simulator.split_backward import InputBackward, Split, WeightBackward
+
+Part = TypeVar("Part", InputBackward, WeightBackward)
 
 
 @attrs.frozen(eq=False)
@@ -31,6 +37,10 @@ class StageBackward:
     steps: Sequence[Step]
     gradient: Storage | None
     """That of what the stage received, which is left."""
+    after: AfterForward
+    """Where the second part of a backward that is split goes on."""
+    captured: dict[Op, list[Tensor | None]] = attrs.field(factory=dict)
+    """The gradients that the first part keeps for the second."""
 
 
 class StageMicroBatch(MicroBatch):
@@ -58,16 +68,53 @@ class StageMicroBatch(MicroBatch):
 
     def backward_stage(self, number: int, after: AfterForward) -> StageBackward:
         """The steps of a full backward (`stage_backward`), from the loss or from the gradient that was received."""
-        stage = self.graph.stages[number]
+        self._go_on(after)
+        engine = self._autograd(())
+        self._run_engine(engine, number)
+        for storage in self._checkpoints.bound():
+            self.recorder.release(storage)
+        return self._done(engine)
+
+    def backward_input(self, number: int, after: AfterForward) -> StageBackward:
+        """The steps of `stage_backward_input`."""
+        if self._checkpoints.region_of:
+            raise UnsupportedError("checkpoints in a backward split in two are not modelled: take another schedule")
+        self._go_on(after)
+        engine = self._split_engine(InputBackward, number)
+        self._run_engine(engine, number)
+        engine.finish()
+        return attrs.evolve(self._done(engine), captured=engine.captured)
+
+    def backward_weight(self, number: int, first: StageBackward) -> StageBackward:
+        """The steps of `stage_backward_weight`, after the `first` part."""
+        self._go_on(first.after)
+        engine = self._split_engine(WeightBackward, number)
+        engine.run_groups(first.captured)
+        return self._done(engine)
+
+    def _go_on(self, after: AfterForward) -> None:
         self.recorder = self._job.recorder = after.recorder.fork()
         self._checkpoints.begin(self.recorder, ())
         self.recorder.phase = Phase.BACKWARD
-        engine = self._autograd(())
+
+    def _run_engine(self, engine: Autograd, number: int) -> None:
+        stage = self.graph.stages[number]
         if stage.loss is not None:
             engine.run(stage.loss)
         else:
             assert stage.output is not None
             engine.run_from(stage.output, stage.gradient_received())
-        for storage in self._checkpoints.bound():
-            self.recorder.release(storage)
-        return StageBackward(self.recorder.steps, engine.kept[0] if engine.kept else None)
+
+    def _split_engine(self, kind: type[Part], number: int) -> Part:
+        return kind(
+            Split(self.graph, self.graph.stages[number]),
+            self.graph,
+            self.recorder,
+            self._checkpoints,
+            self._job.gradients,
+            kernel_workspace=self._job.plan.training.kernel_workspace,
+        )
+
+    def _done(self, engine: Autograd) -> StageBackward:
+        kept = engine.kept[0] if engine.kept else None
+        return StageBackward(self.recorder.steps, kept, AfterForward(self.recorder, ()))
