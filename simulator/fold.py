@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from simulator.graph import Storage
-from simulator.program import Leaf, Node, Repeat, Seq, Step
+from simulator.program import Leaf, Node, Occurrence, Repeat, Seq, Step
 from simulator.roles import Role
 from simulator.sizes import AnySize, Bindings, Value
 
@@ -30,7 +30,7 @@ Column = tuple[Role, AnySize]
 
 @attrs.frozen(eq=False)
 class Location:
-    """The step of a candidate and, from the outside in, the iteration of each repeat around it."""
+    """The step of a candidate and, from the outside in, the iteration of each repeat (number of each occurrence)."""
 
     step: Step
     iterations: tuple[int, ...] = ()
@@ -124,7 +124,10 @@ class Folder:
             self._rows[node] = known
         return known
 
-    def _fold_inner(self, node: Seq | Repeat) -> _Rows:
+    def _fold_inner(self, node: Seq | Repeat | Occurrence) -> _Rows:
+        if isinstance(node, Occurrence):
+            body = self._fold(node.body)
+            return _Rows(body.net, body.candidates, _in_iteration(body, node.number))
         if isinstance(node, Seq):
             return _sequence([self._fold(part) for part in node.parts], len(self._index))
         return _repeat(self._fold(node.body), node.count)

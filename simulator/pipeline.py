@@ -66,6 +66,11 @@ class Pipeline:
     return_outputs: bool = False
     """Whether the last stage's outputs are kept and merged (``step(return_outputs=True)``)."""
 
+    @property
+    def layers(self) -> list[int]:
+        """The rank's layers, by their number in the whole model."""
+        return [layer for chunk in self.chunks for layer in chunk.layers]
+
     def stage_of(self, chunk: int) -> Stage:
         """Which ends of the model a chunk has."""
         number = self.chunks[chunk].stage

@@ -57,7 +57,15 @@ class Repeat:
     stride: int = 0
 
 
-Node = Leaf | Seq | Repeat
+@attrs.frozen(eq=False)
+class Occurrence:
+    """`body` where a program has it several times, here and there (a pipeline's micro-batches): the `number`-th."""
+
+    number: int
+    body: Node
+
+
+Node = Leaf | Seq | Repeat | Occurrence
 
 #: What a storage is called in the unrolled program: label and real layer index.
 Identity = tuple[str, int | None]

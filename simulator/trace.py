@@ -292,7 +292,7 @@ class Trace:
 
     def receive(self) -> Tensor:
         """The hidden states ``[b, s, h]`` that the stage before sent: a leaf that requires a gradient."""
-        tensor = self._leaf("received", ("b", "s", "h"), self.regime.autocast or self.regime.weights, Role.RECEIVED)
+        tensor = self._leaf("received", ("b", "s", "h"), self.regime.weights, Role.RECEIVED)
         tensor.requires_grad = self.regime.training
         self.graph.stages[-1].received = tensor
         return tensor

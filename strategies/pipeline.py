@@ -13,7 +13,7 @@ from typing import ClassVar
 import attrs
 
 from hardware.errors import UnsupportedError, UsageError
-from simulator.pipeline import RUNTIMES, Action, Chunk, Pipeline
+from simulator.pipeline import BACKWARD, BACKWARD_INPUT, BACKWARD_WEIGHT, FORWARD, RUNTIMES, Action, Chunk, Pipeline
 from simulator.plan import Plan
 
 
@@ -63,14 +63,23 @@ class PipelineParallel:
         self._check_order(plan.training.gradient_accumulation)
 
     def _check_cuts(self, layers: int) -> None:
-        if self.cuts[0] != 0 or self.cuts[-1] != layers or any(b <= a for a, b in pairwise(self.cuts)):
-            raise UsageError(f"'cuts' must rise from 0 to the number of layers, {layers}: {list(self.cuts)}")
-        if any(stage not in range(len(self.cuts) - 1) for stage in self.stages):
+        if len(self.cuts) < 2 or (self.cuts[0], self.cuts[-1]) != (0, layers):
+            raise UsageError(f"'cuts' must go from 0 to the number of layers, {layers}: {list(self.cuts)}")
+        if any(end <= start for start, end in pairwise(self.cuts)):
+            raise UsageError(f"'cuts' must leave every stage a layer: {list(self.cuts)}; have fewer stages")
+        if not self.stages or any(stage not in range(len(self.cuts) - 1) for stage in self.stages):
             raise UsageError(f"'stages' must be among the {len(self.cuts) - 1} that 'cuts' makes: {list(self.stages)}")
 
     def _check_order(self, micro_batches: int) -> None:
-        """Every micro-batch goes forward through every chunk, once."""
-        forward = sorted((a.chunk, a.micro_batch) for a in self.order if a.kind == "F")
-        wanted = [(chunk, number) for chunk in range(len(self.stages)) for number in range(micro_batches)]
-        if forward != wanted:
-            raise UsageError(f"'order' must run each of {micro_batches} micro-batches through each chunk once")
+        """Every micro-batch goes forward and then backward through every chunk, in one part or in two."""
+        done: dict[tuple[int, int], str] = {}
+        for action in self.order:
+            where = action.chunk, action.micro_batch
+            done[where] = done.get(where, "") + action.kind
+        wanted = {(chunk, number) for chunk in range(len(self.stages)) for number in range(micro_batches)}
+        if set(done) != wanted or not set(done.values()) <= {
+            FORWARD + BACKWARD,
+            FORWARD + BACKWARD_INPUT + BACKWARD_WEIGHT,
+        }:
+            way = "F then B, or F, I and W"
+            raise UsageError(f"'order' must run each of {micro_batches} micro-batches through each chunk once: {way}")
