@@ -234,6 +234,8 @@ def _check(plan: Plan) -> None:
         "reentrant checkpoints": plan.reentrant,
         "compiled layers": plan.compiled,
         "float8": plan.float8,
+        "'liger'": training.liger.kernels,
+        "'items_in_batch'": training.items_in_batch,
         "'autocast'": training.autocast,
         "'grad_scaler'": training.grad_scaler,
         "'optimizer_in_backward'": training.optimizer_in_backward,

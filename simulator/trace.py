@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import attrs
 
 from hardware.dtypes import DType
+from hardware.errors import UnsupportedError
 from simulator.graph import BackwardRule, ForwardGraph, Op, Shape, StageGraph, Tensor, flat, make_storage, make_tensor
 from simulator.liger import Liger
 from simulator.pipeline import MICRO_BATCHES, Stage
@@ -286,6 +287,8 @@ class Trace:
         self.graph.stages.append(graph)
         yield
         graph.end_op = len(self.graph.ops)
+        if (stage.first or graph.received) is None or (stage.last or graph.output) is None:
+            raise UnsupportedError("this model is not cut into pipeline stages yet: leave the pipeline out")
         if stage.last:
             graph.loss_op, graph.loss, (graph.output, *_) = self.graph.outside, self.graph.loss, self.graph.outputs
         self.module = ""
