@@ -124,8 +124,8 @@ class PipelinedSteps:
         for action in self._pipeline.order:
             run[action.kind](action)
         self._drop("output", "sent")
-        if self._stages[-1].loss is not None and self._pipeline.return_outputs:
-            self._parts.append(self._merged(self._stages[-1].output))
+        if self._pipeline.return_outputs:
+            self._parts += [self._merged(stage.output) for stage in self._stages if stage.loss is not None]
         return [Occurrence(number, part) for number, part in enumerate(self._parts)]
 
     def _drop(self, *variables: str) -> None:
