@@ -210,7 +210,8 @@ class PipelinedSteps:
         key = action.kind, action.chunk, action.kind != BACKWARD_INPUT and self._new[action.chunk]
         if key not in self._backwards:
             recorded = lower()
-            self._backwards[key] = _Backward(self._builder.tree(recorded.steps), recorded)
+            upward = action.kind == BACKWARD_WEIGHT  # weights have their turns in the order of ``parameters()``
+            self._backwards[key] = _Backward(self._builder.tree(recorded.steps, upward=upward), recorded)
         self._parts.append(self._backwards[key].node)
         return self._backwards[key].recorded
 
