@@ -95,7 +95,7 @@ def distributed_case(line: Mapping[str, Any]) -> Case:
     mesh, strategies = parallelise(config)
     if kind == "pp":
         strategies = (recorded_pipeline(line),)
-        config = {"impl": "titan", **config, "grad_accum": config["microbatches"]}
+        config = {"impl": "titan", **config, "grad_accum": config.get("microbatches", 1)}
     checkpointing: tuple[Strategy, ...] = (FullCheckpointing(),) if config.get("ac") else ()
     model = _model(config)
     training = attrs.evolve(_training(config), liger=liger_of(config.get("liger"), model.family))
