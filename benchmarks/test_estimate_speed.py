@@ -32,3 +32,19 @@ def test_one_estimate_by_micro_batches(benchmark, micro_batches):
     """Goal: within 1.5x of each other."""
     report = benchmark(simulate, MODEL, attrs.evolve(TRAINING, gradient_accumulation=micro_batches))
     assert report.peak.nbytes > 0
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "deepseek-ai/DeepSeek-V3",
+        "moonshotai/Kimi-K2-Instruct",
+        "nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16",
+        "Qwen/Qwen3-235B-A22B",
+    ],
+)
+def test_one_estimate_of_unlike_layers(benchmark, name):
+    """Goal: under 20 ms, dense layers before experts and hybrids without a pattern included."""
+    model = read_model(name)
+    report = benchmark(simulate, model, Training(weights=BF16, seq_len=4096, attention="eager"))
+    assert report.peak.nbytes > 0

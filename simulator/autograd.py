@@ -214,10 +214,10 @@ class Autograd:
         recorder = self.recorder
         for runtime in self._runtimes:
             runtime.before_node(op)
-        if op.slot != self._slot:
+        if op.place != self._slot:
             self._serial = 0  # labels count from the first op of a layer, so that equal layers get equal labels
-            self._slot = op.slot
-        recorder.module, recorder.slot = op.module, op.slot
+            self._slot = op.place
+        recorder.module, recorder.slot = op.module, op.place
         self._node = op
         saved, early = self._found = self._saved(op)
         assert op.backward is not None

@@ -10,7 +10,14 @@ from collections.abc import Callable, Sequence
 from hardware.dtypes import FP32, INT64
 from hardware.errors import UnsupportedError
 from simulator import ops
-from simulator.blocks import Norm, rotary_tables, token_embeddings, vocabulary_head, vocabulary_table
+from simulator.blocks import (
+    Norm,
+    add_load_balancing_loss,
+    rotary_tables,
+    token_embeddings,
+    vocabulary_head,
+    vocabulary_table,
+)
 from simulator.graph import ForwardGraph, Tensor
 from simulator.masks import causal_mask, positions, recurrent_mask
 from simulator.model import AttentionSpec, LayerSpec, ModelSpec
@@ -160,6 +167,10 @@ def language_head(
         low_input: whether the head casts `hidden` to the element type of its weight.
     """
     if t.regime.liger.fused_linear_cross_entropy:
+        if spec.load_balancing:
+            raise UnsupportedError(
+                "'liger' fused_linear_cross_entropy with output_router_logits is not modelled: leave one of them out"
+            )
         _fused_language_head(t, hidden, labels, spec, vocabulary)
         return
     tied = vocabulary if spec.tied_embeddings else None
@@ -173,10 +184,15 @@ def language_head(
             logits = local("logits", ops.tanh(t, logits))
             logits = local("logits", ops.mul_scalar(t, logits))
         loss = None if t.regime.pipelined else causal_lm_loss(t, logits, labels)
+        kept: tuple[Tensor, ...] = ()
+        if loss is not None and spec.load_balancing:
+            loss, balance = add_load_balancing_loss(t, loss)
+            kept = (local("aux_loss", balance), *t.router_logits.values())
     if loss is None:  # a stage returns logits, of which the schedule has the loss computed
         cross_entropy_outside(t, logits, labels)
         return
     leave_with(t, logits, loss)
+    t.graph.outputs += kept
 
 
 def leave_with(t: Trace, logits: Tensor, loss: Tensor) -> None:

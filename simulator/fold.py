@@ -11,7 +11,7 @@ so depth and number of micro-batches cost nothing. Bytes enter last, as ints, ar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import attrs
@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from simulator.graph import Storage
-from simulator.program import Leaf, Node, Occurrence, Repeat, Seq, Step
+from simulator.program import Leaf, Node, Occurrence, Repeat, Seq, Step, Walk
 from simulator.roles import Role
 from simulator.sizes import AnySize, Bindings, Value
 
@@ -38,17 +38,17 @@ class Location:
 
 @attrs.frozen(eq=False)
 class Folded:
-    """A folded program part: `net` counts per column, one row of `candidates` per possible peak."""
+    """A folded program part: `net` counts per column, and what tells the bytes of each possible peak."""
 
     columns: tuple[Column, ...]
     net: Counts
-    candidates: Counts
-    locate: Callable[[int], Location]
-    """Where a candidate is."""
+    start: Counts
+    """What is allocated before the part runs."""
+    rows: _Rows
 
     def after(self, net: Counts) -> Folded:
         """The same part, starting from what `net` has left allocated."""
-        return attrs.evolve(self, net=self.net + net, candidates=self.candidates + net)
+        return attrs.evolve(self, net=self.net + net, start=self.start + net)
 
     def prices(self, bindings: Bindings) -> list[Value]:
         """Allocated bytes of one storage per column."""
@@ -58,25 +58,30 @@ class Folded:
                 known[size] = size.allocated(bindings)
         return [known[size] for _, size in self.columns]
 
-    def bytes(self, prices: list[Value]) -> Any:
+    def bytes(self, prices: list[Value], known: dict[int, Any] | None = None) -> Any:
         """Bytes of every candidate at `prices`.
 
         One row per candidate: an int64 array for ints (of Python ints where 64 bits are too few), one with the
         broadcast shape of the arrays behind it for arrays, an object array of expressions for symbols.
+
+        Args:
+            known: what parts of this program cost at these prices, found before; filled here.
         """
         if any(hasattr(price, "free_symbols") for price in prices):
-            return np.array([_dot(row, prices) for row in self.candidates.tolist()], dtype=object)
-        stacked = np.stack(np.broadcast_arrays(*prices))
-        largest = int(stacked.max(initial=0)) * int(np.abs(self.candidates).sum(axis=1).max(initial=0))
-        if largest > np.iinfo(np.int64).max:  # numpy would wrap around in silence
-            return np.tensordot(self.candidates.astype(object), stacked.astype(object), axes=1)
-        return np.tensordot(self.candidates, stacked, axes=1)
+            stacked = np.array(prices, dtype=object)
+        else:
+            stacked = np.stack(np.broadcast_arrays(*prices))
+            largest = int(stacked.max(initial=0)) * (int(np.abs(self.start).sum()) + self.rows.largest)
+            if largest > np.iinfo(np.int64).max:  # numpy would wrap around in silence
+                stacked = stacked.astype(object)
+        return self.rows.bytes(stacked, {} if known is None else known) + _priced(self.start, stacked)
 
-    def peak(self, prices: list[Value]) -> Peak:
-        """The largest candidate for integer `prices`; the first one on a tie."""
-        values = self.bytes(prices)
+    def peak(self, prices: list[Value], known: dict[int, Any] | None = None) -> Peak:
+        """The largest candidate for integer `prices`; the first one on a tie. See `bytes`."""
+        values = self.bytes(prices, known)
         index = int(np.argmax(values))
-        return Peak(int(values[index]), self.locate(index), self._by_role(self.candidates[index], prices))
+        location, counts = self.rows.candidate(index)
+        return Peak(int(values[index]), location, self._by_role(_widen(counts, len(self.start)) + self.start, prices))
 
     def left(self, prices: list[Value]) -> int:
         """Bytes left allocated at the end."""
@@ -103,6 +108,73 @@ def _dot(counts: Iterable[int], prices: list[Value]) -> Value:
     return sum((count * price for count, price in zip(counts, prices, strict=True) if count), 0)
 
 
+@attrs.frozen(eq=False)
+class _Straight:
+    """A straight run: `table` has one row per candidate."""
+
+    net: Counts
+    table: Counts
+    steps: tuple[Step, ...]
+    """The step of each candidate."""
+    largest: int
+    """No candidate counts more storages, allocated and freed ones together."""
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def bytes(self, prices: Any, known: dict[int, Any]) -> Any:
+        """Bytes of every candidate; `known` has those of parts priced before."""
+        found = known.get(id(self))
+        if found is None:
+            found = known[id(self)] = _priced(self.table, prices)
+        return found
+
+    def candidate(self, index: int) -> tuple[Location, Counts]:
+        """Where a candidate is, and its counts."""
+        return Location(self.steps[index]), self.table[index]
+
+
+@attrs.frozen(eq=False)
+class _Joined:
+    """Parts one after the other, each with what is allocated before it; of repeats, those that may have the peak."""
+
+    net: Counts
+    parts: tuple[_Rows, ...]
+    starts: Counts
+    """One row per part."""
+    largest: int
+    """No candidate counts more storages, allocated and freed ones together."""
+    iterations: tuple[int, ...] = ()
+    """Of a repeat, the iteration of each part."""
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    def bytes(self, prices: Any, known: dict[int, Any]) -> Any:
+        """Bytes of every candidate; `known` has those of parts priced before."""
+        found = known.get(id(self))
+        if found is None:
+            starts = _priced(self.starts, prices)
+            priced = [part.bytes(prices, known) + start for part, start in zip(self.parts, starts, strict=True)]
+            nothing = np.zeros((0, *prices.shape[1:]), dtype=prices.dtype)
+            found = known[id(self)] = np.concatenate([nothing, *priced])
+        return found
+
+    def candidate(self, index: int) -> tuple[Location, Counts]:
+        """Where a candidate is, and its counts."""
+        for number, part in enumerate(self.parts):
+            if index < len(part):
+                location, counts = part.candidate(index)
+                if self.iterations:
+                    location = Location(location.step, (self.iterations[number], *location.iterations))
+                return location, _widen(counts, self.starts.shape[1]) + self.starts[number]
+            index -= len(part)
+        raise AssertionError("no such candidate")
+
+
+_Rows = _Straight | _Joined
+
+
 class Folder:
     """Folds the parts of one program over one set of columns, each distinct part once."""
 
@@ -114,66 +186,68 @@ class Folder:
     def fold(self, node: Node) -> Folded:
         """The folded form of `node`; columns cover everything this folder has seen so far."""
         rows = self._fold(node)
-        width = len(self._index)
-        return Folded(tuple(self._index), _widen(rows.net, width), _widen(rows.candidates, width), rows.locate)
+        net = _widen(rows.net, len(self._index))
+        return Folded(tuple(self._index), net, np.zeros_like(net), rows)
 
     def _fold(self, node: Node) -> _Rows:
         known = self._rows.get(node)
         if known is None:
-            known = self._fold_leaf(node) if isinstance(node, Leaf) else self._fold_inner(node)
-            self._rows[node] = known
+            known = self._rows[node] = self._fold_leaf(node) if isinstance(node, Leaf) else self._fold_inner(node)
         return known
 
-    def _fold_inner(self, node: Seq | Repeat | Occurrence) -> _Rows:
+    def _fold_inner(self, node: Seq | Repeat | Walk | Occurrence) -> _Rows:
+        if isinstance(node, Repeat):
+            return _repeat(self._fold(node.body), node.count)
         if isinstance(node, Occurrence):
             body = self._fold(node.body)
-            return _Rows(body.net, body.candidates, _in_iteration(body, node.number))
+            return _sequence([body], len(self._index), (node.number,))
         if isinstance(node, Seq):
             return _sequence([self._fold(part) for part in node.parts], len(self._index))
-        return _repeat(self._fold(node.body), node.count)
+        bodies = [self._fold(leaf) for leaf, _ in node.parts]
+        return _sequence(bodies, len(self._index), tuple(range(len(bodies))))
 
-    def _fold_leaf(self, leaf: Leaf) -> _Rows:
-        births = [[self._column(r.storage) for r in step.births] for step in leaf.steps]
-        deaths = [[self._column(r.storage) for r in step.deaths] for step in leaf.steps]
-        width = len(self._index)
-        born, died = _counts(births, width), _counts(deaths, width)
-        after = np.cumsum(born - died, axis=0)
-        kept = _local_peaks(births, deaths)
-        return _Rows(after[-1], (after + died)[kept], lambda index: Location(leaf.steps[kept[index]]))
+    def _fold_leaf(self, leaf: Leaf) -> _Straight:
+        """One candidate per step after whose births something dies before anything else is born."""
+        born: list[Storage] = []
+        died: list[Storage] = []
+        rows: tuple[list[int], list[int]] = ([], [])
+        peaks: list[Step] = []
+        rising: Step | None = None
+        for step in leaf.steps:
+            births, deaths = step.recorded.births, step.recorded.deaths
+            if births:
+                rising = step
+                born += births
+                rows[0].extend([len(peaks)] * len(births))
+            if deaths:
+                if rising is not None:
+                    peaks.append(rising)
+                    rising = None
+                died += deaths
+                rows[1].extend([len(peaks)] * len(deaths))
+        if rising is not None:
+            peaks.append(rising)
+        columns = self._numbered(born), self._numbered(died)
+        shape = (len(peaks) + 1, len(self._index))
+        live = np.cumsum(_counts(rows[0], columns[0], shape) - _counts(rows[1], columns[1], shape), axis=0)
+        return _Straight(live[-1], live[:-1], tuple(peaks), len(born) + len(died))
+
+    def _numbered(self, storages: list[Storage]) -> list[int]:
+        """The column of each storage."""
+        known = self._columns
+        return [known[storage] if storage in known else self._column(storage) for storage in storages]
 
     def _column(self, storage: Storage) -> int:
-        column = self._columns.get(storage)
-        if column is None:
-            column = self._index.setdefault((storage.role, storage.size), len(self._index))
-            self._columns[storage] = column
+        column = self._index.setdefault((storage.role, storage.size), len(self._index))
+        self._columns[storage] = column
         return column
 
 
-@attrs.frozen(eq=False)
-class _Rows:
-    net: Counts
-    candidates: Counts
-    locate: Callable[[int], Location]
-
-
-def _counts(columns: list[list[int]], width: int) -> Counts:
-    """How often each column occurs in each row."""
-    flat = [row * width + column for row, found in enumerate(columns) for column in found]
-    counts = np.bincount(np.array(flat, dtype=np.int64), minlength=len(columns) * width)
-    return counts.reshape(len(columns), width)
-
-
-def _local_peaks(births: list[list[int]], deaths: list[list[int]]) -> list[int]:
-    """Steps after whose births something dies before anything else is born: the others cannot be a peak."""
-    kept = []
-    rising = -1
-    for index, (born, died) in enumerate(zip(births, deaths, strict=True)):
-        if born:
-            rising = index
-        if died and rising >= 0:
-            kept.append(rising)
-            rising = -1
-    return kept + ([rising] if rising >= 0 else [])
+def _counts(rows: list[int], columns: list[int], shape: tuple[int, int]) -> Counts:
+    """How often each (row, column) occurs."""
+    height, width = shape
+    flat = np.array(rows, dtype=np.int64) * width + np.array(columns, dtype=np.int64)
+    return np.bincount(flat, minlength=height * width).reshape(shape)
 
 
 def _widen(rows: Counts, width: int) -> Counts:
@@ -185,41 +259,35 @@ def _widen(rows: Counts, width: int) -> Counts:
     return wide
 
 
-def _sequence(parts: list[_Rows], width: int) -> _Rows:
-    net = np.zeros(width, dtype=np.int64)
-    candidates = [np.zeros((0, width), dtype=np.int64)]
-    for part in parts:
-        candidates.append(_widen(part.candidates, width) + net)
-        net = net + _widen(part.net, width)
-    return _Rows(net, np.concatenate(candidates), lambda index: _locate_in(parts, index))
+def _priced(counts: Counts, prices: Any) -> Any:
+    """Bytes of each row of `counts` (or of the one there is), whose last columns may be missing."""
+    among = prices[: counts.shape[-1]]
+    return counts.dot(among) if among.ndim == 1 else np.tensordot(counts, among, axes=1)
 
 
-def _locate_in(parts: list[_Rows], index: int) -> Location:
-    for part in parts:
-        if index < len(part.candidates):
-            return part.locate(index)
-        index -= len(part.candidates)
-    raise AssertionError("no such candidate")
+def _sequence(parts: Sequence[_Rows], width: int, iterations: tuple[int, ...] = ()) -> _Joined:
+    starts = np.zeros((len(parts) + 1, width), dtype=np.int64)
+    for index, part in enumerate(parts):
+        starts[index + 1, : len(part.net)] = part.net
+    np.cumsum(starts, axis=0, out=starts)
+    return _joined(starts[-1], parts, starts[:-1], iterations)
 
 
-def _repeat(body: _Rows, count: int) -> _Rows:
+def _joined(net: Counts, parts: Sequence[_Rows], starts: Counts, iterations: tuple[int, ...]) -> _Joined:
+    before: list[int] = np.abs(starts).sum(axis=1).tolist()
+    largest = max([0, *(count + part.largest for count, part in zip(before, parts, strict=True))])
+    return _Joined(net, tuple(parts), starts, largest, iterations)
+
+
+def _repeat(body: _Rows, count: int) -> _Joined:
     """First and last iteration; one of them is enough when the net only grows or only shrinks."""
-    net = count * body.net
+    if count == 1:
+        return _Joined(body.net, (body,), np.zeros((1, len(body.net)), dtype=np.int64), body.largest, (0,))
     if count == 0:
-        return _Rows(net, body.candidates[:0], body.locate)
-    first = _Rows(net, body.candidates, _in_iteration(body, 0))
-    if count == 1 or (body.net <= 0).all():
-        return first
-    last = _Rows(net, body.candidates + (count - 1) * body.net, _in_iteration(body, count - 1))
-    if (body.net >= 0).all():
-        return last
-    both = np.concatenate([first.candidates, last.candidates])
-    return _Rows(net, both, lambda index: _locate_in([first, last], index))
-
-
-def _in_iteration(body: _Rows, iteration: int) -> Callable[[int], Location]:
-    def locate(index: int) -> Location:
-        at = body.locate(index)
-        return Location(at.step, (iteration, *at.iterations))
-
-    return locate
+        iterations: tuple[int, ...] = ()
+    elif (body.net <= 0).all():
+        iterations = (0,)
+    else:
+        iterations = (count - 1,) if (body.net >= 0).all() else (0, count - 1)
+    starts = np.array(iterations, dtype=np.int64)[:, None] * body.net
+    return _joined(count * body.net, (body,) * len(iterations), starts, iterations)

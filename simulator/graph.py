@@ -107,15 +107,26 @@ class Op:
     only_recorded: tuple[Storage, ...] = ()
     """What it makes for the sake of backward alone: not under ``torch.no_grad``."""
     attributes: dict[str, Any] = attrs.field(factory=dict)
+    births: list[Storage] = attrs.field(factory=list)
+    """What it makes: the edges from it, as they are written down; those to it are the next three."""
+    reads: list[Storage] = attrs.field(factory=list)
+    saves: list[Storage] = attrs.field(factory=list)
+    holds: list[Storage] = attrs.field(factory=list)
     fused: bool = False
     """Whether a compiler makes it, and its backward, part of a kernel with its neighbours."""
+    turn: int | None = None
+    """The layer whose turn it is in a loop over layers that is outside of them: how often it runs is said by that."""
+
+    @property
+    def place(self) -> int | None:
+        """The layer whose repeats its steps follow, whether or not it is part of that layer; None outside the stack."""
+        return self.slot if self.turn is None else self.turn
 
 
 @attrs.define(eq=False)
 class ForwardGraph:
     """The forward pass of one micro-batch: the graph, its ops in execution order, its parameters."""
 
-    edges: nx.DiGraph[Any]
     ops: list[Op] = attrs.field(factory=list)
     parameters: list[Tensor] = attrs.field(factory=list)
     buffers: list[Tensor] = attrs.field(factory=list)
@@ -139,10 +150,35 @@ class ForwardGraph:
     stages: list[StageGraph] = attrs.field(factory=list)
     """The stages of a pipeline that the rank has; none where there is no pipeline."""
 
+    _edges: nx.DiGraph[Any] | None = attrs.field(default=None, init=False)
+
+    @property
+    def edges(self) -> nx.DiGraph[Any]:
+        """The graph itself, made of what the ops have when somebody asks first; from then on it alone counts."""
+        if self._edges is None:
+            self._edges = self._digraph()
+        return self._edges
+
+    def _digraph(self) -> nx.DiGraph[Any]:
+        import networkx as nx
+
+        edges: nx.DiGraph[Any] = nx.DiGraph()
+        edges.add_nodes_from(tensor.storage for tensor in (*self.inputs, *self.parameters, *self.buffers))
+        for op in self.ops:
+            edges.add_node(op)
+            edges.add_edges_from((storage, op, {"reads": True}) for storage in op.reads)
+            edges.add_edges_from((op, storage) for storage in op.births)
+            edges.add_edges_from((storage, op, {"saves": True}) for storage in op.saves)
+            edges.add_edges_from((storage, op, {"holds": True}) for storage in op.holds)
+        return edges
+
     def uses(self, op: Op) -> Uses:
         """The storages that `op` reads, saves and holds."""
+        if self._edges is None:
+            holds = op.holds if len(op.holds) < 2 else in_order(op.holds, [*op.reads, *op.saves])
+            return Uses(op.reads, op.saves, holds)
         found = Uses([], [], [])
-        for storage, edge in self.edges.pred[op].items():
+        for storage, edge in self._edges.pred[op].items():
             if "reads" in edge:
                 found.reads.append(storage)
             if "saves" in edge:
@@ -153,7 +189,7 @@ class ForwardGraph:
 
     def births(self, op: Op) -> list[Storage]:
         """The storages that `op` makes."""
-        return list(self.edges.succ[op])
+        return op.births if self._edges is None else list(self._edges.succ[op])
 
 
 @attrs.define(eq=False)
@@ -188,6 +224,14 @@ class Uses:
     reads: list[Storage]
     saves: list[Storage]
     holds: list[Storage]
+
+
+def in_order(storages: list[Storage], before: list[Storage]) -> list[Storage]:
+    """`storages` in the order of their edges, in which they are released: those that have one `before` come first."""
+    if len(storages) < 2:
+        return storages
+    first = [storage for storage in dict.fromkeys(before) if storage in storages]
+    return [*first, *(storage for storage in storages if storage not in first)]
 
 
 @lru_cache(maxsize=4096)

@@ -107,7 +107,7 @@ def layout_of(layers: Sequence[Hashable], reach: int = 1, together: int = 1) -> 
     Args:
         together: how many layers, counted from the first, no run may part from one another.
     """
-    kinds = _kinds(layers)
+    kinds = numbered(layers)
     groups = [tuple(kinds[start : start + together]) for start in range(0, len(kinds), together)]
     numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
     runs: list[Run] = []
@@ -128,7 +128,7 @@ def layout_by_neighbours(layers: Sequence[Hashable]) -> Layout:
 
     What is built has the same neighbours everywhere, because it is cut at such layers only.
     """
-    windows = _windows(_kinds(layers))
+    windows = _windows(numbered(layers))
     kept = _shortened(windows)
     others: dict[int, list[int]] = {}
     for layer in sorted(set(range(len(layers))) - set(kept)):
@@ -176,7 +176,7 @@ def unrolled_layout(layers: Sequence[Hashable]) -> Layout:
     return Layout(runs, tuple(Place(run, 0, 0) for run in runs))
 
 
-def _kinds(layers: Sequence[Hashable]) -> list[int]:
+def numbered(layers: Sequence[Hashable]) -> list[int]:
     """Equal layers get equal numbers, so that patterns are found on ints."""
     numbers: dict[Hashable, int] = {}
     by_identity: dict[int, int] = {}
@@ -199,10 +199,15 @@ def _cut(kinds: list[int], turns: int) -> list[tuple[int, int]]:
     fewest = [0] * (total + 1)
     chosen = [(1, 1)] * total
     for position in reversed(range(total)):
-        options = [(period, count[position]) for period, count in enumerate(counts, start=1) if position < len(count)]
-        cost = {(p, n): p * min(n, turns) + fewest[position + p * n] for p, n in options if n > 1 or p == 1}
-        chosen[position] = min(cost, key=lambda run: (cost[run], -run[0] * run[1], run[0]))
-        fewest[position] = cost[chosen[position]]
+        ways = []
+        for period, count in enumerate(counts[: total - position], start=1):
+            turns_here = count[position]
+            if turns_here > 1 or period == 1:
+                length = period * turns_here
+                built = period * min(turns_here, turns) + fewest[position + length]
+                ways.append((built, -length, period, turns_here))
+        fewest[position], _, *run = min(ways)
+        chosen[position] = run[0], run[1]
     runs, position = [], 0
     while position < total:
         runs.append(chosen[position])

@@ -138,15 +138,17 @@ class MicroBatch:
     def _run(self, op: Op, births: list[Storage], held: set[Storage | None]) -> None:
         """Record `op`; each birth is then held once per use instead of by its maker."""
         recorder = self.recorder
-        recorder.module, recorder.slot = op.module, op.slot
+        recorder.module, recorder.slot = op.module, op.place
         if op.only_saved:  # a checkpointed forward saves nothing, so nothing is there
             births = [storage for storage in births if self._uses.get(storage)]
         recorder.run(op.name, births)
         for storage in births:
-            recorder.retain(storage, self._uses.get(storage, 0) + (storage in held))
-            recorder.release(storage)
+            recorder.hand_over(storage, self._uses.get(storage, 0) + (storage in held))
 
     def _release_outputs(self) -> None:
+        if any(tensor.storage.slot is not None for tensor in self.graph.outputs):  # a step of all layers, not of one
+            self.recorder.module, self.recorder.slot = "", None
+            self.recorder.note("outputs")
         for tensor in self.graph.outputs:
             self.recorder.release(tensor.storage)
 

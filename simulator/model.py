@@ -162,6 +162,22 @@ class DeltaNetSpec(TokenMixerSpec):
 
 
 @attrs.frozen(kw_only=True)
+class LightningSpec(TokenMixerSpec):
+    """Lightning attention: linear attention with a decaying state, block by block (arXiv:2401.04658)."""
+
+    heads: int = attrs.field(validator=_count(LARGEST_HEADS))
+    head_dim: int = attrs.field(validator=_count(LARGEST_HIDDEN))
+    block: int = attrs.field(validator=_count(LARGEST_POSITIONS))
+    """Tokens of a block, inside of which all pairs are weighed."""
+    activation: str = attrs.field(default="silu", validator=instance_of(str))
+    """What follows the projection of queries, keys and values."""
+
+    def __attrs_post_init__(self) -> None:
+        if self.heads * self.head_dim > LARGEST_WIDTH:
+            raise UsageError(f"heads x head_dim must be at most {LARGEST_WIDTH}, not {self.heads} x {self.head_dim}")
+
+
+@attrs.frozen(kw_only=True)
 class StateSpaceSpec(TokenMixerSpec):
     """A Mamba-2 mixer of one layer (Dao and Gu, arXiv:2405.21060)."""
 
@@ -313,6 +329,8 @@ class ModelSpec:
     """Whether a norm follows the last layer."""
     parallel_blocks: bool = attrs.field(default=False, validator=_flag)
     """Whether attention and MLP of a layer read the same hidden states."""
+    load_balancing: bool = attrs.field(default=False, validator=_flag)
+    """Whether a loss for evenly used experts is computed from the logits of all routers, and added."""
     token_types: int | None = attrs.field(default=None, validator=optional(_count(LARGEST_VOCAB)))
     """Kinds of tokens (first and second sentence) with embeddings of their own; None without them."""
     classifier: ClassifierSpec | None = attrs.field(default=None, validator=optional(instance_of(ClassifierSpec)))

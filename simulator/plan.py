@@ -14,7 +14,7 @@ from simulator.decoder import items_of
 from simulator.families import families
 from simulator.fusion import compile_layers
 from simulator.graph import ForwardGraph
-from simulator.layout import Layout, layout_by_neighbours, layout_of, unrolled_layout
+from simulator.layout import Layout, layout_by_neighbours, layout_of, numbered, unrolled_layout
 from simulator.liger import check_family
 from simulator.mesh import Mesh
 from simulator.model import ModelSpec
@@ -89,7 +89,7 @@ class Plan:
     @cached_property
     def layout(self) -> Layout:
         """Which layers are built: a few turns of each repeating pattern."""
-        layers, others = self.model.layers, self.layer_kinds or (None,) * len(self.model.layers)
+        layers, others = numbered(self.model.layers), self.layer_kinds or (None,) * len(self.model.layers)
         kinds = [
             (layer, index in self.recomputed, index < self.frozen_layers, other)
             for index, (layer, other) in enumerate(zip(layers, others, strict=True))

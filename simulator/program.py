@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from itertools import groupby, pairwise
 
 import attrs
@@ -23,14 +24,44 @@ class Reference:
 
 @attrs.frozen(eq=False)
 class Step:
-    """One op: what it allocates, then what is freed after it."""
+    """One op as it was recorded: what it allocates, then what is freed after it."""
 
-    name: str
-    phase: Phase
-    module: str
-    layer: int | None
-    births: tuple[Reference, ...]
-    deaths: tuple[Reference, ...]
+    recorded: RecordedStep
+    numbers: Sequence[int]
+    """Of each built slot, the layer as references of this step count it."""
+
+    @property
+    def name(self) -> str:
+        """The kernel or call."""
+        return self.recorded.name
+
+    @property
+    def phase(self) -> Phase:
+        """The part of a training step it belongs to."""
+        return self.recorded.phase
+
+    @property
+    def module(self) -> str:
+        """Dotted path of the module that runs it."""
+        return self.recorded.module
+
+    @property
+    def layer(self) -> int | None:
+        """The layer it runs in; None outside the layers."""
+        return None if self.recorded.slot is None else self.numbers[self.recorded.slot]
+
+    @cached_property
+    def births(self) -> tuple[Reference, ...]:
+        """What it allocates."""
+        return tuple(map(self._reference, self.recorded.births))
+
+    @cached_property
+    def deaths(self) -> tuple[Reference, ...]:
+        """What is freed after it."""
+        return tuple(map(self._reference, self.recorded.deaths))
+
+    def _reference(self, storage: Storage) -> Reference:
+        return Reference(storage, None if storage.slot is None else self.numbers[storage.slot])
 
 
 @attrs.frozen(eq=False)
@@ -58,6 +89,13 @@ class Repeat:
 
 
 @attrs.frozen(eq=False)
+class Walk:
+    """Layers in order, each a straight run on the layers from its number on; those alike share one leaf."""
+
+    parts: tuple[tuple[Leaf, int], ...]
+
+
+@attrs.frozen(eq=False)
 class Occurrence:
     """`body` where a program has it several times, here and there (a pipeline's micro-batches): the `number`-th."""
 
@@ -65,7 +103,9 @@ class Occurrence:
     body: Node
 
 
-Node = Leaf | Seq | Repeat | Occurrence
+Node = Leaf | Seq | Repeat | Walk | Occurrence
+
+_LAST_TO_FIRST = frozenset((Phase.BACKWARD, Phase.RECOMPUTE))
 
 #: What a storage is called in the unrolled program: label and real layer index.
 Identity = tuple[str, int | None]
@@ -85,6 +125,7 @@ class TreeBuilder:
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
         self._turns = [(place.run.first_slot, place.turn) for place in layout.places]
+        self._real = [place.base + place.offset for place in layout.places]
 
     def tree(self, steps: Sequence[RecordedStep], *, upward: bool = False) -> Node:
         """Consecutive steps of one turn of a pattern become a `Repeat`, the others a `Leaf`.
@@ -111,7 +152,7 @@ class TreeBuilder:
             if slot is None:
                 parts.append(self._part(group))
             else:
-                one_pass[slot] = Leaf(tuple(_inside(step, slot, 1, 1) for step in group))
+                one_pass[slot] = self._leaf(group, slot, 1, 1)
         return [*parts, *self._over_layers(one_pass)]
 
     def _over_layers(self, leaves: Mapping[int, Leaf]) -> list[Node]:
@@ -122,7 +163,8 @@ class TreeBuilder:
         layers = list(enumerate(self._layout.slots()))
         backward = len(order) == 1 and any(_descends(leaf.steps) for leaf in leaves.values())
         visited = layers if up and not backward else layers[::-1]
-        return [Repeat(1, leaves[slot], layer, 1) for layer, slot in visited if slot in leaves]
+        walk = tuple((leaves[slot], layer) for layer, slot in visited if slot in leaves)
+        return [Walk(walk)] if walk else []
 
     def _turn(self, step: RecordedStep) -> tuple[int, int] | None:
         """What steps of one turn of a pattern have in common; None outside the stack."""
@@ -147,40 +189,32 @@ class TreeBuilder:
     def _part(self, steps: list[RecordedStep], upward: bool = False) -> Node:
         slot = steps[0].slot
         if slot is None:
-            return Leaf(tuple(Step(s.name, s.phase, s.module, None, *self._outside(s)) for s in steps))
+            return self._outside(steps)
         place = self._layout.places[slot]
         period = place.run.period
         first = place.run.first_slot + place.turn * period
         reach = period * place.run.reach
-        leaf = Leaf(tuple(_inside(step, first, period, reach) for step in steps))
+        leaf = self._leaf(steps, first, period, reach)
         if upward or not _descends(steps):
             return Repeat(place.repeats, leaf, place.base, period)
         return Repeat(place.repeats, leaf, place.base + (place.repeats - 1) * period, -period)
 
-    def _outside(self, step: RecordedStep) -> tuple[tuple[Reference, ...], tuple[Reference, ...]]:
-        """References of a step outside the stack, with real layer indices."""
-        births, deaths = (tuple(Reference(s, self._real(s.slot)) for s in part) for part in (step.births, step.deaths))
-        return births, deaths
+    def _outside(self, steps: Sequence[RecordedStep]) -> Leaf:
+        """Steps outside the stack: references have real layer indices."""
+        slots = {s.slot for step in steps for part in (step.births, step.deaths) for s in part if s.slot is not None}
+        alone = all(self._layout.places[slot].repeats == 1 for slot in slots)
+        assert alone, "a step outside the stack reaches into one of several hidden layers"
+        return Leaf(tuple([Step(step, self._real) for step in steps]))
 
-    def _real(self, slot: int | None) -> int | None:
-        if slot is None:
-            return None
-        place = self._layout.places[slot]
-        assert place.repeats == 1, "a step outside the stack reaches into one of several hidden layers"
-        return place.base + place.offset
-
-
-def _inside(step: RecordedStep, first: int, period: int, reach: int) -> Step:
-    """A step of the turn that starts at slot `first`: its references count from there."""
-    births = tuple([Reference(s, None if s.slot is None else s.slot - first) for s in step.births])
-    deaths = tuple([Reference(s, None if s.slot is None else s.slot - first) for s in step.deaths])
-    for reference in deaths:
-        distance = reference.layer
-        assert distance is None or -reach <= distance < period + reach, "a layer reaches further than it said"
-    offset = None if step.slot is None else step.slot - first
-    return Step(step.name, step.phase, step.module, offset, births, deaths)
+    def _leaf(self, steps: Sequence[RecordedStep], first: int, period: int, reach: int) -> Leaf:
+        """Steps of the turn that starts at slot `first`: its references count from there."""
+        slots = {storage.slot for step in steps for storage in step.deaths if storage.slot is not None}
+        near = not slots or first - reach <= min(slots) <= max(slots) < first + period + reach
+        assert near, "a layer reaches further than it said"
+        numbers = range(-first, len(self._layout.places) - first)
+        return Leaf(tuple([Step(step, numbers) for step in steps]))
 
 
 def _descends(steps: Sequence[RecordedStep | Step]) -> bool:
     """Backward visits layers last to first."""
-    return any(step.phase in (Phase.BACKWARD, Phase.RECOMPUTE) for step in steps)
+    return not _LAST_TO_FIRST.isdisjoint([step.phase for step in steps])

@@ -81,7 +81,8 @@ def _spec(family: Family, config: Mapping[str, Any], name: str, *, complete: boo
         reader.raise_problems()
         raise UsageError(f"{reader.name}: {error} (correct the config of this {family.name} model)") from error
     reader.raise_problems()
-    return attrs.evolve(spec, assumptions=(*packed, *reader.assumptions, *_beside(family, spec)))
+    beside = (*_predictions(reader), *_beside(family, spec))
+    return attrs.evolve(spec, assumptions=(*packed, *reader.assumptions, *beside))
 
 
 def _packed(config: ConfigReader) -> list[str]:
@@ -92,6 +93,16 @@ def _packed(config: ConfigReader) -> list[str]:
         return [f"quantization_config: the file is packed as {method}; weights are simulated in the dtype asked for"]
     config.refuse("quantization_config", (None,), "remove it to simulate the model in a plain dtype")
     return []
+
+
+def _predictions(config: ConfigReader) -> list[str]:
+    """Modules that predict further tokens (DeepSeek-V3, arXiv:2412.19437, section 2.2): transformers trains none."""
+    keys = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_modules", "num_mtp_layers")
+    counts = {key: config.values.get(key) for key in keys}
+    given = {key: count for key, count in counts.items() if isinstance(count, int) and count > 0}
+    return [
+        f"{key} {count}: transformers' model has no such modules; they are left out" for key, count in given.items()
+    ]
 
 
 def _beside(family: Family, spec: ModelSpec) -> list[str]:

@@ -61,6 +61,13 @@ class Recorder:
         if not storage.persistent:
             self._references[storage] = self._references.get(storage, 0) + count
 
+    def hand_over(self, storage: Storage, count: int) -> None:
+        """The maker of `storage` lets go of it, and `count` others hold it."""
+        if count and not storage.persistent:
+            self._references[storage] += count - 1
+        else:
+            self.release(storage)
+
     def release(self, storage: Storage) -> None:
         """Drop one reference; at zero the storage dies after the step recorded last."""
         if storage.persistent:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
+from typing import Any
 
 import attrs
 
@@ -126,8 +127,9 @@ def _step_peaks(program: TrainingProgram) -> tuple[StepPeak, StepPeak]:
     steady = folder.fold(program.steady).after(cold.net)
     prices = steady.prices(program.bindings)
     before, between, after = (folded.left(prices) for folded in (load, cold, steady))
-    first = _step_peak("cold", cold.peak(prices), before, between)
-    return first, _step_peak("steady", steady.peak(prices), between, after)
+    known: dict[int, Any] = {}
+    first = _step_peak("cold", cold.peak(prices, known), before, between)
+    return first, _step_peak("steady", steady.peak(prices, known), between, after)
 
 
 def _step_peak(name: str, peak: Peak, start: int, end: int) -> StepPeak:

@@ -28,6 +28,8 @@ class Role(enum.Enum):
     INPUT = "input"
     BUFFER = "buffer"
 
+    __hash__ = object.__hash__  # there is one of each; Enum hashes the name, in Python
+
 
 class Phase(enum.Enum):
     """The part of a training step that a step of the program belongs to."""
@@ -38,3 +40,5 @@ class Phase(enum.Enum):
     BACKWARD = "backward"
     RECOMPUTE = "recompute"
     OPTIMIZER = "optimizer"
+
+    __hash__ = object.__hash__  # as above

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from simulator.fold import Location
 from simulator.graph import Storage
-from simulator.program import Identity, Leaf, Node, Occurrence, Reference, Seq, Step, identity
+from simulator.program import Identity, Leaf, Node, Occurrence, Reference, Seq, Step, Walk, identity
 from simulator.roles import Phase, Role
 from simulator.sizes import Bindings
 
@@ -56,6 +56,9 @@ def _visits(node: Node, base: int, iterations: tuple[int, ...], limit: int | Non
             yield from _visits(part, base, iterations, limit)
     elif isinstance(node, Occurrence):
         yield from _visits(node.body, base, (*iterations, node.number), limit)
+    elif isinstance(node, Walk):
+        for iteration, (leaf, layer) in enumerate(node.parts):
+            yield Visit(leaf, layer, (*iterations, iteration))
     else:
         for iteration in range(node.count if limit is None or node.first is not None else min(limit, node.count)):
             start = base if node.first is None else node.first + iteration * node.stride

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -9,7 +10,19 @@ import attrs
 
 from hardware.dtypes import DType
 from hardware.errors import UnsupportedError
-from simulator.graph import BackwardRule, ForwardGraph, Op, Shape, StageGraph, Tensor, flat, make_storage, make_tensor
+from simulator.graph import (
+    BackwardRule,
+    ForwardGraph,
+    Op,
+    Shape,
+    StageGraph,
+    Storage,
+    Tensor,
+    flat,
+    in_order,
+    make_storage,
+    make_tensor,
+)
 from simulator.liger import Liger
 from simulator.pipeline import MICRO_BATCHES, Stage
 from simulator.roles import Role
@@ -88,18 +101,39 @@ class Frame:
             self._trace.drop(tensor)
 
 
+class Call:
+    """The body of a ``with`` that is one Python function: entered with a frame, which is closed at the end."""
+
+    def __init__(self, trace: Trace, name: str, arguments: Sequence[Tensor]) -> None:
+        self._trace = trace
+        self._name = name
+        self._frame = Frame(trace, arguments)
+        self._outer = trace.module
+        self._first = len(trace.graph.ops)
+
+    def __enter__(self) -> Frame:
+        if self._name:
+            self._trace.module = f"{self._outer}.{self._name}" if self._outer else self._name
+        return self._frame
+
+    def __exit__(self, *_: object) -> None:
+        trace, first = self._trace, self._first
+        if self._name and first == len(trace.graph.ops):
+            trace.graph.idle.setdefault(first, []).append((trace.module, trace.slot))
+        trace.module = self._outer
+        self._frame.close()
+
+
 class Trace:
     """Builds a `ForwardGraph` op by op."""
 
     def __init__(
         self, regime: Regime, dimensions: Dimensions, frozen: Callable[[str, int | None], bool] = lambda *_: False
     ) -> None:
-        import networkx as nx
-
         self.regime = regime
         self.dimensions = dimensions
         self._frozen = frozen
-        self.graph = ForwardGraph(nx.DiGraph())
+        self.graph = ForwardGraph()
         self.slot: int | None = None
         self.stage = Stage()
         """The part of the model that is being built."""
@@ -109,8 +143,11 @@ class Trace:
         self._casts: dict[Tensor, Tensor] = {}
         self._squeezed: dict[tuple[Shape, int], Shape] = {}
         self._role = Role.ACTIVATION
-        self._first_op = 0
+        self._numbers: Counter[str] = Counter()
         self._part = ""
+        self._turn: int | None = None
+        self.router_logits: dict[int, Tensor] = {}
+        """What the routers of the layers returned as logits, by slot (transformers' ``capture_outputs``)."""
 
     # names ---------------------------------------------------------------------------------------------------------
 
@@ -149,28 +186,32 @@ class Trace:
         parallel = self.regime.tensor_parallel
         return self.shard(("s",)) if parallel and parallel.sequence else ("s",)
 
-    @contextmanager
-    def call(self, name: str, *arguments: Tensor) -> Iterator[Frame]:
+    def call(self, name: str, *arguments: Tensor) -> Call:
         """Run module or function `name`: its arguments live until it returns, its locals while they are bound."""
-        frame = Frame(self, arguments)
-        outer = self.module
-        if name:
-            self.module = f"{outer}.{name}" if outer else name
-        first = len(self.graph.ops)
-        yield frame
-        if name and first == len(self.graph.ops):
-            self.graph.idle.setdefault(first, []).append((self.module, self.slot))
-        self.module = outer
-        frame.close()
+        return Call(self, name, arguments)
 
     @contextmanager
     def layer(self, slot: int, *arguments: Tensor | None, positional: int = 1) -> Iterator[None]:
         """Everything inside belongs to layer `slot` of the stack, called with `arguments`, some of them by position."""
         self.graph.arguments[slot] = [t.storage for t in arguments if t is not None]
         self.graph.positional[slot] = sum(1 for t in arguments[:positional] if t is not None)
-        self.slot, self._first_op = slot, len(self.graph.ops)
+        outside, self.slot, self._numbers = self._numbers, slot, Counter()
         yield
-        self.slot, self._first_op = None, 0
+        self.slot, self._numbers = None, outside
+
+    @contextmanager
+    def turn(self, slot: int) -> Iterator[None]:
+        """Everything inside is the turn of layer `slot` in a loop over layers, but no part of that layer."""
+        outside, self._numbers = self._numbers, Counter()
+        self.slot = self._turn = slot
+        yield
+        self.slot = self._turn = None
+        self._numbers = outside
+
+    def capture(self, logits: Tensor) -> None:
+        """Remember what the router of the layer being run returned as `logits`."""
+        if self.slot is not None:
+            self.router_logits[self.slot] = logits
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
@@ -274,7 +315,6 @@ class Trace:
         label = f"{self.module}.{name}" if self.module else name
         storage = make_storage(label, tuple(dims), dtype, role, self.slot)
         storage.persistent = True
-        self.graph.edges.add_node(storage)
         return make_tensor(storage, self.squeezed(tuple((d,) for d in dims)), dtype)
 
     # pipelines -----------------------------------------------------------------------------------------------------
@@ -317,22 +357,24 @@ class Trace:
         **attributes: object,
     ) -> tuple[Tensor, ...]:
         """Record an op: it reads `inputs`, makes `outputs` (fresh, or views of inputs) and saves `saves`."""
-        op = Op(name, self.module, self.slot, tuple(inputs), tuple(outputs), part=self._part, attributes=attributes)
-        self.graph.ops.append(op)
-        differentiable = backward is not None and any(t.requires_grad for t in inputs)
+        differentiable = backward is not None and any(tensor.requires_grad for tensor in inputs)
+        slot = self.slot if self._turn is None else None
+        op = Op(name, self.module, slot, tuple(inputs), tuple(outputs), part=self._part, attributes=attributes)
+        op.turn = self._turn
         op.backward = backward if differentiable else None
-        edges = self.graph.edges
-        edges.add_node(op)
-        for tensor in inputs:
-            edges.add_edge(tensor.storage, op, reads=True)
-        for index, tensor in enumerate(outputs):
-            tensor.producer, tensor.output_index = (len(self.graph.ops) - 1, index) if differentiable else (None, 0)
-            tensor.requires_grad = differentiable and tensor.dtype.floating
+        index = len(self.graph.ops)
+        self.graph.ops.append(op)
+        op.reads = _storages(inputs)
+        for number, tensor in enumerate(outputs):
+            if differentiable:
+                tensor.producer, tensor.output_index, tensor.requires_grad = index, number, tensor.dtype.floating
+            else:
+                tensor.producer, tensor.output_index, tensor.requires_grad = None, 0, False
             if not tensor.is_view:
-                edges.add_edge(op, tensor.storage)
-        for tensor in saves if differentiable else ():
-            edges.add_edge(tensor.storage, op, saves=True)
-            op.saves_late |= any(tensor is output for output in outputs)
+                op.births.append(tensor.storage)
+        if differentiable and saves:
+            op.saves = in_order(_storages(saves), op.reads)
+            op.saves_late = any(tensor is output for tensor in saves for output in outputs)
         return op.outputs
 
     def squeezed(self, shape: Shape) -> Shape:
@@ -352,11 +394,19 @@ class Trace:
     def fresh(self, name: str, shape: Shape, dtype: DType, memory: tuple[Dim, ...] | None = None) -> Tensor:
         """A new storage for the output of op `name`, to be handed to `emit`."""
         shape = self.squeezed(shape)
-        label = f"{self.module}.{name}.{len(self.graph.ops) - self._first_op}"
+        label = self._numbered(f"{self.module}.{name}")
         tensor = make_tensor(make_storage(label, flat(shape), dtype, self._role, self.slot), shape, dtype)
         if memory is not None:
             (tensor.memory,) = self.squeezed((memory,))
         return tensor
+
+    def _numbered(self, label: str) -> str:
+        """`label` and how often it was used before in this layer.
+
+        Counted by label, not by op: where the first layer casts nothing its outputs are called as those of the others.
+        """
+        self._numbers[label] += 1
+        return f"{label}.{self._numbers[label] - 1}"
 
     def view(self, source: Tensor, shape: Shape, memory: tuple[Dim, ...] | None = None) -> Tensor:
         """An alias of `source` with another shape, to be handed to `emit`."""
@@ -377,7 +427,9 @@ class Trace:
         """A Python reference to `tensor` ends after the op that ran last."""
         ops = self.graph.ops
         if ops and not tensor.storage.persistent and tensor.storage.role is not Role.INPUT:
-            self.graph.edges.add_edge(tensor.storage, ops[-1], holds=True)
+            holds = ops[-1].holds
+            if tensor.storage not in holds:
+                holds.append(tensor.storage)
 
     # autocast ------------------------------------------------------------------------------------------------------
 
@@ -394,3 +446,10 @@ class Trace:
         for cast in self._casts.values():
             self.drop(cast)
         self._casts.clear()
+
+
+def _storages(tensors: Sequence[Tensor]) -> list[Storage]:
+    """The storages of `tensors`, each once."""
+    if len(tensors) == 1:
+        return [tensors[0].storage]
+    return list(dict.fromkeys([tensor.storage for tensor in tensors]))

@@ -33,6 +33,8 @@ class Freezing:
 
     def __call__(self, plan: Plan) -> Plan:
         """The plan with those weights frozen."""
+        if not (self.layers or self.embeddings or self.weights):
+            raise UsageError(f"{self.name} must name layers, embeddings or weights: as it is, it freezes nothing")
         most = len(plan.model.layers)
         if self.layers > most:
             raise UsageError(f"'layers' of {self.name} must be at most the model's {most} layers: {self.layers}")

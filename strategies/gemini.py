@@ -21,7 +21,7 @@ from simulator.runtime import Job, Runtime, Turn, buffer
 from simulator.sizes import Dim, FlatSize, size_of, with_bits
 from strategies.flat import Member, rank_pieces
 from strategies.options import choice, flag, number, option
-from strategies.rules import refuse_second_owner, refuse_tensor_parallel
+from strategies.rules import refuse_load_balancing, refuse_second_owner, refuse_tensor_parallel
 
 #: Stream of `GeminiDDP.async_reduce_stream`.
 REDUCE = "async_reduce"
@@ -71,6 +71,7 @@ class Gemini:
         training = plan.training
         refuse_second_owner(plan, self.name)
         refuse_tensor_parallel(plan, self.name)
+        refuse_load_balancing(plan, self.name)
         if training.optimizer.name not in OPTIMIZERS:
             raise UnsupportedError(
                 f"optimizer {training.optimizer.name} is not one of ColossalAI's for {self.name}; "

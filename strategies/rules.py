@@ -36,3 +36,9 @@ def refuse_tensor_parallel(plan: Plan, name: str) -> None:
     """`UnsupportedError` on a model sharded along ``tp``: flat buffers over such shards were not compared yet."""
     if plan.tensor_parallel:
         raise UnsupportedError(f"{name} on weights sharded along 'tp' is not modelled: use fsdp2, or tp 1")
+
+
+def refuse_load_balancing(plan: Plan, name: str) -> None:
+    """`UnsupportedError` on a loss added for the routers: what hooks of each module do about it was not compared."""
+    if plan.model.load_balancing:
+        raise UnsupportedError(f"{name} with output_router_logits is not modelled: set it to false, or use fsdp2")

@@ -95,7 +95,9 @@ class Estimate:
         mesh = self.report.plan.mesh
         strategies = "".join(f", {name.replace('_', ' ')}" for name in self.report.plan.applied)
         strategies += f" on {mesh}" if mesh.world > 1 else ""
-        how = f"{training.attention} attention, {training.optimizer.name} ({training.optimizer.implementation})"
+        attends = any(layer.attends for layer in self.report.model.layers)
+        how = f"{training.attention} attention, " if attends else ""
+        how += f"{training.optimizer.name} ({training.optimizer.implementation})"
         how += " in backward" if training.optimizer_in_backward else ""
         whose = "" if training.implementation == "transformers" else f", {training.implementation}'s code"
         return f"{regime}, {batch}{more}, {how}{whose}{strategies}"

@@ -131,6 +131,7 @@ def resolve(options: TrainingOptions, model: ModelSpec, world: int = 1) -> Resol
     """
     chosen = _Chosen(options, model)
     _check_task(chosen["task"])
+    chosen.check_idle()
     weights, autocast = _look_up("dtype", chosen["dtype"], DTYPES)
     degrees = Degrees(**{field.name: getattr(options, field.name) for field in attrs.fields(Degrees)})
     mesh, strategies, assumed = parallelise(options.strategy, degrees, world)
@@ -160,7 +161,7 @@ def resolve(options: TrainingOptions, model: ModelSpec, world: int = 1) -> Resol
         items_in_batch=options.items_in_batch,
     )
     prunings = parse_prunings(options.prune)
-    low = (Float8(recipe=options.float8),) if options.float8 is not None else ()
+    low = (Float8(recipe=str(options.float8)),) if options.float8 not in (None, "none") else ()
     compiled = _compiled(options.compile)
     regimes = (*low, *compiled, *_checkpointing(options, chosen["checkpointing"]), *_freezing(options.freeze))
     assumptions = (*chosen.assumed(training), *why_scaled, *assumed, *model.assumptions)
@@ -190,7 +191,10 @@ class _Chosen:
             "loss": "default",
         }
         self._family = model.family
-        self._routed = any(isinstance(layer.channel_mixer, ExpertsSpec) for layer in model.layers)
+        experts = [layer.channel_mixer for layer in model.layers if isinstance(layer.channel_mixer, ExpertsSpec)]
+        self._routed = bool(experts)
+        self._attends = any(layer.attends for layer in model.layers)
+        self._most_uneven = max((each.experts / each.per_token for each in experts), default=1.0)
 
     def __getitem__(self, name: str) -> Any:
         given = getattr(self._options, name)
@@ -216,11 +220,31 @@ class _Chosen:
             lines.append(f"torch {_dotted(training.torch)} behaves as {_dotted(NEWEST_TORCH)}, the newest compared")
         return lines
 
+    def check_idle(self) -> None:
+        """Refuse options that would change nothing, and more tokens for one expert than there are."""
+        for name, reason in self._idle().items():
+            if getattr(self._options, name) is not None:
+                raise UsageError(f"{name.replace('_', '-')!r} changes nothing: {reason}")
+        if self._routed and self["expert_imbalance"] > self._most_uneven:
+            most = f"{self._most_uneven:g}, where one expert gets every token"
+            raise UsageError(f"'expert-imbalance' must be at most {most}: {self['expert_imbalance']:g}")
+
+    def _idle(self) -> dict[str, str]:
+        """Options that are about something the model or the workload does not have -> why."""
+        found = {}
+        if not self._routed:
+            found = dict.fromkeys(("experts", "expert_imbalance"), f"this {self._family} has no experts")
+        if not self._attends:
+            found |= dict.fromkeys(("attention", "sdpa_backend"), f"this {self._family} has no attention")
+        elif self["attention"] != "sdpa":
+            found["sdpa_backend"] = f"attention is {self['attention']}"
+        return found
+
     def _matters(self, name: str) -> bool:
-        """Whether the model has what an option is about."""
-        if name == "expert_imbalance":
-            return self._routed and self["experts"] == "eager"
-        return name != "experts" or self._routed
+        """Whether a default is worth a line."""
+        if name == "expert_imbalance" and self["experts"] != "eager":
+            return False
+        return name not in self._idle()
 
     def _why(self, name: str) -> str:
         """The reason of a default that is not the same for every model."""
@@ -305,7 +329,7 @@ def _compiled(what: str | None) -> tuple[Strategy, ...]:
     if what == "model":
         raise UnsupportedError("'compile' model is not modelled yet; use layers")
     if what not in (None, "none", "layers"):
-        raise unknown_name("compile", what, ("layers", "model", "none"))
+        raise unknown_name("compile", what, ("layers", "none"))
     return (CompileLayers(),) if what == "layers" else ()
 
 

@@ -17,6 +17,7 @@ from simulator.model import (
     ExpertsSpec,
     FeedForwardSpec,
     LayerSpec,
+    LightningSpec,
     ModelSpec,
     StateSpaceSpec,
 )
@@ -168,6 +169,31 @@ def delta_models(draw: st.DrawFn) -> ModelSpec:
     layers = tuple(LayerSpec(mixer, FeedForwardSpec(width=24)) for mixer in mixers)
     family = draw(st.sampled_from(("qwen3_next", "qwen3_5_text")))
     return ModelSpec("random-delta", family, hidden=16, vocab=40, max_positions=2**20, layers=layers)
+
+
+@st.composite
+def lightning_models(draw: st.DrawFn, max_layers: int = 8) -> ModelSpec:
+    """Small models of lightning attention, at least one layer of softmax attention, and experts."""
+    heads, head_dim = draw(st.sampled_from((1, 2, 4))), 2 * draw(st.integers(1, 10))
+    linear = LightningSpec(heads=heads, head_dim=head_dim, block=draw(st.integers(1, 24)))
+    attention = AttentionSpec(heads, 1, head_dim)
+    mixers = draw(st.lists(st.sampled_from((linear, attention)), max_size=max_layers - 1))
+    mixers.insert(draw(st.integers(0, len(mixers))), attention)
+    experts = ExpertsSpec(8 * draw(st.integers(1, 4)), experts=4, per_token=draw(st.integers(1, 4)))
+    layers = tuple(LayerSpec(mixer, experts) for mixer in mixers)
+    balanced = draw(st.booleans())
+    return ModelSpec("random", "minimax", 16, vocab=40, max_positions=2**20, layers=layers, load_balancing=balanced)
+
+
+@st.composite
+def balanced_models(draw: st.DrawFn, max_layers: int = 8) -> ModelSpec:
+    """Small models whose routers' logits make a loss of their own."""
+    family = draw(st.sampled_from(("mixtral", "gpt_oss", "qwen2_moe", "granitemoehybrid", "minimax")))
+    config = {**draw(family_configs(family)), "output_router_logits": True}
+    depth = draw(st.integers(1, max_layers))
+    if "layer_types" in config:  # in an order without a period, too
+        config["layer_types"] = draw(st.lists(st.sampled_from(config["layer_types"]), min_size=depth, max_size=depth))
+    return spec_from_config({**config, "num_hidden_layers": depth}, "random-balanced")
 
 
 @st.composite
@@ -357,7 +383,7 @@ _LATENT = Sketch(
     },
 )
 _GLM = Sketch(
-    _DECODER | {"head_dim": 8, "moe_intermediate_size": 8, "n_routed_experts": 4, "num_experts_per_tok": 2},
+    _DECODER | {"head_dim": 8, "moe_intermediate_size": 8, "n_routed_experts": 4},
     tuple(heads | {"use_qk_norm": norm, "n_shared_experts": 1 + norm} for heads in _HEADS for norm in (False, True)),
     {"num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "num_mtp_layers": 0},
 )
@@ -412,6 +438,7 @@ SKETCHES: dict[str, Sketch] = {
     ),
     "mpt": Sketch({"d_model": 24, "n_layers": 1, "vocab_size": 1, "max_seq_len": 64}, ({"n_heads": 1}, {"n_heads": 3})),
     **dict.fromkeys(("mixtral", "minimax_m2", "gpt_oss"), _LOCAL),
+    "minimax": attrs.evolve(_LOCAL, fixed={"block_size": 5}),
     "llama4_text": attrs.evolve(_LOCAL, sizes=_LOCAL.sizes | {"intermediate_size_mlp": 8}),
     "olmoe": Sketch(_DECODER | {"num_experts": 4}, tuple(heads | {"num_experts_per_tok": 3} for heads in _HEADS)),
     "qwen2_moe": Sketch(

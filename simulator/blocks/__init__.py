@@ -46,9 +46,11 @@ from simulator.blocks.layers import AROUND as AROUND
 from simulator.blocks.layers import BEFORE as BEFORE
 from simulator.blocks.layers import NONE as NONE
 from simulator.blocks.layers import decoder_layer as decoder_layer
+from simulator.blocks.lightning_attention import lightning_attention as lightning_attention
 from simulator.blocks.linear import layer_inputs as layer_inputs
 from simulator.blocks.linear import module_input as module_input
 from simulator.blocks.linear import projection as projection
+from simulator.blocks.load_balancing import add_load_balancing_loss as add_load_balancing_loss
 from simulator.blocks.norms import cohere_layer_norm as cohere_layer_norm
 from simulator.blocks.norms import gemma_rms_norm as gemma_rms_norm
 from simulator.blocks.norms import layer_norm as layer_norm

@@ -25,6 +25,7 @@ def experts_and_scores(
     with t.call("mlp", x) as local:
         tokens = local("hidden_states", ops.reshape(t, x, (flat(x.shape[:-1]), x.shape[-1])))
         routed = router(t, tokens, spec)
+        t.capture(routed[0])
         for name, tensor in zip(("_", "top_k_weights", "top_k_index"), routed, strict=True):
             local(name, tensor)
         out = local("hidden_states", routed_experts(t, tokens, routed[1], routed[2], spec, form))
@@ -38,6 +39,7 @@ def gated_shared_mlp(t: Trace, x: Tensor, spec: FeedForwardSpec, *, router: Rout
         tokens = local("hidden_states_reshaped", ops.reshape(t, x, (flat(x.shape[:-1]), x.shape[-1])))
         shared = local("shared_expert_output", gated_mlp(t, tokens, spec.shared, _shared_names("shared_expert")))
         routed = router(t, tokens, spec)
+        t.capture(routed[0])
         for name, tensor in zip(("_", "routing_weights", "selected_experts"), routed, strict=True):
             local(name, tensor)
         out = local("expert_output", routed_experts(t, tokens, routed[1], routed[2], spec))

@@ -53,6 +53,7 @@ BUILT_IN = {
     "llama": ("simulator.families.dense.llama", "LlamaConfig"),
     "llama4": ("simulator.families.experts.llama4", "Llama4Config"),
     "llama4_text": ("simulator.families.experts.llama4_text", "Llama4TextConfig"),
+    "minimax": ("simulator.families.hybrid.minimax", "MiniMaxConfig"),
     "minimax_m2": ("simulator.families.experts.minimax_m2", "MiniMaxM2Config"),
     "mamba2": ("simulator.families.hybrid.mamba2", "Mamba2Config"),
     "mistral": ("simulator.families.dense.mistral", "MistralConfig"),

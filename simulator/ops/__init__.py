@@ -43,6 +43,7 @@ from simulator.ops.elementwise import softplus as softplus
 from simulator.ops.elementwise import sub as sub
 from simulator.ops.elementwise import tanh as tanh
 from simulator.ops.elementwise import to as to
+from simulator.ops.elementwise import wide as wide
 from simulator.ops.embedding import embedding as embedding
 from simulator.ops.embedding import vocabulary_embedding as vocabulary_embedding
 from simulator.ops.experts import divide_in_place as divide_in_place
@@ -50,6 +51,7 @@ from simulator.ops.experts import group_ends as group_ends
 from simulator.ops.experts import grouped_linear as grouped_linear
 from simulator.ops.experts import inverse_permutation as inverse_permutation
 from simulator.ops.experts import sort as sort
+from simulator.ops.experts import sum_all as sum_all
 from simulator.ops.experts import sum_axis as sum_axis
 from simulator.ops.experts import sum_last as sum_last
 from simulator.ops.fused_loss import liger_cross_entropy as liger_cross_entropy
@@ -120,3 +122,6 @@ from simulator.ops.shape import split_with_sizes as split_with_sizes
 from simulator.ops.shape import transpose as transpose
 from simulator.ops.shape import view as view
 from simulator.ops.softmax import softmax as softmax
+from simulator.ops.turns import block as block
+from simulator.ops.turns import joined as joined
+from simulator.ops.turns import listed as listed

@@ -29,6 +29,12 @@ def sum_axis(t: Trace, x: Tensor, axis: int) -> Tensor:
     return out
 
 
+def sum_all(t: Trace, x: Tensor) -> Tensor:
+    """``torch.sum(x)``, in fp32 under autocast: backward expands its gradient."""
+    out = t.fresh("sum.default", (), FP32 if t.regime.autocast else x.dtype)
+    return t.emit("sum.default", [x], [out], backward=_expand_backward)[0]
+
+
 def _expand_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients:
     """A view in which the summed axis has stride 0, outside all others."""
     (gradient,) = gradients

@@ -196,15 +196,14 @@ def _other_turns_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gra
 
 def repeat_turn(t: Trace, others: Op, turn: Sequence[Op], count: Dim) -> None:
     """Let `others` save `count` times what is saved of the tensors that the ops of a built `turn` make."""
-    edges = t.graph.edges
-    made = [storage for op in turn for storage in t.graph.births(op)]
-    for storage in made:
-        if any("saves" in edge for edge in edges.succ[storage].values()):
+    saved = {storage for op in t.graph.ops for storage in op.saves}
+    for storage in (storage for op in turn for storage in op.births):
+        if storage in saved:
             assert isinstance(storage.size, Size)
             size = RepeatedSize(storage.size, count)
             rest = attrs.evolve(storage, label=f"{storage.label}.others", size=size)
-            edges.add_edge(others, rest)
-            edges.add_edge(rest, others, saves=True)
+            others.births.append(rest)
+            others.saves.append(rest)
 
 
 def unread(t: Trace, built: Sequence[Op], local: Frame) -> None:
@@ -212,9 +211,9 @@ def unread(t: Trace, built: Sequence[Op], local: Frame) -> None:
 
     A checkpointed forward saves nothing, so there it is held for too long, but never at a step's peak.
     """
-    edges = t.graph.edges
     for op in built:
         op.backward = None
         for tensor in (*op.inputs, *op.outputs):
-            if edges.get_edge_data(tensor.storage, op, {}).pop("saves", False):
+            if tensor.storage in op.saves:
+                op.saves.remove(tensor.storage)
                 local.keep(tensor)

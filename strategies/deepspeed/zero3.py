@@ -26,6 +26,7 @@ from strategies.deepspeed.zero3_optimizer import Partitions
 from strategies.deepspeed.zero3_reduce import Reducer, Reduction
 from strategies.deepspeed.zero12 import BUCKET_ELEMENTS, OFFLOAD, check
 from strategies.options import count, flag, later, option, training_dtype
+from strategies.rules import refuse_load_balancing
 
 #: Streams of the coordinator's gathers and of the reduction (stage3.py).
 GATHER, REDUCE = "allgather", "reduce_and_partition"
@@ -66,6 +67,7 @@ class DeepSpeedZero3:
     def __call__(self, plan: Plan) -> Plan:
         """The plan with everything partitioned."""
         check(plan, self.name)
+        refuse_load_balancing(plan, self.name)
         if self.zero_quantized_gradients:
             raise UnsupportedError("'zero_quantized_gradients' is not modelled; leave it out")
         if self.grad_accum_dtype not in (None, FP32, plan.training.weights):

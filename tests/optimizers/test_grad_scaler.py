@@ -28,7 +28,7 @@ def mixed(**changes):
     return Training(seq_len=8, weights=FP32, autocast=FP16, **changes)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(model_specs(max_layers=4), trainings())
 def test_it_keeps_two_scalars_and_no_more_than_a_few_others_at_a_time(model, training):
     training = attrs.evolve(training, weights=FP32, autocast=FP16)

@@ -59,7 +59,7 @@ def parameters(report):
     return [int(s.size.allocated(report.program.bindings)) for s in born if s.role is Role.PARAMETER]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(models(), st.sampled_from(["adam", "adamw", "sgd"]), st.sampled_from([FP32, BF16]), st.booleans())
 def test_states_are_whole_multiples_of_the_weights(model, name, weights, amsgrad):
     for way in IMPLEMENTATIONS[name]:
@@ -70,7 +70,7 @@ def test_states_are_whole_multiples_of_the_weights(model, name, weights, amsgrad
         assert kept == (MOMENTS[name] + optimizer.amsgrad) * sum(parameters(report)) + steps
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(models(), st.floats(0.1, 1), st.booleans())
 def test_a_momentum_buffer_is_one_more_copy(model, momentum, nesterov):
     for way in IMPLEMENTATIONS["sgd"]:
@@ -79,7 +79,7 @@ def test_a_momentum_buffer_is_one_more_copy(model, momentum, nesterov):
         assert optimizer_bytes(report, report.program.cold, Role.OPTIMIZER_STATE)[1] == sum(parameters(report))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(models(), st.sampled_from(WAYS), st.sampled_from([None, 1.0]), st.sampled_from(["none", "zero"]))
 def test_temporaries_go_and_states_stay(model, way, clip, zero_grad):
     """After a step no temporary is left, and a steady step makes no state."""
@@ -89,7 +89,7 @@ def test_temporaries_go_and_states_stay(model, way, clip, zero_grad):
     assert optimizer_bytes(report, report.program.steady, Role.OPTIMIZER_STATE)[0][-1] == 0
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(models(), st.sampled_from(["adam", "adamw", "sgd"]), st.sampled_from([0.0, 0.1]), st.booleans())
 def test_fused_never_needs_more_temporaries(model, name, weight_decay, amsgrad):
     options = {"name": name, "weight_decay": weight_decay, "amsgrad": amsgrad and name != "sgd"}
@@ -105,7 +105,7 @@ def test_fused_never_needs_more_temporaries(model, name, weight_decay, amsgrad):
 AT_ONCE = {"adam": 4, "adamw": 3, "sgd": 2, "adafactor": 3, "adafactor_hf": 3}
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(models(), st.sampled_from(sorted(AT_ONCE)), st.sampled_from([0.0, 0.1]))
 def test_for_loop_temporaries_do_not_grow_with_depth(model, name, weight_decay):
     optimizer = Optimizer(name=name, implementation="for-loop", weight_decay=weight_decay)
@@ -116,7 +116,7 @@ def test_for_loop_temporaries_do_not_grow_with_depth(model, name, weight_decay):
     assert most <= AT_ONCE[name] * max(parameters(report)) + small
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(models(), st.sampled_from([FP32, BF16]))
 def test_clipping_stacks_one_norm_per_parameter(model, weights):
     """Its most: a granule per norm, the stack of all of them, and the total."""
@@ -178,7 +178,7 @@ def test_in_backward_refuses_what_runs_its_own_loop():
         simulate(model, Training(seq_len=8, optimizer_in_backward=True), [Ddp()])
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(models(), st.sampled_from(WAYS))
 def test_in_backward_keeps_the_same_states_and_no_gradient(model, way):
     """Between steps the same is left, save the quantization maps that each 8-bit optimizer has for itself."""

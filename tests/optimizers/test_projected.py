@@ -70,7 +70,7 @@ def test_a_step_that_renews_nothing_needs_less(line):
     assert report.steady.nbytes > line["steady"]["peak_r512"]
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.sampled_from(PROJECTING), st.integers(1, 48), st.sampled_from([FP32, BF16]))
 def test_moments_have_the_rank_for_their_shorter_side(name, rank, weights):
     """Four matrices of 48 x 48 and three of 48 x 80 a layer; the rest has moments of its own size."""

@@ -17,7 +17,7 @@ from strategies.checkpointing import FullCheckpointing
 from strategies.ddp import Ddp
 from tests.strategies import model_specs, trainings
 
-some = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+some = settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
 PERSISTENT = {Role.PARAMETER, Role.BUFFER, Role.OPTIMIZER_STATE, Role.BUCKET}
 
 

@@ -112,3 +112,10 @@ def test_a_near_miss_gets_a_suggestion(typed, meant):
 def test_a_far_miss_gets_the_list():
     with pytest.raises(UsageError, match=r"named 'zzz'; known: .*openai-community/gpt2"):
         read_model("zzz")
+
+
+def test_modules_that_predict_further_tokens_are_named():
+    """transformers builds none of DeepSeek-V3's; a model without them says nothing."""
+    named = [line for line in read_model("deepseek-ai/DeepSeek-V3").assumptions if "num_nextn_predict_layers 1" in line]
+    assert len(named) == 1
+    assert not any("nextn" in line for line in read_model("moonshotai/Kimi-K2-Instruct").assumptions)

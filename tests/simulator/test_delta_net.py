@@ -24,7 +24,7 @@ from strategies.tensor_parallel import TensorParallel
 from tests.simulator.naive import NaiveMicroBatches
 from tests.strategies import delta_models
 
-some = settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+some = settings(max_examples=8, suppress_health_check=[HealthCheck.too_slow])
 lengths = st.integers(1, 700) | st.integers(1, 11).map(lambda chunks: chunks * delta_rule.CHUNK)
 regimes = st.sampled_from([(FP32, None), (BF16, None), (FP32, BF16)])
 choices = st.sampled_from([(), (FullCheckpointing(),)])
@@ -105,7 +105,11 @@ def test_the_path_that_is_modelled_is_named():
     [
         ({"layer_types": ["linear_attention"] * 2}, UsageError, "layer_types must have one full_attention"),
         ({"linear_num_value_heads": 3, "linear_num_key_heads": 2}, UsageError, "must be a multiple of"),
-        ({"output_router_logits": True}, UnsupportedError, "output_router_logits=true is not modelled"),
+        (
+            {"output_router_logits": True, "mlp_only_layers": [0]},
+            UnsupportedError,
+            "output_router_logits=true is not modelled",
+        ),
     ],
 )
 def test_configs_that_are_refused(config, error, message):

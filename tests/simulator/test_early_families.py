@@ -16,7 +16,7 @@ EAGER = Training(seq_len=8, attention="eager")
 CONFIG_CLASSES = {"bert": "BertConfig", "biogpt": "BioGptConfig", "gpt_neo": "GPTNeoConfig", "mpt": "MptConfig"}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(early_configs())
 def test_parameters_are_the_graphs_parameter_storages(config):
     """The count of a model is the sum over the storages of its graph, with every layer built and with few."""
@@ -27,7 +27,7 @@ def test_parameters_are_the_graphs_parameter_storages(config):
     assert simulate(model, EAGER).parameters == held
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(early_configs())
 def test_read_configs_keep_their_sizes(config):
     model = spec_from_config(config, "m")

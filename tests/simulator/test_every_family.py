@@ -25,7 +25,7 @@ def test_every_simulated_family_is_drawn():
 
 
 @pytest.mark.parametrize("family", sorted(SKETCHES))
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(data=st.data())
 def test_parameters_are_those_of_the_whole_graph(family, data):
     """What a few built layers are counted for is what all layers hold."""
@@ -37,7 +37,7 @@ def test_parameters_are_those_of_the_whole_graph(family, data):
 
 
 @pytest.mark.parametrize("family", sorted(SKETCHES))
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 @given(data=st.data())
 def test_nothing_shrinks_when_a_size_grows(family, data):
     config = data.draw(family_configs(family))

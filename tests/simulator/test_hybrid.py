@@ -13,7 +13,7 @@ from simulator.timeline import moments
 from tests.simulator import test_properties as properties
 from tests.strategies import hybrid_specs, trainings
 
-some = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+some = settings(max_examples=15, suppress_health_check=[HealthCheck.too_slow])
 SMALL = {"hidden_size": 32, "vocab_size": 50, "num_heads": 4, "head_dim": 16, "n_groups": 2, "num_hidden_layers": 2}
 HYBRID = {"hidden_size": 32, "vocab_size": 50, "mamba_num_heads": 4, "n_groups": 2}
 NANO = "nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16"

@@ -19,7 +19,7 @@ from tests.simulator.naive import NaiveMicroBatches
 from tests.strategies import model_specs, trainings
 
 PERSISTENT = {Role.PARAMETER, Role.BUFFER, Role.OPTIMIZER_STATE}
-some = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+some = settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 choices = st.sampled_from([(), (FullCheckpointing(),)])
 
 

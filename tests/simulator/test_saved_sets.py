@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from simulator import simulate
-from simulator.program import Leaf, Repeat, Seq, identity
+from simulator.program import Leaf, Repeat, Seq, Walk, identity
 from simulator.roles import Phase
 from studies.validation import oracle_case
 
@@ -46,10 +46,10 @@ def kept_by_middle_layer(report):
     """(bytes, dtype, op) of what the middle layer's forward makes and leaves alive."""
     node = report.program.cold
     bindings = report.program.bindings
-    layers = [n for n in _repeats(node) if n.body.steps[0].phase is Phase.FORWARD and n.body.steps[0].births]
+    layers = [leaf for leaf in _layers(node) if leaf.steps[0].phase is Phase.FORWARD and leaf.steps[0].births]
     middle = layers[len(layers) // 2]
     kept = {}
-    for step in (step for step in middle.body.steps if step.layer == 0):
+    for step in (step for step in middle.steps if step.layer == 0):
         for reference in step.births:
             kept[identity(reference, 0)] = (
                 int(reference.storage.size.nbytes(bindings)),
@@ -61,11 +61,14 @@ def kept_by_middle_layer(report):
     return Counter(kept.values())
 
 
-def _repeats(node):
+def _layers(node):
+    """The straight run of each turn of a pattern, and of each layer where they follow no pattern."""
     if isinstance(node, Seq):
-        return [found for part in node.parts for found in _repeats(part)]
+        return [found for part in node.parts for found in _layers(part)]
+    if isinstance(node, Walk):
+        return [leaf for leaf, _ in node.parts]
     if isinstance(node, Repeat) and node.first is not None and isinstance(node.body, Leaf):
-        return [node]
+        return [node.body]
     return []
 
 

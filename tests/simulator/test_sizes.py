@@ -119,7 +119,7 @@ def test_a_folded_program_prices_ints_arrays_and_symbols():
         assert max(int(sympy.sympify(f).subs({symbol("b"): batch})) for f in formulas) == single
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(model_specs(max_layers=4), trainings())
 def test_dimensions_bind_every_size(model, training):
     """Every storage of every plan can be priced: no name is left unbound."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import attrs
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hardware.dtypes import BF16, FP32
@@ -27,7 +27,6 @@ def training(**options):
     return Training(**{"implementation": "torchtune", "micro_batch": 2, "seq_len": 40, "weights": BF16, **options})
 
 
-@settings(deadline=None)
 @given(
     st.sampled_from([("flex_attention", BF16), ("sdpa", BF16), ("sdpa", FP32)]),
     st.sampled_from([1, 2, 3]),

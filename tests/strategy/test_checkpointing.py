@@ -85,7 +85,7 @@ def after_forward(strategy):
     return int(found.total[backward])
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(1, 12), st.integers(1, 12))
 def test_the_more_layers_are_checkpointed_the_less_backward_begins_with(one, other):
     few, many = sorted((one, other))

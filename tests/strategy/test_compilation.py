@@ -94,7 +94,7 @@ def _nbytes(reference, program):
     return 0 if is_seed(storage) else int(storage.size.nbytes(program.bindings))
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(model=model_specs(), training=trainings())
 def test_a_step_begins_and_ends_as_without(model, training):
     """Only what happens in between changes: weights, gradients and states stay, and nothing leaks."""

@@ -115,7 +115,7 @@ def test_the_papers_arithmetic_without_buffers(stage, weights, states, ranks):
     assert report.steady.start_bytes == pytest.approx(per_parameter * report.parameters, rel=1e-3)
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=20, suppress_health_check=[HealthCheck.too_slow])
 @given(model_specs(max_layers=5), st.integers(1, 9), st.sampled_from([1, 2, 3]))
 def test_partitions_of_all_ranks_are_the_model_and_padding(model, ranks, stage):
     """fp32 weights and each moment, over all ranks, are the whole model padded."""
@@ -133,7 +133,7 @@ def test_partitions_of_all_ranks_are_the_model_and_padding(model, ranks, stage):
     assert found[Role.PARAMETER] * shards >= 2 * report.parameters
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.too_slow])
 @given(model_specs(max_layers=5), st.integers(1, 12))
 def test_partitions_tile_the_flat_buffer(model, ranks):
     plan = make_plan(model, Training(seq_len=4, attention="eager"), mesh=Mesh(dp_shard=ranks))

@@ -133,7 +133,7 @@ def test_the_papers_arithmetic(ranks, accumulates, gradients):
     assert report.steady.start_bytes == pytest.approx(expected, rel=1e-4)
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.too_slow])
 @given(model_specs(max_layers=4), st.integers(1, 9), st.sampled_from([1, 500, 10**9]))
 def test_all_ranks_hold_the_model_once_and_padding(model, ranks, sub_group):
     """Every weight is padded by less than one element a rank, in each of its copies."""

@@ -42,7 +42,7 @@ def test_peaks_of_torchao():
     assert [row.name for row in rows if row.phase_expected != row.phase_simulated] == []
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(
     model=model_specs(families=("llama", "gemma2", "qwen3", "mistral")),
     training=trainings(),

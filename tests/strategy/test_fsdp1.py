@@ -68,7 +68,7 @@ def test_streams_are_exact(line):
     assert stream_peaks(line) == Counter(line["per_stream_peak"])
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(model=model_specs(max_layers=4), ranks=st.integers(2, 5), wrap=st.sampled_from(("layer", "root")))
 def test_ranks_together_hold_every_weight_once(model, ranks, wrap):
     """Flat shards add up to the weights and padding; with the original parameters, states to exactly the weights."""

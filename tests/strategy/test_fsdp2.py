@@ -23,7 +23,7 @@ from strategies.fsdp2 import Fsdp2
 from tests.strategies import fsdp2_options, meshes, model_specs, trainings, uniform_llama
 from tests.strategy.kept import kept
 
-some = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+some = settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
 FUSED = Optimizer(name="adamw", implementation="fused")
 
 

@@ -110,7 +110,7 @@ def test_chunks_hold_every_weight_in_order_and_are_full(sizes, ranks):
         assert chunk[-1].end + following[0].end > chunk_size
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(model=model_specs(max_layers=3), ranks=st.integers(1, 4))
 def test_ranks_together_update_every_weight_once(model, ranks):
     """Moments of all ranks are those of the whole model; every 16-bit chunk has a friend in fp32."""

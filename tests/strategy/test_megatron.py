@@ -107,7 +107,7 @@ def test_fused_accumulation_makes_no_gradients_of_linear_layers():
     assert len(born[1]) < len(born[0])  # what is left are gradients of the layers' inputs
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     model=model_specs(max_layers=4),
     ranks=st.integers(1, 5),

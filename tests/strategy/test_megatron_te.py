@@ -36,7 +36,7 @@ def simulated(family="llama", tp=2, shards=2, sequence=True, fusion=True, **opti
     return simulate(MODELS[family], training(**options), [*parallel, owner], mesh=mesh)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     st.sampled_from(sorted(MODELS)),
     st.sampled_from(["megatron", "megatron_te"]),

@@ -82,7 +82,7 @@ def found(model, strategies, training):
     return [(s.nbytes, s.by_role, s.phase, s.end_bytes) for s in (report.cold, report.steady)], report.parameters
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(
     family=st.sampled_from(CONFIGURED),
     per_group=st.integers(0, 1),
@@ -108,7 +108,7 @@ def test_a_pruned_model_is_the_model_of_its_config(family, per_group, groups, ch
     assert found(spec_from_config(config(family), "whole"), pruning, training) == built
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(model=model_specs(), training=trainings(), data=st.data())
 def test_pruning_more_never_needs_more(model, training, data):
     """Channels and layers may go in any number; parameters and both peaks only fall."""

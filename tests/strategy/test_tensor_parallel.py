@@ -246,7 +246,7 @@ def storages(plan: Plan) -> list[Storage]:
     return [node for node in plan.graph.edges if isinstance(node, Storage)]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(sharded_plans())
 def test_the_whole_model_is_counted(plan):
     """Sharding changes no parameter count, and what ranks hold adds up to the model, padding and replicas aside."""
@@ -263,7 +263,7 @@ def test_the_whole_model_is_counted(plan):
             assert total <= degree * held <= total + (degree - 1) * rows
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(sharded_plans())
 def test_ranks_hold_less_than_one_device(plan):
     """Between steps a rank never holds more than a device that is alone, and mostly a lot less."""
@@ -271,7 +271,7 @@ def test_ranks_hold_less_than_one_device(plan):
     assert persistent(Report(plan, lower(plan))) <= persistent(Report(alone, lower(alone)))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(sharded_plans())
 def test_symbols_and_ints_agree(plan):
     """A size with symbols for dimensions, the degree included, is the size with ints once they are put in."""

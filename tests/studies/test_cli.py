@@ -143,7 +143,7 @@ def test_a_wrong_config_on_stdin(capsys, monkeypatch, text, hint):
     assert hint in err
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(config=configs(), data=st.data())
 def test_any_config_gives_a_number_or_one_line(capsys, tmp_path, config, data):
     """A config file is simulated or, with a key broken, refused in one line: never a traceback."""

@@ -25,7 +25,7 @@ def test_every_role_has_a_colour():
     assert len(set(COLOURS.values())) == len(COLOURS)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(st.integers(1, 4), st.sampled_from(["none", "full"]), st.integers(1, 3))
 def test_plot_numbers_are_the_reports(batch, checkpointing, accumulation):
     result = small(micro_batch=batch, checkpointing=checkpointing, gradient_accumulation=accumulation)

@@ -46,8 +46,8 @@ def _read_attention(config: ConfigReader, heads: int, head_dim: int, *, bias: bo
 
 def forward(t: Trace, spec: ModelSpec, layers: decoder.BuiltLayers) -> None:
     """`FalconForCausalLM` (transformers models/falcon/modeling_falcon.py)."""
-    if t.regime.attention == "flash_attention_2":
-        raise UnsupportedError("'attention' must be eager or sdpa with falcon: flash_attention_2 is not modelled")
+    if t.regime.attention not in ("eager", "sdpa"):
+        raise UnsupportedError(f"'attention' must be eager or sdpa with falcon: {t.regime.attention} is not modelled")
     ids, labels = decoder.batch(t)
     vocabulary = blocks.vocabulary_table(t, "transformer.word_embeddings")
     with t.call("transformer") as local:

@@ -19,7 +19,7 @@ from simulator.families.decoder import (
     read_hidden,
     read_windows,
 )
-from simulator.families.experts.reading import read_experts
+from simulator.families.experts.reading import read_experts, with_load_balancing
 from simulator.families.reader import ConfigReader
 from simulator.graph import Tensor
 from simulator.model import ExpertsSpec, LayerSpec, ModelSpec
@@ -33,13 +33,15 @@ def read(config: ConfigReader) -> ModelSpec:
     hidden = read_hidden(config, 2880)
     bias = config.flag("attention_bias", True)
     attention = read_attention(config, hidden, heads=64, kv_heads=8, head_dim=64, bias=bias, even=False)
-    experts = read_experts(config, width=("intermediate_size", 2880), experts=("num_local_experts", 128), per_token=4)
+    experts = read_experts(
+        config, width=("intermediate_size", 2880), experts=("num_local_experts", 128), per_token=4, balanced=True
+    )
     depth = read_depth(config, 36)
     kinds = [FULL if index % 2 else SLIDING for index in range(depth)]
     windows = read_windows(config, depth, window=128, kinds=kinds, rule=f"{SLIDING} and {FULL} in turn")
     experts = attrs.evolve(experts, bias=True)
     layers = [LayerSpec(attrs.evolve(attention, window=each), experts) for each in windows]
-    return read_decoder(config, hidden, layers, vocab=201088, positions=131072)
+    return with_load_balancing(config, read_decoder(config, hidden, layers, vocab=201088, positions=131072))
 
 
 def forward(t: Trace, spec: ModelSpec, layers: BuiltLayers) -> None:

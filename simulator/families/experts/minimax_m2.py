@@ -10,7 +10,7 @@ from simulator import blocks
 from simulator.decoder import BuiltLayers, rotary_decoder
 from simulator.families import Family, families
 from simulator.families.decoder import read_attention, read_decoder, read_depth, read_hidden, read_rotary_dim
-from simulator.families.experts.reading import read_experts
+from simulator.families.experts.reading import read_experts, with_load_balancing
 from simulator.families.reader import ConfigReader
 from simulator.limits import LARGEST_HIDDEN
 from simulator.model import LayerSpec, ModelSpec
@@ -25,9 +25,11 @@ def read(config: ConfigReader) -> ModelSpec:
     if config.given("rotary_dim"):  # the released files' own key (`MiniMaxM2Config.convert_rope_params_to_dict`)
         share = config.size("rotary_dim", attention.head_dim, LARGEST_HIDDEN) / attention.head_dim
     attention = attrs.evolve(attention, rotary_dim=read_rotary_dim(config, attention.head_dim, share))
-    experts = read_experts(config, width=("intermediate_size", 1536), experts=("num_local_experts", 256), per_token=8)
+    experts = read_experts(
+        config, width=("intermediate_size", 1536), experts=("num_local_experts", 256), per_token=8, balanced=True
+    )
     layers = [LayerSpec(attention, experts)] * read_depth(config, 62)
-    return read_decoder(config, hidden, layers, vocab=200064, positions=196608)
+    return with_load_balancing(config, read_decoder(config, hidden, layers, vocab=200064, positions=196608))
 
 
 def forward(t: Trace, spec: ModelSpec, layers: BuiltLayers) -> None:

@@ -10,7 +10,7 @@ from simulator import blocks
 from simulator.decoder import BuiltLayers, rotary_decoder
 from simulator.families import Family, families
 from simulator.families.decoder import read_attention, read_decoder, read_depth, read_hidden
-from simulator.families.experts.reading import read_experts
+from simulator.families.experts.reading import read_experts, with_load_balancing
 from simulator.families.reader import ConfigReader
 from simulator.limits import LARGEST_POSITIONS
 from simulator.model import LayerSpec, ModelSpec
@@ -23,9 +23,11 @@ def read(config: ConfigReader) -> ModelSpec:
     attention = read_attention(config, hidden, kv_heads=8, even=not config.given("head_dim"), null_kv_heads=True)
     if config.given("sliding_window"):
         attention = attrs.evolve(attention, window=config.size("sliding_window", 4096, LARGEST_POSITIONS))
-    experts = read_experts(config, width=("intermediate_size", 14336), experts=("num_local_experts", 8), per_token=2)
+    experts = read_experts(
+        config, width=("intermediate_size", 14336), experts=("num_local_experts", 8), per_token=2, balanced=True
+    )
     layers = [LayerSpec(attention, experts)] * read_depth(config)
-    return read_decoder(config, hidden, layers, positions=131072)
+    return with_load_balancing(config, read_decoder(config, hidden, layers, positions=131072))
 
 
 def forward(t: Trace, spec: ModelSpec, layers: BuiltLayers) -> None:

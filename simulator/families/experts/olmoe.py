@@ -8,7 +8,7 @@ from simulator import blocks
 from simulator.decoder import BuiltLayers, rotary_decoder
 from simulator.families import Family, families
 from simulator.families.decoder import read_attention, read_decoder, read_depth, read_hidden
-from simulator.families.experts.reading import read_experts
+from simulator.families.experts.reading import read_experts, with_load_balancing
 from simulator.families.reader import ConfigReader
 from simulator.model import LayerSpec, ModelSpec
 from simulator.trace import Trace
@@ -21,10 +21,15 @@ def read(config: ConfigReader) -> ModelSpec:
     hidden = read_hidden(config, 2048)
     attention = read_attention(config, hidden, heads=16, bias=config.flag("attention_bias", False))
     experts = read_experts(
-        config, width=("intermediate_size", 2048), experts=("num_experts", 64), per_token=8, normalised=False
+        config,
+        width=("intermediate_size", 2048),
+        experts=("num_experts", 64),
+        per_token=8,
+        normalised=False,
+        balanced=True,
     )
     layers = [LayerSpec(attention, experts)] * read_depth(config, 16)
-    return read_decoder(config, hidden, layers, vocab=50304, positions=4096)
+    return with_load_balancing(config, read_decoder(config, hidden, layers, vocab=50304, positions=4096))
 
 
 def forward(t: Trace, spec: ModelSpec, layers: BuiltLayers) -> None:

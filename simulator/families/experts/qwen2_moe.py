@@ -10,7 +10,7 @@ from simulator import blocks
 from simulator.decoder import BuiltLayers, rotary_decoder
 from simulator.families import Family, families
 from simulator.families.decoder import read_attention, read_decoder, read_depth, read_gated, read_hidden
-from simulator.families.experts.reading import read_experts, read_sparse_layers
+from simulator.families.experts.reading import read_experts, read_sparse_layers, with_load_balancing
 from simulator.families.reader import ConfigReader
 from simulator.limits import LARGEST_WIDTH
 from simulator.model import ModelSpec
@@ -30,11 +30,12 @@ def read(config: ConfigReader) -> ModelSpec:
         per_token=4,
         normalised=False,
         shared_width=config.required_size("shared_expert_intermediate_size", 5632, LARGEST_WIDTH),
+        balanced=True,
     )
     dense = read_gated(config, width=5632)
     attention = attrs.evolve(attention, output_bias=False)
     layers = read_sparse_layers(config, read_depth(config, 24), attention, dense, experts)
-    return read_decoder(config, hidden, layers, vocab=151936, positions=32768)
+    return with_load_balancing(config, read_decoder(config, hidden, layers, vocab=151936, positions=32768))
 
 
 def forward(t: Trace, spec: ModelSpec, layers: BuiltLayers) -> None:

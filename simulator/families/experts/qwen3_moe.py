@@ -11,7 +11,7 @@ from simulator import blocks
 from simulator.decoder import BuiltLayers, rotary_decoder
 from simulator.families import Family, families
 from simulator.families.decoder import read_attention, read_decoder, read_depth, read_gated, read_hidden
-from simulator.families.experts.reading import read_experts, read_sparse_layers
+from simulator.families.experts.reading import read_experts, read_sparse_layers, with_load_balancing
 from simulator.families.reader import ConfigReader
 from simulator.liger import NormPatch
 from simulator.limits import LARGEST_POSITIONS
@@ -34,9 +34,10 @@ def read(config: ConfigReader) -> ModelSpec:
         experts=("num_experts", 128),
         per_token=8,
         normalised=False,
+        balanced=True,
     )
     layers = read_sparse_layers(config, read_depth(config, 24), attention, dense, experts)
-    return read_decoder(config, hidden, layers, vocab=151936, positions=32768)
+    return with_load_balancing(config, read_decoder(config, hidden, layers, vocab=151936, positions=32768))
 
 
 def forward(t: Trace, spec: ModelSpec, layers: BuiltLayers) -> None:

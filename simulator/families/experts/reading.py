@@ -6,13 +6,29 @@ import attrs
 
 from simulator.families.reader import ConfigReader
 from simulator.limits import LARGEST_EXPERTS, LARGEST_LAYERS, LARGEST_WIDTH
-from simulator.model import ExpertsSpec, FeedForwardSpec, LayerSpec, TokenMixerSpec
+from simulator.model import ExpertsSpec, FeedForwardSpec, LayerSpec, ModelSpec, TokenMixerSpec
+
+_WAY_OUT = "set it to false: the load-balancing loss is left out"
 
 
-def refuse_router_options(config: ConfigReader) -> None:
-    """Refuse what adds a loss to the logits' or noise to the router's input."""
-    config.refuse("output_router_logits", (False, None), "set it to false: the load-balancing loss is left out")
+def refuse_router_options(config: ConfigReader, *, balanced: bool = False) -> None:
+    """Refuse what adds a loss to the logits', unless that is `balanced`, or noise to the router's input."""
+    if not balanced:
+        config.refuse("output_router_logits", (False, None), _WAY_OUT)
     config.refuse("router_jitter_noise", (None, 0, 0.0), "set it to 0")
+
+
+def with_load_balancing(config: ConfigReader, spec: ModelSpec) -> ModelSpec:
+    """`spec` with the load-balancing loss that ``output_router_logits`` asks for.
+
+    The logits of consecutive layers are added up: layers without a router between them are not modelled.
+    """
+    if not all(isinstance(layer.channel_mixer, ExpertsSpec) for layer in spec.layers):
+        config.refuse("output_router_logits", (False, None), _WAY_OUT)
+        return spec
+    if not config.given("output_router_logits"):
+        return spec
+    return attrs.evolve(spec, load_balancing=config.flag("output_router_logits", False))
 
 
 def read_experts(
@@ -24,6 +40,7 @@ def read_experts(
     normalised: bool | None = None,
     shared_width: int | None = None,
     activation: tuple[str, str] = ("hidden_act", "silu"),
+    balanced: bool = False,
 ) -> ExpertsSpec:
     """The mixture of experts of a layer.
 
@@ -35,8 +52,9 @@ def read_experts(
         normalised: default of ``norm_topk_prob``; None where weights are normalised always.
         shared_width: channels of the MLP that every token visits.
         activation: key and default of its name.
+        balanced: whether the family models the load-balancing loss (`with_load_balancing`).
     """
-    refuse_router_options(config)
+    refuse_router_options(config, balanced=balanced)
     count = config.required_size(*experts, LARGEST_EXPERTS)
     chosen = config.required_size("num_experts_per_tok", per_token, LARGEST_EXPERTS)
     too_many = f"num_experts_per_tok must be at most {experts[0]}, not {chosen} and {count}"

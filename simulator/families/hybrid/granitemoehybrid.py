@@ -8,7 +8,7 @@ from simulator import blocks, ops
 from simulator.decoder import BuiltLayers, rotary_decoder
 from simulator.families import Family, families
 from simulator.families.decoder import FULL, read_attention, read_decoder, read_depth, read_hidden
-from simulator.families.experts.reading import read_experts
+from simulator.families.experts.reading import read_experts, with_load_balancing
 from simulator.families.hybrid.reading import LINEAR, OLD_NAMES, read_state_space
 from simulator.families.reader import ConfigReader
 from simulator.graph import Tensor, flat
@@ -30,7 +30,9 @@ def read(config: ConfigReader) -> ModelSpec:
     config.check(not rotary or FULL in kinds, rule, "position_embedding_type", "layer_types")
     mixers = {LINEAR: _read_mixer(config, hidden), FULL: attention}
     channels = _read_channels(config)
-    return read_decoder(config, hidden, [LayerSpec(mixers[kind], channels) for kind in kinds])
+    return with_load_balancing(
+        config, read_decoder(config, hidden, [LayerSpec(mixers[kind], channels) for kind in kinds])
+    )
 
 
 def _read_mixer(config: ConfigReader, hidden: int) -> StateSpaceSpec:
@@ -60,7 +62,13 @@ def _read_channels(config: ConfigReader) -> FeedForwardSpec:
         return FeedForwardSpec(width, config.activation("hidden_act", "silu"))
     experts = ("num_local_experts", 8)
     return read_experts(
-        config, width=("intermediate_size", 11008), experts=experts, per_token=2, normalised=None, shared_width=width
+        config,
+        width=("intermediate_size", 11008),
+        experts=experts,
+        per_token=2,
+        normalised=None,
+        shared_width=width,
+        balanced=True,
     )
 
 
@@ -123,6 +131,7 @@ def _experts(t: Trace, x: Tensor, spec: ExpertsSpec) -> Tensor:
     with t.call("block_sparse_moe", x) as local:
         tokens = local("hidden_states", ops.reshape(t, x, (flat(x.shape[:-1]), x.shape[-1])))
         routed = blocks.chosen_softmax_router(t, tokens, spec)
+        t.capture(routed[0])
         for name, tensor in zip(("_", "top_k_weights", "top_k_index"), routed, strict=True):
             local(name, tensor)
         out = local("layer_output", blocks.routed_experts(t, tokens, routed[1], routed[2], spec))

@@ -8,7 +8,7 @@ from simulator import blocks
 from simulator.decoder import BuiltLayers, rotary_decoder
 from simulator.families import Family, families
 from simulator.families.decoder import read_decoder, read_depth, read_gated, read_hidden
-from simulator.families.experts.reading import read_experts, read_sparse_layers
+from simulator.families.experts.reading import read_experts, read_sparse_layers, with_load_balancing
 from simulator.families.hybrid.delta_net import ATTENTION, DELTA_NET, REST, mix, read_mixers, with_mixers
 from simulator.families.reader import ConfigReader
 from simulator.limits import LARGEST_WIDTH
@@ -26,11 +26,12 @@ def read(config: ConfigReader) -> ModelSpec:
         per_token=10,
         normalised=True,
         shared_width=config.required_size("shared_expert_intermediate_size", 512, LARGEST_WIDTH),
+        balanced=True,
     )
     dense = read_gated(config, width=5632)
     mixers = read_mixers(config, hidden, depth, kv_heads=2, activation=dense.activation)
     layers = with_mixers(read_sparse_layers(config, depth, None, dense, experts), mixers)
-    return read_decoder(config, hidden, layers, vocab=151936, positions=32768)
+    return with_load_balancing(config, read_decoder(config, hidden, layers, vocab=151936, positions=32768))
 
 
 def forward(t: Trace, spec: ModelSpec, layers: BuiltLayers) -> None:
