@@ -88,17 +88,21 @@ class Autograd:
         # a second micro-batch's gradients live beside the first's, so they need names of their own
         self._tag = "more" if gradients else "grad"
 
-    def run(self) -> None:
+    def run(self, loss: Tensor) -> None:
         """Backward from the loss to every parameter."""
-        loss = self.graph.loss
-        assert loss is not None
-        assert loss.producer is not None
         self.recorder.phase = Phase.BACKWARD
         seed = self.fresh("ones_like.default", loss.shape, loss.dtype)
         self._made.clear()
         self.recorder.retain(seed.storage)  # the caller of backward() holds it to the end
-        self._pending[loss.producer] = [self._loss_gradient(seed)]
-        for index in kernel_order(self.graph, loss.producer):
+        self.run_from(loss, self._loss_gradient(seed))
+        self.recorder.release(seed.storage)
+
+    def run_from(self, output: Tensor, gradient: Tensor) -> None:
+        """Backward from `output` to every parameter, begun with the `gradient` of it."""
+        assert output.producer is not None
+        self.recorder.phase = Phase.BACKWARD
+        self._pending[output.producer] = [gradient]
+        for index in kernel_order(self.graph, output.producer):
             if self._inner is not None and index < self._inner.region.first:
                 self._leave(self._inner)
             gradients = self._pending.pop(index, None)
@@ -107,7 +111,6 @@ class Autograd:
                 self._evaluate(self.graph.ops[index], gradients)
         for runtime in self._runtimes:
             runtime.end_backward()
-        self.recorder.release(seed.storage)
 
     def _loss_gradient(self, seed: Tensor) -> Tensor:
         gradient = seed
@@ -216,13 +219,14 @@ class Autograd:
             self._slot = op.place
         recorder.module, recorder.slot = op.module, op.place
         self._node = op
-        saved, early = self._found = self._checkpoints.saved(op)
+        saved, early = self._found = self._saved(op)
         assert op.backward is not None
         if op.fused:
             saved, early = [*saved, *early], []  # the kernel reads them when its results are written
         self._fusing = op.fused
         results: list[Tensor | None] = []
-        for gradient, tensor in zip(op.backward(self, op, gradients), op.inputs, strict=True):
+        seen = self._seen(op)
+        for gradient, tensor in zip(op.backward(self, seen, gradients), seen.inputs, strict=True):
             wanted = gradient is not None and tensor.requires_grad
             results.append(gradient if wanted else None)
             if gradient is not None and wanted:
@@ -241,6 +245,14 @@ class Autograd:
         for gradient, tensor in zip(results, op.inputs, strict=True):
             if gradient is not None:
                 self._send(self._written(op, gradient, tensor), tensor)
+
+    def _seen(self, op: Op) -> Op:
+        """`op` as its rule sees it: inputs whose gradients nobody asks for require none."""
+        return op
+
+    def _saved(self, op: Op) -> tuple[list[Storage], list[Storage]]:
+        """What goes when the node of `op` has run: afterwards, and as soon as its function returns."""
+        return self._checkpoints.saved(op)
 
     def _written(self, op: Op, gradient: Tensor, tensor: Tensor) -> Tensor:
         """The `gradient` of `tensor` in memory, where something else than a fused kernel wants it."""
@@ -351,6 +363,9 @@ class Autograd:
 
     def _keep_gradient(self, parameter: Storage, gradient: Tensor) -> None:
         gradient = gradient if self._weights_are_views else self._owned(gradient)
+        if parameter.role is Role.RECEIVED:  # it is sent to the stage before
+            self.kept.append(gradient.storage)
+            return
         gradient.storage.role = Role.GRADIENT
         if parameter.persistent:
             self.gradients[parameter] = gradient.storage

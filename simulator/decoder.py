@@ -63,9 +63,9 @@ def rotary_decoder(
         positions_to_layers: whether layers are called with the positions, too.
     """
     ids, labels = batch(t)
-    vocabulary = vocabulary_table(t, "model.embed_tokens")
+    vocabulary = vocabulary_table(t, "model.embed_tokens") if t.stage.first else None
     with t.call("model") as local:
-        embeds = local("inputs_embeds", embed(t, vocabulary, ids))
+        embeds = local("inputs_embeds", embed(t, vocabulary, ids) if vocabulary else t.receive())
         position_ids = local("position_ids", positions(t, ids))
         masks: dict[int | None, Tensor] = {}
         for index, window in enumerate(own_windows(spec) if windows is None else windows):
@@ -84,8 +84,12 @@ def rotary_decoder(
             mask = masks.get(one.attention.window) if one.attends else padding
             with t.layer(slot, hidden, mask, *own, position_ids if positions_to_layers else None):
                 hidden = local("hidden", layer(t, hidden, own, mask, one))
-        hidden = local("hidden", norm(t, "norm", hidden))
-    language_head(t, hidden, labels, spec, vocabulary, scale_logits)
+        if t.stage.last:
+            hidden = local("hidden", norm(t, "norm", hidden))
+    if t.stage.last:
+        language_head(t, hidden, labels, spec, vocabulary, scale_logits)
+    else:
+        t.send(hidden)
 
 
 def attentions(spec: ModelSpec) -> list[AttentionSpec]:
@@ -145,7 +149,7 @@ def language_head(
     hidden: Tensor,
     labels: Tensor,
     spec: ModelSpec,
-    vocabulary: Tensor,
+    vocabulary: Tensor | None,
     scale: Callable[[Trace, Tensor], Tensor] | None = None,
     *,
     name: str = "lm_head",
@@ -156,7 +160,7 @@ def language_head(
 
     Args:
         hidden: hidden states ``[b, s, h]``.
-        vocabulary: the table that the head shares where embeddings are tied.
+        vocabulary: the table that the head shares where embeddings are tied; None where it is on another stage.
         scale: what happens to the logits first.
         name: of the head's module.
         bias: whether the head has one.
@@ -179,11 +183,14 @@ def language_head(
             logits = local("logits", ops.div_scalar(t, logits))
             logits = local("logits", ops.tanh(t, logits))
             logits = local("logits", ops.mul_scalar(t, logits))
-        loss = causal_lm_loss(t, logits, labels)
+        loss = None if t.regime.pipelined else causal_lm_loss(t, logits, labels)
         kept: tuple[Tensor, ...] = ()
-        if spec.load_balancing:
+        if loss is not None and spec.load_balancing:
             loss, balance = add_load_balancing_loss(t, loss)
             kept = (local("aux_loss", balance), *t.router_logits.values())
+    if loss is None:  # a stage returns logits, of which the schedule has the loss computed
+        cross_entropy_outside(t, logits, labels)
+        return
     leave_with(t, logits, loss)
     t.graph.outputs += kept
 
@@ -195,10 +202,12 @@ def leave_with(t: Trace, logits: Tensor, loss: Tensor) -> None:
     t.graph.outputs = (logits, loss) if t.regime.loss_division else (logits,)
 
 
-def _fused_language_head(t: Trace, hidden: Tensor, labels: Tensor, spec: ModelSpec, vocabulary: Tensor) -> None:
+def _fused_language_head(t: Trace, hidden: Tensor, labels: Tensor, spec: ModelSpec, vocabulary: Tensor | None) -> None:
     """`lce_forward` (liger_kernel/transformers/model/llama.py) in training: the head's module never runs."""
     with t.call("", hidden), t.loss_head():
-        weight = vocabulary if spec.tied_embeddings else t.matrix("lm_head.weight", ("V",), hidden.shape[-1])
+        weight = (
+            vocabulary if vocabulary and spec.tied_embeddings else t.matrix("lm_head.weight", ("V",), hidden.shape[-1])
+        )
         with t.call("loss_function", hidden) as local:  # `LigerForCausalLMLoss`
             shifted = shifted_labels(t, labels, local)
             flat = ops.reshape(t, hidden, (("b", "s"), hidden.shape[-1]))

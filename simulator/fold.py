@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from simulator.graph import Storage
-from simulator.program import Leaf, Node, Repeat, Seq, Step, Walk
+from simulator.program import Leaf, Node, Occurrence, Repeat, Seq, Step, Walk
 from simulator.roles import Role
 from simulator.sizes import AnySize, Bindings, Value
 
@@ -30,7 +30,7 @@ Column = tuple[Role, AnySize]
 
 @attrs.frozen(eq=False)
 class Location:
-    """The step of a candidate and, from the outside in, the iteration of each repeat around it."""
+    """The step of a candidate and, from the outside in, the iteration of each repeat (number of each occurrence)."""
 
     step: Step
     iterations: tuple[int, ...] = ()
@@ -195,9 +195,12 @@ class Folder:
             known = self._rows[node] = self._fold_leaf(node) if isinstance(node, Leaf) else self._fold_inner(node)
         return known
 
-    def _fold_inner(self, node: Seq | Repeat | Walk) -> _Rows:
+    def _fold_inner(self, node: Seq | Repeat | Walk | Occurrence) -> _Rows:
         if isinstance(node, Repeat):
             return _repeat(self._fold(node.body), node.count)
+        if isinstance(node, Occurrence):
+            body = self._fold(node.body)
+            return _sequence([body], len(self._index), (node.number,))
         if isinstance(node, Seq):
             return _sequence([self._fold(part) for part in node.parts], len(self._index))
         bodies = [self._fold(leaf) for leaf, _ in node.parts]

@@ -147,6 +147,8 @@ class ForwardGraph:
     """What the caller's frame may keep after forward (the logits)."""
     held: tuple[Tensor, ...] = ()
     """What it keeps through backward in any case, besides the loss."""
+    stages: list[StageGraph] = attrs.field(factory=list)
+    """The stages of a pipeline that the rank has; none where there is no pipeline."""
 
     _edges: nx.DiGraph[Any] | None = attrs.field(default=None, init=False)
 
@@ -191,6 +193,31 @@ class ForwardGraph:
 
 
 @attrs.define(eq=False)
+class StageGraph:
+    """The part of a forward graph that is one stage of a pipeline."""
+
+    first_op: int
+    end_op: int = 0
+    loss_op: int | None = None
+    """Index of the first op of the loss function, which the schedule calls after the stage; None without one."""
+    received: Tensor | None = None
+    output: Tensor | None = None
+    """What the stage returns: hidden states that are sent, or logits."""
+    loss: Tensor | None = None
+
+    def gradient_received(self) -> Tensor:
+        """The gradient of `output` that the next stage sends, in a buffer that is there already."""
+        assert self.output is not None
+        if self._gradient is None:
+            like = self.output
+            storage = Storage("received", like.storage.size, like.dtype, Role.RECEIVED, persistent=True)
+            self._gradient = make_tensor(storage, like.shape, like.dtype)
+        return self._gradient
+
+    _gradient: Tensor | None = attrs.field(default=None, init=False)
+
+
+@attrs.frozen(eq=False)
 class Uses:
     """Why one op needs storages; see the module's docstring."""
 

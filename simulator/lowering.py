@@ -15,6 +15,7 @@ from simulator.optimizer_in_backward import OptimizerInBackward
 from simulator.optimizers import optimizers
 from simulator.optimizers.clipping import clip_gradient_norm
 from simulator.optimizers.step import OptimizerStep, Parameter, Surroundings
+from simulator.pipelined import PipelinedSteps
 from simulator.plan import TRAINABLE_TENSORS, Plan
 from simulator.program import Node, Repeat, Seq, TreeBuilder
 from simulator.recorder import Step
@@ -62,6 +63,7 @@ class _Lowering:
         self._second_differs = any(runtime.second_differs for runtime in self.runtimes)
         self._first_differs = any(runtime.first_differs for runtime in self.runtimes)
         self._last_differs = any(runtime.last_differs for runtime in self.runtimes)
+        self._pipelined = PipelinedSteps(self.job, plan.pipeline, self.builder) if plan.pipeline else None
         self._micro_batch = MicroBatch(self.job, self.runtimes)
         self._forwards: dict[tuple[bool, ...], tuple[Node, AfterForward]] = {}
         self._turns: dict[tuple[bool, ...], Node] = {}
@@ -78,6 +80,8 @@ class _Lowering:
 
     def _step(self, *, cold: bool) -> Node:
         """First micro-batch, the second and the last where they differ, those between them; then the optimizer."""
+        if self._pipelined is not None:
+            return Seq((*self._pipelined.step(cold=cold), *self._optimizer()))
         count = self.training.gradient_accumulation
         parts = [self._turn(Turn(cold, first=True, last=count == 1))]
         if count > 1 and cold and self._second_differs:

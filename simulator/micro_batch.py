@@ -74,10 +74,10 @@ class MicroBatch:
         for runtime in self._runtimes:
             runtime.begin_backward(turn)
         engine = self._autograd(self._runtimes)
-        engine.run()
+        assert self.graph.loss is not None
+        engine.run(self.graph.loss)
         if self.keep_outputs:
             self._release_outputs()
-        assert self.graph.loss is not None
         for tensor in (*self.graph.inputs, *self.graph.held, self.graph.loss):
             self.recorder.release(tensor.storage)
         for storage in (*engine.kept, *self._checkpoints.bound()):
@@ -103,11 +103,19 @@ class MicroBatch:
             self.recorder.retain(tensor.storage, self._uses.get(tensor.storage, 0))
 
     def _forward(self) -> None:
-        recorder = self.recorder
         graph = self.graph
         held = {t.storage for t in (*graph.outputs, *graph.held)} | {graph.loss.storage if graph.loss else None}
+        self._run_ops(range(len(graph.ops)), held)
+        if self.graph.outside is None:
+            for runtime in self._runtimes:
+                runtime.end_forward()
+
+    def _run_ops(self, indices: range, held: set[Storage | None]) -> None:
+        """Run some ops of the graph, after which the caller still has what is `held`."""
+        recorder = self.recorder
         unborn: set[Storage] = set()
-        for index, op in enumerate(self.graph.ops):
+        for index in indices:
+            op = self.graph.ops[index]
             self._before(index, op)
             region = self._checkpoints.region_of.get(op)
             if region is not None and op is region.ops[0]:
@@ -118,9 +126,6 @@ class MicroBatch:
             for storage in (*self._use[op].reads, *self._use[op].holds):
                 if storage not in unborn:
                     recorder.release(storage)
-        if self.graph.outside is None:
-            for runtime in self._runtimes:
-                runtime.end_forward()
 
     def _before(self, index: int, op: Op) -> None:
         """Tell the runtimes that `op` comes, or that the model has returned."""

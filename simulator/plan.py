@@ -18,6 +18,7 @@ from simulator.layout import Layout, layout_by_neighbours, layout_of, numbered, 
 from simulator.liger import check_family
 from simulator.mesh import Mesh
 from simulator.model import ModelSpec
+from simulator.pipeline import MICRO_BATCHES, Pipeline
 from simulator.runtime import Hooks
 from simulator.sizes import Dimensions
 from simulator.tensor_parallel import TensorParallelism
@@ -60,6 +61,8 @@ class Plan:
     """Modules, or parts of modules, of those layers that are checkpoints of their own; nothing means whole layers."""
     offloaded: bool = False
     """Whether the inputs that checkpoints keep are in host memory."""
+    pipeline: Pipeline | None = None
+    """The part of a pipeline that the rank is; `model` has its layers only."""
     together: int = 1
     """How many consecutive layers, counted from the first, are one checkpoint."""
     kept_ops: frozenset[str] = frozenset()
@@ -128,13 +131,30 @@ class Plan:
         for axis, degree in self.mesh.degrees.items():
             trace.dim(axis, degree)
         recipe = families.get(model.family).recipe(training.implementation)
-        recipe(trace, model, self.layout.built(model.layers))
+        if self.pipeline is None:
+            recipe(trace, model, self.layout.built(model.layers))
+        else:
+            self._build_stages(trace, self.pipeline, recipe)
         trace.end_autocast()
         _check_items(trace)
         if self.compiled:
             compile_layers(trace)
         trace.dim(TRAINABLE_TENSORS, _trainable_tensors(trace.graph, self.layout))
         return trace
+
+    def _build_stages(self, trace: Trace, pipeline: Pipeline, recipe: Callable[..., object]) -> None:
+        """The stages of the rank, each with the layers that are its own."""
+        trace.dim(MICRO_BATCHES, self.training.gradient_accumulation)
+        layers = self.layout.built(self.model.layers)
+        for index, chunk in enumerate(pipeline.chunks):
+            name = f"stage{chunk.stage}" if len(pipeline.chunks) > 1 else ""
+            own = [(slot, layer) for slot, layer in layers if self._chunk_of(slot) == index]
+            with trace.pipeline_stage(pipeline.stage_of(index), name):
+                recipe(trace, self.model, own)
+
+    def _chunk_of(self, slot: int) -> Hashable:
+        place = self.layout.places[slot]
+        return self.layer_kinds[place.base + place.offset]
 
 
 @attrs.frozen
@@ -273,7 +293,9 @@ def _regime(plan: Plan) -> Regime:
         tensor_subclasses=training.tensor_subclasses,
         implementation=training.implementation,
         loss=training.loss,
-        loss_division=training.gradient_accumulation > 1 and not (plan.scaled_loss or training.items_in_batch),
+        # a pipeline divides the gradients instead, in place (schedules.py `scale_grads`)
+        loss_division=training.gradient_accumulation > 1
+        and not (plan.scaled_loss or training.items_in_batch or plan.pipeline),
         scaled_loss=plan.scaled_loss,
         keep_inputs=training.keep_inputs,
         any_sdpa_backend=training.any_sdpa_backend,
@@ -284,4 +306,5 @@ def _regime(plan: Plan) -> Regime:
         memory_efficient_linear=plan.memory_efficient_linear,
         embeddings_require_grad=_hooks_embeddings(plan),
         float8=plan.float8,
+        pipelined=plan.pipeline is not None,
     )

@@ -95,7 +95,15 @@ class Walk:
     parts: tuple[tuple[Leaf, int], ...]
 
 
-Node = Leaf | Seq | Repeat | Walk
+@attrs.frozen(eq=False)
+class Occurrence:
+    """`body` where a program has it several times, here and there (a pipeline's micro-batches): the `number`-th."""
+
+    number: int
+    body: Node
+
+
+Node = Leaf | Seq | Repeat | Walk | Occurrence
 
 _LAST_TO_FIRST = frozenset((Phase.BACKWARD, Phase.RECOMPUTE))
 
@@ -119,14 +127,17 @@ class TreeBuilder:
         self._turns = [(place.run.first_slot, place.turn) for place in layout.places]
         self._real = [place.base + place.offset for place in layout.places]
 
-    def tree(self, steps: Sequence[RecordedStep]) -> Node:
+    def tree(self, steps: Sequence[RecordedStep], *, upward: bool = False) -> Node:
         """Consecutive steps of one turn of a pattern become a `Repeat`, the others a `Leaf`.
 
         Steps that neither allocate nor free (views, in-place updates) are left out.
+
+        Args:
+            upward: whether a backward, too, visits layers first to last.
         """
         active = [part for step in steps if step.births or step.deaths for part in self._by_layer(step)]
         groups = [list(group) for _, group in groupby(active, key=self._turn)]
-        parts = self._spread(groups) if self._layout.scattered else [self._part(group) for group in groups]
+        parts = self._spread(groups) if self._layout.scattered else [self._part(group, upward) for group in groups]
         return parts[0] if len(parts) == 1 else Seq(tuple(parts))
 
     def _spread(self, groups: list[list[RecordedStep]]) -> list[Node]:
@@ -175,7 +186,7 @@ class TreeBuilder:
             *(RecordedStep("free", step.phase, step.module, slot, [], found) for slot, found in by_slot.items()),
         ]
 
-    def _part(self, steps: list[RecordedStep]) -> Node:
+    def _part(self, steps: list[RecordedStep], upward: bool = False) -> Node:
         slot = steps[0].slot
         if slot is None:
             return self._outside(steps)
@@ -184,7 +195,7 @@ class TreeBuilder:
         first = place.run.first_slot + place.turn * period
         reach = period * place.run.reach
         leaf = self._leaf(steps, first, period, reach)
-        if not _descends(steps):
+        if upward or not _descends(steps):
             return Repeat(place.repeats, leaf, place.base, period)
         return Repeat(place.repeats, leaf, place.base + (place.repeats - 1) * period, -period)
 

@@ -80,10 +80,11 @@ class Report:
         return sum(nbytes * repeats for nbytes, repeats in sizes)
 
     def layer_of(self, step: StepPeak | None = None) -> int | None:
-        """Index of the layer in which a peak (by default the highest) is; None outside the layers."""
+        """Index, in the whole model, of the layer in which a peak (by default the highest) is; None outside them."""
         step = step or self.peak
         node = self.program.steady if step.step == "steady" else self.program.cold
-        return layer_at(node, step.location)
+        layer = layer_at(node, step.location)
+        return layer if layer is None or self.plan.pipeline is None else self.plan.pipeline.layers[layer]
 
     def live(self, step: StepPeak | None = None) -> list[Live]:
         """The storages alive at a peak (by default the highest), largest first."""
@@ -106,6 +107,8 @@ class Report:
 
 def count_parameters(plan: Plan) -> int:
     """Parameters of the whole model: built layers count once per layer they stand for."""
+    if plan.pipeline is not None:
+        plan = attrs.evolve(plan, model=plan.pipeline.whole, layer_kinds=(), pipeline=None)
     bindings, places = plan.dimensions.bindings, plan.layout.places
     total = 0
     for tensor in plan.graph.parameters:

@@ -23,6 +23,7 @@ class Role(enum.Enum):
     GATHER = "gather buffer"
     REDUCE = "reduce buffer"
     BUCKET = "bucket"
+    RECEIVED = "receive buffer"
     WORKSPACE = "workspace"
     INPUT = "input"
     BUFFER = "buffer"

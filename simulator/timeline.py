@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from simulator.fold import Location
 from simulator.graph import Storage
-from simulator.program import Identity, Leaf, Node, Reference, Seq, Step, Walk, identity
+from simulator.program import Identity, Leaf, Node, Occurrence, Reference, Seq, Step, Walk, identity
 from simulator.roles import Phase, Role
 from simulator.sizes import Bindings
 
@@ -54,6 +54,8 @@ def _visits(node: Node, base: int, iterations: tuple[int, ...], limit: int | Non
     elif isinstance(node, Seq):
         for part in node.parts:
             yield from _visits(part, base, iterations, limit)
+    elif isinstance(node, Occurrence):
+        yield from _visits(node.body, base, (*iterations, node.number), limit)
     elif isinstance(node, Walk):
         for iteration, (leaf, layer) in enumerate(node.parts):
             yield Visit(leaf, layer, (*iterations, iteration))
@@ -81,45 +83,61 @@ class Live:
 
 
 class LiveSet:
-    """Storages alive, kept up to date step by step; asserts that nothing is allocated or freed twice."""
+    """Storages alive, kept up to date step by step; asserts that nothing is allocated or freed twice.
 
-    def __init__(self) -> None:
-        self._live: dict[Identity, Storage] = {}
+    Args:
+        concurrent: whether several micro-batches may be alive at once (a pipeline), whose storages have one name.
+    """
+
+    def __init__(self, *, concurrent: bool = False) -> None:
+        self._concurrent = concurrent
+        self._live: dict[Identity, list[Storage]] = {}
         self._nets: dict[Leaf, tuple[list[Reference], list[Reference]]] = {}
 
     def run(self, moment: Moment, *, deaths: bool = True) -> None:
         """Apply one step; without its `deaths`, the state at the step's own peak."""
         for reference in moment.step.births:
             name = identity(reference, moment.base)
-            assert name not in self._live, f"{name} is allocated twice, at {moment.step.name}"
-            self._live[name] = reference.storage
+            assert self._concurrent or name not in self._live, f"{name} is allocated twice, at {moment.step.name}"
+            self._live.setdefault(name, []).append(reference.storage)
         for reference in moment.step.deaths if deaths else ():
             name = identity(reference, moment.base)
             assert name in self._live, f"{name} is freed but not live, at {moment.step.name}"
+            self._remove(name)
+
+    def _remove(self, name: Identity) -> None:
+        self._live[name].pop()
+        if not self._live[name]:
             del self._live[name]
 
     def skip(self, visit: Visit) -> None:
         """Apply what a whole straight run leaves behind, without its steps."""
         born, died = self._net(visit.leaf)
         for reference in died:
-            del self._live[identity(reference, visit.base)]
+            self._remove(identity(reference, visit.base))
         for reference in born:
-            self._live[identity(reference, visit.base)] = reference.storage
+            self._live.setdefault(identity(reference, visit.base), []).append(reference.storage)
 
     def _net(self, leaf: Leaf) -> tuple[list[Reference], list[Reference]]:
         """References born in `leaf` that survive it, and those that die in it without being born there."""
         if leaf not in self._nets:
-            born: dict[tuple[str, int | None], Reference] = {}
+            born: dict[Identity, list[Reference]] = {}
             died: list[Reference] = []
             for step in leaf.steps:
-                born.update((identity(r, 0), r) for r in step.births)
-                died += [r for r in step.deaths if born.pop(identity(r, 0), None) is None]
-            self._nets[leaf] = list(born.values()), died
+                for reference in step.births:
+                    born.setdefault(identity(reference, 0), []).append(reference)
+                for reference in step.deaths:
+                    own = born.get(identity(reference, 0))
+                    if own:
+                        own.pop()
+                    else:
+                        died.append(reference)
+            self._nets[leaf] = [reference for references in born.values() for reference in references], died
         return self._nets[leaf]
 
     def storages(self, bindings: Bindings) -> list[Live]:
         """What is alive, largest first."""
-        found = [Live(name, b, int(b.size.allocated(bindings))) for name, b in self._live.items()]
+        found = [Live(name, b, int(b.size.allocated(bindings))) for name, alike in self._live.items() for b in alike]
         return sorted(found, key=lambda live: -live.nbytes)
 
 
@@ -128,7 +146,7 @@ def live_at(before: list[Node], node: Node, location: Location, bindings: Bindin
 
     Of repeats over micro-batches only the first iteration is run: it is where folding puts their peak.
     """
-    live = LiveSet()
+    live = LiveSet(concurrent=True)
     for earlier in before:
         for visit in visits(earlier, micro_batches=1):
             live.skip(visit)

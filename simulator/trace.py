@@ -9,11 +9,13 @@ from contextlib import contextmanager
 import attrs
 
 from hardware.dtypes import DType
+from hardware.errors import UnsupportedError
 from simulator.graph import (
     BackwardRule,
     ForwardGraph,
     Op,
     Shape,
+    StageGraph,
     Storage,
     Tensor,
     flat,
@@ -22,6 +24,7 @@ from simulator.graph import (
     make_tensor,
 )
 from simulator.liger import Liger
+from simulator.pipeline import MICRO_BATCHES, Stage
 from simulator.roles import Role
 from simulator.sizes import Dim, Dimensions, Value, product, size_of
 from simulator.tensor_parallel import AXIS, DTENSOR, Style, TensorParallelism
@@ -64,6 +67,8 @@ class Regime:
     """Whether a hook makes the embedded tokens require a gradient, even of a frozen table."""
     float8: str | None = None
     """How linear layers that run on float8 copies are scaled: ``tensorwise`` or ``rowwise``."""
+    pipelined: bool = False
+    """Whether the batch of a whole step is there from its beginning, of which micro-batches are views."""
 
 
 class Frame:
@@ -130,6 +135,8 @@ class Trace:
         self._frozen = frozen
         self.graph = ForwardGraph()
         self.slot: int | None = None
+        self.stage = Stage()
+        """The part of the model that is being built."""
         self.module = ""
         """Dotted path of the module being run."""
         self._shards: dict[Dim, tuple[Dim, ...]] = {}
@@ -288,9 +295,20 @@ class Trace:
 
     def input(self, name: str, *dims: Dim, dtype: DType) -> Tensor:
         """A tensor of the batch, made anew for each micro-batch and kept until it ends."""
+        if self.regime.pipelined:
+            return self._part_of_batch(name, dims, dtype)
         tensor = self._leaf(name, dims, dtype, Role.INPUT)
         tensor.storage.persistent = self.regime.keep_inputs
         self.graph.inputs.append(tensor)
+        return tensor
+
+    def _part_of_batch(self, name: str, dims: Sequence[Dim], dtype: DType) -> Tensor:
+        """One micro-batch's part of a tensor that all stages of a rank share, and that stays (``tensor_split``)."""
+        storage = make_storage(name, (MICRO_BATCHES, *dims), dtype, Role.INPUT)
+        storage.persistent = True
+        tensor = make_tensor(storage, self.squeezed(tuple((d,) for d in dims)), dtype)
+        if all(known.storage.label != name for known in self.graph.inputs):
+            self.graph.inputs.append(tensor)
         return tensor
 
     def _leaf(self, name: str, dims: Sequence[Dim], dtype: DType, role: Role) -> Tensor:
@@ -298,6 +316,33 @@ class Trace:
         storage = make_storage(label, tuple(dims), dtype, role, self.slot)
         storage.persistent = True
         return make_tensor(storage, self.squeezed(tuple((d,) for d in dims)), dtype)
+
+    # pipelines -----------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def pipeline_stage(self, stage: Stage, module: str) -> Iterator[None]:
+        """Everything inside is one stage of a pipeline, whose modules are in `module`."""
+        self.stage, self.module = stage, module
+        graph = StageGraph(len(self.graph.ops))
+        self.graph.stages.append(graph)
+        yield
+        graph.end_op = len(self.graph.ops)
+        if (stage.first or graph.received) is None or (stage.last or graph.output) is None:
+            raise UnsupportedError("this model is not cut into pipeline stages yet: leave the pipeline out")
+        if stage.last:
+            graph.loss_op, graph.loss, (graph.output, *_) = self.graph.outside, self.graph.loss, self.graph.outputs
+        self.module = ""
+
+    def receive(self) -> Tensor:
+        """The hidden states ``[b, s, h]`` that the stage before sent: a leaf that requires a gradient."""
+        tensor = self._leaf("received", ("b", "s", "h"), self.regime.weights, Role.RECEIVED)
+        tensor.requires_grad = self.regime.training
+        self.graph.stages[-1].received = tensor
+        return tensor
+
+    def send(self, tensor: Tensor) -> None:
+        """Hidden states that the next stage is sent."""
+        self.graph.stages[-1].output = tensor
 
     # ops -----------------------------------------------------------------------------------------------------------
 

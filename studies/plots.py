@@ -53,6 +53,7 @@ COLOURS = {
     Role.REDUCE: "#B2182B",
     Role.WEIGHT_CAST: "#9AD3BF",
     Role.INPUT: "#5B5B5B",
+    Role.RECEIVED: "#A0A0A0",
     Role.ACTIVATION: "#E69F00",
     Role.RECOMPUTE: "#F3CF80",
     Role.LOSS_HEAD: "#D55E00",

@@ -20,16 +20,20 @@ def forward(t: Trace, spec: ModelSpec, layers: BuiltLayers) -> None:
     """`Transformer.forward`, and the loss of its trainer."""
     ids, labels = batch(t)
     with t.call("") as local:
-        vocabulary = blocks.vocabulary_table(t, "tok_embeddings")
-        hidden = local("x", blocks.look_up(t, vocabulary, ids, "tok_embeddings"))
+        vocabulary = blocks.vocabulary_table(t, "tok_embeddings") if t.stage.first else None
+        hidden = local("x", blocks.look_up(t, vocabulary, ids, "tok_embeddings") if vocabulary else t.receive())
         tables = _rotary_tables(t, spec.layers[0].attention.head_dim)
         for slot, layer in layers:
             with t.layer(slot, hidden, *tables):
                 x, cos, sin = blocks.layer_inputs(t, hidden, *tables)
                 hidden = local("x", _block(t, x, cos, sin, layer))
-        normed = _norm(t, "norm", hidden)
-        logits = blocks.vocabulary_head(t, "output", normed, vocabulary if spec.tied_embeddings else None)
-    cross_entropy_outside(t, logits, labels)
+        if t.stage.last:
+            normed = _norm(t, "norm", hidden)
+            logits = blocks.vocabulary_head(t, "output", normed, vocabulary if spec.tied_embeddings else None)
+    if t.stage.last:
+        cross_entropy_outside(t, logits, labels)
+    else:
+        t.send(hidden)
     t.order_layer_parameters("attention", "feed_forward", "attention_norm", "ffn_norm")
 
 

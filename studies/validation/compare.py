@@ -47,6 +47,7 @@ CATEGORIES = {
     Role.GATHER: "param",
     Role.REDUCE: "grad",
     Role.BUCKET: "grad",
+    Role.RECEIVED: "input",
 }
 _FORWARD = {"activation": "forward", "fwd_temp": "forward"}
 

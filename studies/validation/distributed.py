@@ -26,6 +26,7 @@ from strategies.tensor_parallel import TensorParallel
 from strategies.zero_redundancy import ZeroRedundancy
 from studies.validation.liger_switches import liger_of
 from studies.validation.recorded_ddp import RecordedDdp
+from studies.validation.recorded_pipeline import recorded_pipeline
 
 #: The oracle's names of models: layers, hidden, feed-forward width, heads, key heads, vocabulary, tied embeddings.
 _SHAPES = {
@@ -56,6 +57,7 @@ COMPARED = {
     # outputs of the reduce-scatter become gradients, or are cast to them: they are not compared
     "reduce-scatter input": ({Role.REDUCE}, {"reduce_scatter_input"}),
     "bucket": ({Role.BUCKET}, {"ddp_bucket"}),
+    "receive buffer": ({Role.RECEIVED}, {"recv_buffer_fwd", "recv_buffer_bwd"}),
     "activation": (
         # whatever forward makes that no framework names; among it, there, the shards kept from forward to backward
         {Role.ACTIVATION, Role.LOSS_HEAD, Role.WEIGHT_CAST, Role.POST_FORWARD_SHARD},
@@ -91,10 +93,14 @@ def distributed_case(line: Mapping[str, Any]) -> Case:
     if unknown:
         raise UnsupportedError(f"case option {unknown[0]!r} is not known for kind {kind}")
     mesh, strategies = parallelise(config)
+    if kind == "pp":
+        strategies = (recorded_pipeline(line),)
+        config = {"impl": "titan", **config, "grad_accum": config.get("microbatches", 1)}
     checkpointing: tuple[Strategy, ...] = (FullCheckpointing(),) if config.get("ac") else ()
     model = _model(config)
     training = attrs.evolve(_training(config), liger=liger_of(config.get("liger"), model.family))
-    return Case(model, training, (*checkpointing, *strategies), mesh, config.get("rank", 0))
+    before, after = (strategies, checkpointing) if kind == "pp" else (checkpointing, strategies)
+    return Case(model, training, (*before, *after), mesh, config.get("rank", 0))
 
 
 def _model(config: Mapping[str, Any]) -> ModelSpec:
@@ -226,6 +232,10 @@ def _flat_sharded(config: Mapping[str, Any]) -> _Parallel:
     return mesh, (fsdp1,)
 
 
+def _pipelined(config: Mapping[str, Any]) -> _Parallel:
+    return Mesh(pp=config.get("pp", 1)), ()
+
+
 def _megatron(config: Mapping[str, Any]) -> _Parallel:
     options = {key: config[key] for key in _MEGATRON if key in config}
     return Mesh(dp_shard=_ranks(config)), (MegatronDistributedOptimizer(**options),)
@@ -246,6 +256,7 @@ _KINDS: dict[str, tuple[set[str], Callable[[Mapping[str, Any]], _Parallel]]] = {
     "fsdp1": (_FSDP1, _flat_sharded),
     "fsdp2": (_FSDP2, _fully_sharded),
     "megatron": (_MEGATRON, _megatron),
+    "pp": ({"pp", "microbatches", "schedule", "stage", "virtual", "return_outputs"}, _pipelined),
     "hsdp": (_FSDP2, _fully_sharded),
     "tp": (_FSDP2 | {"tp", "sp", "loss_parallel"}, _tensor_parallel),
 }

@@ -68,7 +68,7 @@ def test_streams_are_exact(line):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"kind": "pp"}, "kind"),
+        ({"kind": "cp"}, "kind"),
         ({"replicate": 3}, "replicate"),
         ({"world": "8"}, "world"),
         ({"optim": "lion"}, "optim"),
