@@ -5,7 +5,7 @@ from __future__ import annotations
 from hardware.dtypes import BOOL, INT64
 from simulator import ops
 from simulator.graph import Shape, Tensor
-from simulator.trace import Trace
+from simulator.trace import Frame, Trace
 
 
 def positions(t: Trace, like: Tensor) -> Tensor:
@@ -28,6 +28,35 @@ def recurrent_mask(t: Trace) -> Tensor | None:
     return given if t.regime.attention_mask == "padded" else None
 
 
+def bidirectional_mask(t: Trace, like: Tensor) -> Tensor | None:
+    """The 4-D mask ``[b, 1, s, s]`` that hides padding; none where nothing is padded, a mask of ones included.
+
+    Source: masking_utils.py `create_bidirectional_mask`, `_ignore_bidirectional_mask_sdpa`.
+
+    Args:
+        t: the trace.
+        like: hidden states, whose dtype the mask of eager attention has; SDPA's is boolean.
+    """
+    if t.regime.attention_mask != "padded" or t.regime.attention == "flash_attention_2":
+        return None
+    full = (("b",), ("s",), ("s",))
+    with t.call("") as local:
+        _indices(t, like, local)
+        allowed = local("allowed", ops.constant(t, "ge.Scalar", like, dtype=BOOL, shape=(("s",), ())))
+        allowed = local("allowed", ops.constant(t, "bitwise_and.Tensor", allowed, shape=full))
+        if t.regime.attention != "eager":
+            return allowed
+        return ops.constant(t, "where.self", allowed, dtype=like.dtype)
+
+
+def _indices(t: Trace, like: Tensor, local: Frame) -> None:
+    """What a mask function compares: of sequences, heads, queries and keys."""
+    for name, shape in (("batch", (("b",),)), ("head", ())):
+        local(name, ops.constant(t, "arange.default", like, dtype=INT64, shape=shape))
+    for name in ("query", "key"):
+        local(name, positions(t, like))
+
+
 def causal_mask(
     t: Trace, like: Tensor, window: int | None = None, *, skip: bool = True, ones: bool = False, chunked: bool = False
 ) -> Tensor | None:
@@ -48,10 +77,7 @@ def causal_mask(
         return None
     full = (("b",), ("s",), ("s",))
     with t.call("") as local:
-        for name, shape in (("batch", (("b",),)), ("head", ())):
-            local(name, ops.constant(t, "arange.default", like, dtype=INT64, shape=shape))
-        for name in ("query", "key"):
-            local(name, positions(t, like))
+        _indices(t, like, local)
         if window is not None and chunked:
             local("left_padding_tokens", ops.constant(t, "zeros.default", like, dtype=INT64, shape=(("b",),)))
             allowed = local("allowed", _allowed_in_chunks(t, like))

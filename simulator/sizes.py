@@ -42,6 +42,11 @@ def ceil_div(value: Value, divisor: Value) -> Value:
     return -(-value // divisor)
 
 
+def packed(elements: Value, bits: int) -> Value:
+    """Bytes of so many elements; widths of whole bytes do not pass through bits, which 64 of them might not hold."""
+    return elements * (bits // 8) if bits % 8 == 0 else ceil_div(elements * bits, 8)
+
+
 def round_up(value: Value, multiple: Value) -> Value:
     """The smallest multiple of `multiple` that is at least `value`."""
     return ceil_div(value, multiple) * multiple
@@ -88,7 +93,7 @@ class Size:
 
     def nbytes(self, bindings: Bindings) -> Value:
         """Exact bytes, before the allocator rounds."""
-        return ceil_div(self.elements(bindings) * self.bits, 8)
+        return packed(self.elements(bindings), self.bits)
 
     def allocated(self, bindings: Bindings) -> Value:
         """Bytes the caching allocator hands out for it: `nbytes` rounded up to 512."""
@@ -128,7 +133,7 @@ class FlatSize:
 
     def nbytes(self, bindings: Bindings) -> Value:
         """Exact bytes, before the allocator rounds."""
-        return ceil_div(self.elements(bindings) * self.bits, 8)
+        return packed(self.elements(bindings), self.bits)
 
     def allocated(self, bindings: Bindings) -> Value:
         """Bytes the caching allocator hands out for it: `nbytes` rounded up to 512."""
@@ -156,7 +161,7 @@ class JoinedSize:
 
     def nbytes(self, bindings: Bindings) -> Value:
         """Exact bytes, before the allocator rounds."""
-        return ceil_div(self.elements(bindings) * self.bits, 8)
+        return packed(self.elements(bindings), self.bits)
 
     def allocated(self, bindings: Bindings) -> Value:
         """Bytes the caching allocator hands out for it: `nbytes` rounded up to 512."""

@@ -5,6 +5,7 @@ and therefore lives until its function returns, is part of what is modelled.
 """
 
 from simulator.blocks.all_experts import all_experts_mlp as all_experts_mlp
+from simulator.blocks.attention import Softmax as Softmax
 from simulator.blocks.attention import attention as attention
 from simulator.blocks.attention import causal_flash as causal_flash
 from simulator.blocks.attention import eager_attention as eager_attention

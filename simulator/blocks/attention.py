@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from enum import Enum
 
 from hardware.dtypes import FP32
 from hardware.errors import UnsupportedError
@@ -18,6 +18,14 @@ from simulator.trace import Trace
 
 #: Queries, keys, values ``[b, a, s, d]`` and mask to the output ``[b, s, a, d]`` and the weights of attention.
 Interface = Callable[[Trace, Tensor, Tensor, Tensor, "Tensor | None", AttentionSpec], "tuple[Tensor, Tensor | None]"]
+
+
+class Softmax(Enum):
+    """How a family spells the softmax of eager attention."""
+
+    FP32 = "in fp32, back to the dtype of the queries; the output is made contiguous (Llama)"
+    TO_VALUES = "as it comes, then to the dtype of the values; the output stays a view (GPT-2)"
+    PLAIN = "as it comes; the output is made contiguous (BERT, Llama 4)"
 
 
 def repeat_kv(t: Trace, x: Tensor, heads: tuple[Dim, ...]) -> Tensor:
@@ -38,16 +46,9 @@ def eager_attention(
     value: Tensor,
     mask: Tensor | None,
     spec: AttentionSpec,
-    *,
-    fp32_softmax: bool,
-    cast_weights: bool = True,
+    softmax: Softmax,
 ) -> tuple[Tensor, Tensor]:
-    """`eager_attention_forward`; returns output and weights.
-
-    Args:
-        fp32_softmax: whether the softmax is in fp32 and the output made contiguous (the llama family), or not (gpt2).
-        cast_weights: whether weights go to the dtype of the values; else the output is made contiguous (bert, biogpt).
-    """
+    """`eager_attention_forward` in the spelling `softmax`; returns output and weights."""
     with t.call("", query, key, value) as local:
         key = local("key", repeat_kv(t, key, query.shape[1]))
         value = local("value", repeat_kv(t, value, query.shape[1]))
@@ -58,14 +59,15 @@ def eager_attention(
             weights = local("weights", ops.mul_scalar(t, weights))
         if mask is not None:
             weights = local("weights", ops.add(t, weights, mask))
-        if fp32_softmax:
+        if softmax is Softmax.FP32:
             weights = local("weights", ops.to(t, ops.softmax(t, weights, FP32), query.dtype))
         else:
             weights = local("weights", ops.softmax(t, weights))
-            weights = local("weights", ops.to(t, weights, value.dtype) if cast_weights else weights)
+        if softmax is Softmax.TO_VALUES:
+            weights = local("weights", ops.to(t, weights, value.dtype))
         weights = local("weights", ops.dropout(t, weights, spec.dropout))
         output = ops.transpose(t, ops.matmul(t, weights, value), 1, 2)
-        return (output if cast_weights and not fp32_softmax else ops.contiguous(t, output)), weights
+        return (output if softmax is Softmax.TO_VALUES else ops.contiguous(t, output)), weights
 
 
 def sdpa_attention(
@@ -114,35 +116,19 @@ def attention(
     value: Tensor,
     mask: Tensor | None,
     spec: AttentionSpec,
-    *,
-    fp32_softmax: bool,
-    cast_weights: bool = True,
+    softmax: Softmax = Softmax.FP32,
 ) -> tuple[Tensor, Tensor | None]:
     """The attention interface that ``attn_implementation`` names; returns output ``[b, s, a, d]`` and weights."""
     with t.part(ATTENTION_CORE):
-        return _attention(t, query, key, value, mask, spec, fp32_softmax=fp32_softmax, cast_weights=cast_weights)
-
-
-def _attention(
-    t: Trace,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    spec: AttentionSpec,
-    *,
-    fp32_softmax: bool,
-    cast_weights: bool,
-) -> tuple[Tensor, Tensor | None]:
-    if t.regime.attention == "eager":
-        return eager_attention(t, query, key, value, mask, spec, fp32_softmax=fp32_softmax, cast_weights=cast_weights)
-    if t.regime.attention == "flash_attention_2":
-        return flash_attention_2(t, query, key, value), None
-    if t.regime.attention != "sdpa":
-        raise UnsupportedError(
-            f"'attention' {t.regime.attention} is not modelled for implementation {t.regime.implementation!r}; use sdpa"
-        )
-    return sdpa_attention(t, query, key, value, mask, spec), None
+        if t.regime.attention == "eager":
+            return eager_attention(t, query, key, value, mask, spec, softmax)
+        if t.regime.attention == "flash_attention_2":
+            return flash_attention_2(t, query, key, value), None
+        if t.regime.attention == "sdpa":
+            return sdpa_attention(t, query, key, value, mask, spec), None
+    raise UnsupportedError(
+        f"'attention' {t.regime.attention} is not modelled for implementation {t.regime.implementation!r}; use sdpa"
+    )
 
 
 def rotary_attention(
@@ -154,7 +140,7 @@ def rotary_attention(
     *,
     states: States = separate_states,
     rotate: Rotate = rotate,
-    interface: Interface | None = None,
+    interface: Interface = attention,
 ) -> tuple[Tensor, Tensor | None]:
     """`LlamaAttention`: q, k, v projections, rotary positions, attention, output projection; and the weights.
 
@@ -171,8 +157,7 @@ def rotary_attention(
             query, key = turn(t, query, key, *tables)
             local("q", query)
             local("k", key)
-        attend = interface or partial(attention, fp32_softmax=True)
-        out, weights = attend(t, query, key, value, mask, spec)
+        out, weights = interface(t, query, key, value, mask, spec)
         if weights is not None:
             local("weights", weights)
         out = local("out", ops.reshape(t, out, (*x.shape[:-1], (*heads, d))))

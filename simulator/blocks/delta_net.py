@@ -130,7 +130,7 @@ def _causal_conv1d(t: Trace, x: Tensor, spec: DeltaNetSpec) -> Tensor:
         weight = ops.view(t, weight, weight.shape, "squeeze.dim")
         longer = x.shape[2] if spec.kernel == 1 else (t.dim("s_padded", t.dimensions.bindings["s"] + spec.kernel - 1),)
         with t.call("") as inner:
-            out = ops.conv1d(t, inner("input", ops.to(t, x, weight.dtype)), weight, longer)
+            out = ops.convolution(t, inner("input", ops.to(t, x, weight.dtype)), weight, None, longer)
         if spec.kernel > 1:
             out = ops.narrow(t, out, x.shape)
         out = local("out", out)

@@ -57,7 +57,8 @@ def chunk_gated_delta_rule(
         out = _over_chunks(t, [query, key, value, beta, decay], local)
         out = local("core_attn_out", ops.reshape(t, out, (*value.shape[:2], padded, value.shape[3])))
         whole = t.dimensions.bindings["s"] % CHUNK == 0
-        out = (ops.renamed if whole else ops.crop)(t, out, 2, sequence)
+        shape = (*out.shape[:2], sequence, out.shape[3])
+        out = ops.rename(t, out, shape) if whole else ops.narrow(t, out, shape, axis=2)
         out = local("core_attn_out", out)
         return ops.to(t, ops.transpose(t, out, 1, 2), dtype, contiguous=True)
 
@@ -111,10 +112,10 @@ def _decays(t: Trace, decay: Tensor, local: Frame) -> tuple[Tensor, Tensor]:
     axes, square = decay.shape, (("chunk",), ("chunk",))
     ones = ops.constant(t, "ones.default", decay, dtype=BOOL, shape=square)
     mask = local("strictly_upper_mask", ops.constant(t, "triu.default", ones))
-    total = local("cum_decay", ops.cumulative_sum(t, decay))
+    total = local("cum_decay", ops.cumsum(t, decay, -1))
     rows = ops.view(t, total, (*axes, ()), "unsqueeze.default")
     columns = ops.view(t, total, (*axes[:3], (), axes[3]), "unsqueeze.default")
-    pairs = local("pairwise_decay", ops.outer_difference(t, rows, columns, (*axes[:3], *square)))
+    pairs = local("pairwise_decay", ops.sub(t, rows, columns, shape=(*axes[:3], *square)))
     pairs = local("pairwise_decay", ops.masked_fill(t, pairs, mask))
     return total, local("pairwise_decay", ops.exp(t, pairs))
 

@@ -40,7 +40,7 @@ def gated_attention(
         query, key = rotate_part(t, query, key, *tables, join_late=True, rebind=True)
         local("query_states", query)
         local("key_states", key)
-        out, weights = attention(t, query, key, value, mask, spec, fp32_softmax=True)
+        out, weights = attention(t, query, key, value, mask, spec)
         local("attn_output", out)
         if weights is not None:
             local("attn_weights", weights)

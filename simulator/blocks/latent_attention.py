@@ -76,7 +76,7 @@ def latent_attention(
         keys, values = _expand(t, states, key, d)
         local("keys", keys)
         local("values", values)
-        out, weights = attention(t, query, keys, values, mask, spec, fp32_softmax=True)
+        out, weights = attention(t, query, keys, values, mask, spec)
         if weights is not None:
             local("weights", weights)
         out = local("out", ops.reshape(t, out, (*x.shape[:-1], (*d.heads, d.value))))

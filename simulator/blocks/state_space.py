@@ -126,7 +126,7 @@ def _scan(t: Trace, hidden: Tensor, time: Tensor, shared: tuple[Tensor, Tensor],
         keys, queries = (local(name, _per_head(t, each, dims)) for name, each in zip("BC", shared, strict=True))
         with t.call("") as inner:
             column = ops.view(t, own.skip, (dims.heads, ()))
-            padded = inner("padded", ops.pad_to(t, hidden, _tokens(hidden, dims.padded)))
+            padded = inner("padded", ops.pad(t, hidden, 1, dims.padded))
             skipped = local("D_residual", ops.mul(t, column, padded))
         with t.call("") as inner:
             column = inner("dt", ops.to(t, ops.view(t, time, (*time.shape, ())), FP32))
@@ -156,7 +156,7 @@ def _per_head(t: Trace, x: Tensor, dims: _Dims) -> Tensor:
 def _in_chunks(t: Trace, x: Tensor, dims: _Dims) -> Tensor:
     """`reshape_into_chunks`."""
     with t.call("") as local:
-        padded = local("input_tensor", ops.pad_to(t, x, _tokens(x, dims.padded)))
+        padded = local("input_tensor", ops.pad(t, x, 1, dims.padded))
         return ops.view(t, padded, (x.shape[0], dims.chunks, dims.chunk, *x.shape[2:]))
 
 
@@ -207,7 +207,7 @@ def _carried(t: Trace, states: Tensor, summed: Tensor, local: Frame, dims: _Dims
     states = local("states", ops.after_zeros(t, states, (first, dims.more_chunks, *rest)))
     with t.call("") as inner:
         last = ops.select(t, summed, -1)
-        padded = ops.pad_to(t, last, (*last.shape[:-1], dims.more_chunks))
+        padded = ops.pad(t, last, len(last.shape) - 1, dims.more_chunks)
         segments = inner("segments", _segment_sum(t, padded))
         decay = local("decay_chunk", ops.transpose(t, ops.exp(t, segments), 1, 3))
     states = local("new_states", ops.einsum(t, "bzch,bzhpn->bchpn", decay, states))

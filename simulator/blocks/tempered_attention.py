@@ -5,16 +5,14 @@ Follows `Llama4TextAttention` of transformers 5.23 (models/llama4/modeling_llama
 
 from __future__ import annotations
 
-from functools import partial
-
 from hardware.dtypes import FP32, INT64
 from simulator import ops
-from simulator.blocks.attention import attention, repeat_kv
+from simulator.blocks.attention import Softmax, attention
 from simulator.blocks.heads import head_dims
 from simulator.blocks.latent_attention import rotate_complex
 from simulator.blocks.linear import projection
 from simulator.blocks.norms import unit_norm
-from simulator.graph import ATTENTION_CORE, Tensor
+from simulator.graph import Tensor
 from simulator.model import AttentionSpec, TemperedAttentionSpec
 from simulator.trace import Frame, Trace
 
@@ -38,8 +36,7 @@ def tempered_attention(
         if spec.tempered and not spec.rotary:
             made["q"] = local("q", _tempered(t, made["q"], local))
         query, key, value = (local(name, ops.transpose(t, each, 1, 2)) for name, each in made.items())
-        attend = _eager_attention if t.regime.attention == "eager" else partial(attention, fp32_softmax=True)
-        out, weights = attend(t, query, key, value, mask, spec)
+        out, weights = attention(t, query, key, value, mask, spec, Softmax.PLAIN)
         if weights is not None:
             local("weights", weights)
         out = local("out", ops.reshape(t, out, (*x.shape[:-1], (*heads, d))))
@@ -56,18 +53,3 @@ def _tempered(t: Trace, query: Tensor, local: Frame) -> Tensor:
             scales = inner("scale", ops.constant(t, name, scales))
     scales = local("attn_scales", ops.view(t, scales, (("s",), (), ())))
     return ops.to(t, ops.mul(t, query, scales), query.dtype)
-
-
-def _eager_attention(
-    t: Trace, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, spec: AttentionSpec
-) -> tuple[Tensor, Tensor]:
-    """`eager_attention_forward`: the softmax keeps its dtype."""
-    with t.part(ATTENTION_CORE), t.call("", query, key, value) as local:
-        key = local("key_states", repeat_kv(t, key, query.shape[1]))
-        value = local("value_states", repeat_kv(t, value, query.shape[1]))
-        weights = local("attn_weights", ops.mul_scalar(t, ops.matmul(t, query, ops.transpose(t, key, 2, 3))))
-        assert mask is not None
-        weights = local("attn_weights", ops.add(t, weights, mask))
-        weights = local("attn_weights", ops.softmax(t, weights))
-        weights = local("attn_weights", ops.dropout(t, weights, spec.dropout))
-        return ops.contiguous(t, ops.transpose(t, ops.matmul(t, weights, value), 1, 2)), weights

@@ -179,9 +179,10 @@ def _rope(t: Trace, x: Tensor, cache: Tensor, positions: Tensor | None) -> Tenso
         cos, sin = (ops.narrow(t, table, (*table.shape[:-1], (half,))) for _ in range(2))
         with t.call("") as stack:
             pairs: list[Tensor] = []
-            for combine, factors in ((ops.sub, (cos, sin)), (ops.add, (cos, sin))):
-                terms = [ops.mul(t, ops.narrow(t, wide, (*x.shape[:-1], (half,))), factor) for factor in factors]
-                pairs.append(stack(f"pair{len(pairs)}", combine(t, *terms)))
+            for combine in (ops.sub, ops.add):
+                parts = (ops.mul(t, ops.narrow(t, wide, (*x.shape[:-1], (half,))), table) for table in (cos, sin))
+                left, right = parts
+                pairs.append(stack(f"pair{len(pairs)}", combine(t, left, right)))
             rotated = local("x_out", ops.cat(t, pairs, x.shape, x.memory))
         return ops.to(t, rotated, x.dtype)
 

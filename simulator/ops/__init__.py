@@ -86,14 +86,8 @@ from simulator.ops.normalisation import layer_norm as layer_norm
 from simulator.ops.normalisation import mean as mean
 from simulator.ops.normalisation import mean_all as mean_all
 from simulator.ops.normalisation import rms_norm as rms_norm
-from simulator.ops.recurrence import conv1d as conv1d
-from simulator.ops.recurrence import crop as crop
-from simulator.ops.recurrence import cumulative_sum as cumulative_sum
 from simulator.ops.recurrence import mask_rows as mask_rows
 from simulator.ops.recurrence import other_turns as other_turns
-from simulator.ops.recurrence import outer_difference as outer_difference
-from simulator.ops.recurrence import pad as pad
-from simulator.ops.recurrence import renamed as renamed
 from simulator.ops.recurrence import repeat_turn as repeat_turn
 from simulator.ops.recurrence import solve_triangular as solve_triangular
 from simulator.ops.recurrence import unread as unread
@@ -102,7 +96,7 @@ from simulator.ops.scan import after_zeros as after_zeros
 from simulator.ops.scan import convolution as convolution
 from simulator.ops.scan import cumsum as cumsum
 from simulator.ops.scan import lower_triangle as lower_triangle
-from simulator.ops.scan import pad_to as pad_to
+from simulator.ops.scan import pad as pad
 from simulator.ops.shape import as_complex as as_complex
 from simulator.ops.shape import as_real as as_real
 from simulator.ops.shape import cat as cat

@@ -212,7 +212,9 @@ def promote(x: Tensor, y: Tensor) -> DType:
     return x.dtype if x.dtype.bits >= y.dtype.bits else y.dtype
 
 
-def _broadcast(t: Trace, name: str, x: Tensor, y: Tensor) -> Tensor:
+def _broadcast(t: Trace, name: str, x: Tensor, y: Tensor, shape: Shape | None = None) -> Tensor:
+    if shape is not None:
+        return t.fresh(name, shape, promote(x, y))
     large = max(x, y, key=lambda tensor: (len(tensor.dims), len(tensor.shape)))
     return t.fresh(name, large.shape, promote(x, y), large.memory)
 
@@ -247,9 +249,13 @@ def div_into(t: Trace, x: Tensor) -> Tensor:
     return t.emit("div_.Tensor", [x], [t.view(x, x.shape)], backward=_chain(("div.Tensor",)))[0]
 
 
-def sub(t: Trace, x: Tensor, y: Tensor) -> Tensor:
-    """``x - y``: saves nothing; the gradient of `y` is negated."""
-    out = _broadcast(t, "sub.Tensor", x, y)
+def sub(t: Trace, x: Tensor, y: Tensor, *, shape: Shape | None = None) -> Tensor:
+    """``x - y``: saves nothing; the gradient of `y` is negated.
+
+    Args:
+        shape: of the result, where both broadcast.
+    """
+    out = _broadcast(t, "sub.Tensor", x, y, shape)
     t.emit("sub.Tensor", [x, y], [out], backward=_sub_backward)
     return out
 

@@ -7,83 +7,11 @@ from collections.abc import Sequence
 import attrs
 
 from simulator.autograd import Autograd
-from simulator.graph import Op, Shape, Tensor, flat
-from simulator.ops.elementwise import autocast
-from simulator.ops.matmul import Axis
-from simulator.ops.shape import exchanged
-from simulator.sizes import Dim, RepeatedSize, Size, product
+from simulator.graph import Op, Tensor, flat
+from simulator.sizes import Dim, RepeatedSize, Size
 from simulator.trace import Frame, Trace
 
 Gradients = list[Tensor | None]
-
-
-def conv1d(t: Trace, x: Tensor, weight: Tensor, longer: Axis) -> Tensor:
-    """``F.conv1d`` of `x` ``[b, channels, s]``, a filter ``[channels, 1, kernel]`` per channel, padded to `longer`.
-
-    Of the kernel's own copies nothing is counted.
-    """
-    weight, x = autocast(t, weight), autocast(t, x)
-    out = t.fresh("convolution.default", (*x.shape[:2], longer), x.dtype)
-    saves = [a for a, b in ((x, weight), (weight, x)) if b.requires_grad]
-    t.emit("convolution.default", [x, weight], [out], saves=saves, backward=_conv1d_backward)
-    return out
-
-
-def _conv1d_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients:
-    """One kernel makes both gradients."""
-    wanted = [x for x in op.inputs if x.requires_grad]
-    made = [engine.prepare("convolution_backward", x.shape, x.dtype) for x in wanted]
-    engine.kernel("convolution_backward.default", made)
-    results = iter(made)
-    return [next(results) if x.requires_grad else None for x in op.inputs]
-
-
-def pad(t: Trace, x: Tensor, axis: int, longer: Axis) -> Tensor:
-    """``F.pad`` of an `axis` at its end: always a copy, contiguous but where there is nothing to add; so is backward.
-
-    Source: torch aten/src/ATen/native/PadNd.cpp `constant_pad_nd`, which clones where no padding is positive.
-    """
-    shape = t.squeezed((*x.shape[:axis], longer, *x.shape[axis + 1 :]))
-    sizes = t.dimensions.bindings
-    same = product(shape[axis], sizes) == product(x.shape[axis], sizes)
-    memory = exchanged(x.memory, x.shape[axis], shape[axis]) if same else None
-    out = t.fresh("constant_pad_nd.default", shape, x.dtype, memory)
-    backward = _pad_backward
-    return t.emit("constant_pad_nd.default", [x], [out], backward=backward, axis=axis if same else None)[0]
-
-
-def _pad_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients:
-    """Padding of minus as many: a clone again where there was none."""
-    (gradient,) = gradients
-    assert gradient is not None
-    (source,), axis = op.inputs, op.attributes["axis"]
-    same = None if axis is None else exchanged(gradient.memory, gradient.shape[axis], source.shape[axis])
-    return [engine.fresh("constant_pad_nd.default", source.shape, source.dtype, same)]
-
-
-def cumulative_sum(t: Trace, x: Tensor) -> Tensor:
-    """``x.cumsum(-1)`` of fp32: backward flips, sums and flips again (torch FunctionsManual.cpp `cumsum_backward`)."""
-    out = t.fresh("cumsum.default", x.shape, x.dtype)
-    return t.emit("cumsum.default", [x], [out], backward=_cumulative_sum_backward)[0]
-
-
-def _cumulative_sum_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients:
-    (x,) = op.inputs
-    kernels = ("flip.default", "cumsum.default", "flip.default")
-    return [[engine.fresh(name, x.shape, x.dtype) for name in kernels][-1]]
-
-
-def outer_difference(t: Trace, x: Tensor, y: Tensor, shape: Shape) -> Tensor:
-    """``x - y`` of two that both broadcast to `shape`."""
-    out = t.fresh("sub.Tensor", shape, x.dtype)
-    return t.emit("sub.Tensor", [x, y], [out], backward=_difference_backward)[0]
-
-
-def _difference_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients:
-    (gradient,) = gradients
-    assert gradient is not None
-    x, y = op.inputs
-    return [gradient if x.requires_grad else None, engine.like("neg.default", gradient) if y.requires_grad else None]
 
 
 def solve_triangular(t: Trace, x: Tensor, y: Tensor) -> Tensor:
@@ -112,36 +40,6 @@ def _solve_triangular_backward(engine: Autograd, op: Op, gradients: Gradients) -
             engine.free(for_x)
         for_x = made
     return [for_x, for_y]
-
-
-def crop(t: Trace, x: Tensor, axis: int, part: Axis) -> Tensor:
-    """The leading `part` of an `axis` of `x` that several dimensions make up: its gradient is padded back."""
-    out = _with_axis(t, x, axis, part)
-    out.dense = False
-    return t.emit("slice.Tensor", [x], [out], backward=_crop_backward)[0]
-
-
-def _crop_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients:
-    (source,) = op.inputs
-    return [engine.fresh("slice_backward.default", source.shape, source.dtype)]
-
-
-def renamed(t: Trace, x: Tensor, axis: int, dims: Axis) -> Tensor:
-    """`x` itself, an `axis` of which gets other names for as many elements: no kernel runs."""
-    return t.emit("alias", [x], [_with_axis(t, x, axis, dims)], backward=_renamed_backward, axis=axis)[0]
-
-
-def _renamed_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients:
-    (gradient,) = gradients
-    assert gradient is not None
-    (source,), axis = op.inputs, op.attributes["axis"]
-    memory = exchanged(gradient.memory, gradient.shape[axis], source.shape[axis]) or flat(source.shape)
-    return [attrs.evolve(gradient, shape=source.shape, memory=memory)]
-
-
-def _with_axis(t: Trace, x: Tensor, axis: int, dims: Axis) -> Tensor:
-    shape = t.squeezed((*x.shape[:axis], dims, *x.shape[axis + 1 :]))
-    return t.view(x, shape, exchanged(x.memory, x.shape[axis], shape[axis]))
 
 
 def mask_rows(t: Trace, x: Tensor, mask: Tensor) -> Tensor:

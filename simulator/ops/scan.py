@@ -6,11 +6,12 @@ from hardware.dtypes import BOOL
 from simulator.autograd import Autograd
 from simulator.graph import Op, Shape, Tensor
 from simulator.ops.elementwise import autocast, constant, suggested_memory, wide
-from simulator.ops.shape import replaced
-from simulator.sizes import Dim
+from simulator.ops.shape import exchanged, replaced
+from simulator.sizes import Dim, product
 from simulator.trace import Trace
 
 Gradients = list[Tensor | None]
+Axis = tuple[Dim, ...]
 
 
 def cumsum(t: Trace, x: Tensor, axis: int) -> Tensor:
@@ -33,24 +34,25 @@ def _cumsum_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradient
     return [gradient]
 
 
-def pad_to(t: Trace, x: Tensor, shape: Shape) -> Tensor:
-    """``torch.nn.functional.pad`` of one axis to `shape`, a copy even where nothing is added.
+def pad(t: Trace, x: Tensor, axis: int, longer: Axis) -> Tensor:
+    """``torch.nn.functional.pad`` of an `axis` at its end: a copy even where there is nothing to add.
 
-    Source: torch aten/src/ATen/native/PadNd.cpp `constant_pad_nd`.
+    Source: torch aten/src/ATen/native/PadNd.cpp `constant_pad_nd`, which clones where no padding is positive.
     """
-    shape = t.squeezed(shape)
-    out = t.fresh("constant_pad_nd.default", shape, x.dtype, suggested_memory(x, shape))
-    return t.emit("constant_pad_nd.default", [x], [out], backward=_pad_backward)[0]
+    shape = t.squeezed((*x.shape[:axis], longer, *x.shape[axis + 1 :]))
+    sizes = t.dimensions.bindings
+    same = product(shape[axis], sizes) == product(x.shape[axis], sizes)
+    memory = exchanged(x.memory, x.shape[axis], shape[axis]) if same else suggested_memory(x, shape)
+    out = t.fresh("constant_pad_nd.default", shape, x.dtype, memory)
+    return t.emit("constant_pad_nd.default", [x], [out], backward=_pad_backward, axis=axis)[0]
 
 
 def _pad_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients:
     """A copy without the padding, in the layout of the gradient (`constant_pad_nd_backward`)."""
     (gradient,) = gradients
     assert gradient is not None
-    (x,) = op.inputs
-    memory = gradient.memory
-    for padded, plain in zip(gradient.shape, x.shape, strict=True):
-        memory = memory if padded == plain else replaced(memory, padded, plain)
+    (x,), axis = op.inputs, op.attributes["axis"]
+    memory = exchanged(gradient.memory, gradient.shape[axis], x.shape[axis])
     return [engine.fresh("constant_pad_nd.default", x.shape, gradient.dtype, memory)]
 
 
@@ -73,6 +75,8 @@ def _after_zeros_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gra
 def convolution(t: Trace, x: Tensor, weight: Tensor, bias: Tensor | None, length: tuple[Dim, ...]) -> Tensor:
     """``torch.nn.functional.conv1d`` with a filter per channel, on ``[batch, channels, sequence]``.
 
+    Of the kernel's own copies nothing is counted.
+
     Args:
         length: dimensions of the last axis of the result.
     """
@@ -81,7 +85,8 @@ def convolution(t: Trace, x: Tensor, weight: Tensor, bias: Tensor | None, length
     x = autocast(t, x)
     out = t.fresh("convolution.default", (*x.shape[:-1], length), x.dtype)
     inputs = [x, weight] if bias is None else [x, weight, bias]
-    return t.emit("convolution.default", inputs, [out], saves=[x, weight], backward=_convolution_backward)[0]
+    saves = [a for a, b in ((x, weight), (weight, x)) if b.requires_grad]
+    return t.emit("convolution.default", inputs, [out], saves=saves, backward=_convolution_backward)[0]
 
 
 def _convolution_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients:

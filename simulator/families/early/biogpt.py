@@ -98,7 +98,7 @@ def _attention(t: Trace, x: Tensor, mask: Tensor | None, spec: AttentionSpec) ->
         )
         key = local("k", ops.transpose(t, ops.reshape(t, key, split), 1, 2))
         value = local("v", ops.transpose(t, ops.reshape(t, value, split), 1, 2))
-        out, weights = blocks.attention(t, query, key, value, mask, spec, fp32_softmax=False, cast_weights=False)
+        out, weights = blocks.attention(t, query, key, value, mask, spec, blocks.Softmax.PLAIN)
         if weights is not None:
             local("weights", weights)
         out = local("out", ops.reshape(t, out, (*x.shape[:-1], (*heads, d))))

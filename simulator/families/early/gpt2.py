@@ -65,7 +65,8 @@ def _attention(
         for name, part in (("k", parts[1]), ("v", parts[2]), ("q", parts[0])):
             split = ops.reshape(t, part, (*x.shape[:-1], heads, (d,)))
             states[name] = local(name, ops.transpose(t, split, 1, 2))
-        out, weights = blocks.attention(t, states["q"], states["k"], states["v"], mask, layer, fp32_softmax=False)
+        query, key, value = (states[name] for name in "qkv")
+        out, weights = blocks.attention(t, query, key, value, mask, layer, blocks.Softmax.TO_VALUES)
         if weights is not None:
             local("weights", weights)
         out = local("out", ops.reshape(t, out, (*x.shape[:-1], (*heads, d))))

@@ -64,7 +64,7 @@ def _attention(
     with t.call("attn", x) as local:
         split = _shared_key if layer.kv_heads < layer.heads else _key_per_head
         query, key, value = (local(name, states) for name, states in zip("qkv", split(t, x, layer), strict=True))
-        out, weights = blocks.attention(t, query, key, value, mask, layer, fp32_softmax=True)
+        out, weights = blocks.attention(t, query, key, value, mask, layer)
         if weights is not None:
             local("weights", weights)
         out = local("out", ops.reshape(t, out, (*x.shape[:-1], (*heads, d))))

@@ -92,7 +92,7 @@ def _attention(
         query, key = blocks.rotate_part(t, query, key, *tables, join_late=True)
         local("q", query)
         local("k", key)
-        out, weights = blocks.attention(t, query, key, value, mask, spec, fp32_softmax=True)
+        out, weights = blocks.attention(t, query, key, value, mask, spec)
         if weights is not None:
             local("weights", weights)
         out = local("out", ops.reshape(t, out, (*x.shape[:-1], (*heads, d))))

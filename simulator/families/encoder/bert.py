@@ -8,7 +8,7 @@ import attrs
 
 from hardware.dtypes import INT64
 from hardware.errors import UnsupportedError
-from simulator import blocks, decoder, encoder, ops
+from simulator import blocks, decoder, encoder, masks, ops
 from simulator.families import Family, families
 from simulator.families.decoder import read_decoder, read_depth, read_even_heads, read_hidden
 from simulator.families.reader import ConfigReader
@@ -82,7 +82,7 @@ def forward(t: Trace, spec: ModelSpec, layers: decoder.BuiltLayers) -> None:
         vocabulary = t.matrix("bert.embeddings.word_embeddings.weight", ("V",), ("h",))
         with t.call("bert") as local:
             hidden = local("embedding_output", _embeddings(t, ids, spec, vocabulary))
-            mask = encoder.bidirectional_mask(t, hidden)
+            mask = masks.bidirectional_mask(t, hidden)
             if mask is not None:
                 local("attention_mask", mask)
             with t.call("encoder", hidden) as inner:
@@ -147,7 +147,7 @@ def _self_attention(t: Trace, x: Tensor, mask: Tensor | None, spec: AttentionSpe
             one = ops.reshape(t, one, (*x.shape[:-1], heads, (d,)))
             states.append(local(name, ops.transpose(t, one, 1, 2)))
         query, key, value = states
-        out, weights = blocks.attention(t, query, key, value, mask, spec, fp32_softmax=False, cast_weights=False)
+        out, weights = blocks.attention(t, query, key, value, mask, spec, blocks.Softmax.PLAIN)
         if weights is not None:
             local("weights", weights)
         return local("attn_output", ops.reshape(t, out, (*x.shape[:-1], (*heads, d)))), weights
