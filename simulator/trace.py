@@ -6,10 +6,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-import attrs
-
 from hardware.dtypes import DType
 from hardware.errors import UnsupportedError
+from simulator.frame import Call
+from simulator.frame import Frame as Frame
 from simulator.graph import (
     BackwardRule,
     ForwardGraph,
@@ -23,105 +23,11 @@ from simulator.graph import (
     make_storage,
     make_tensor,
 )
-from simulator.liger import Liger
 from simulator.pipeline import MICRO_BATCHES, Stage
+from simulator.regime import Regime as Regime
 from simulator.roles import Role
 from simulator.sizes import Dim, Dimensions, Value, product, size_of
-from simulator.tensor_parallel import AXIS, DTENSOR, Style, TensorParallelism
-
-
-@attrs.frozen
-class Regime:
-    """How a forward pass is run: everything a recipe must know besides the model itself."""
-
-    weights: DType
-    autocast: DType | None = None
-    attention: str = "sdpa"
-    sdpa_backend: str = "auto"
-    experts: str = "grouped_mm"
-    imbalance: float = 1.0
-    torch: tuple[int, int] = (2, 13)
-    training: bool = True
-    implementation: str = "transformers"
-    attention_mask: str = "none"
-    fused_activation_backward: bool = True
-    fused_norm: bool = True
-    tensor_subclasses: bool = False
-    loss_division: bool = False
-    """Whether the caller divides the loss by the number of micro-batches."""
-    keep_inputs: bool = False
-    any_sdpa_backend: bool = False
-    cast_inputs: bool = False
-    """Whether a framework casts each layer's floating-point arguments to the weights' element type."""
-    tensor_parallel: TensorParallelism | None = None
-    scaled_loss: bool = False
-    """Whether a framework's engine divides the loss by the number of micro-batches and multiplies it by a scale."""
-    loss: str = "default"
-    memory_efficient_linear: bool = False
-    """Whether a framework replaces ``torch.nn.functional.linear`` by one that saves the weight itself."""
-    liger: Liger = attrs.field(factory=Liger)
-    """Kernels of Liger-Kernel in place of torch's ops."""
-    items_in_batch: bool = False
-    """Whether the caller passes ``num_items_in_batch``, by which the model divides a summed loss."""
-    embeddings_require_grad: bool = False
-    """Whether a hook makes the embedded tokens require a gradient, even of a frozen table."""
-    float8: str | None = None
-    """How linear layers that run on float8 copies are scaled: ``tensorwise`` or ``rowwise``."""
-    pipelined: bool = False
-    """Whether the batch of a whole step is there from its beginning, of which micro-batches are views."""
-
-
-class Frame:
-    """The locals of one Python function: a name keeps its tensor until it is bound anew or the frame ends."""
-
-    def __init__(self, trace: Trace, arguments: Sequence[Tensor]) -> None:
-        self._trace = trace
-        self._arguments = list(arguments)
-        self._locals: dict[str, Tensor] = {}
-
-    def __call__(self, name: str, tensor: Tensor) -> Tensor:
-        """Bind local `name` to `tensor`, dropping what it held; returns `tensor`."""
-        old = self._locals.get(name)
-        self._locals[name] = tensor
-        if old is not None:
-            self._trace.drop(old)
-        return tensor
-
-    def held(self, name: str) -> Tensor:
-        """What local `name` is bound to."""
-        return self._locals[name]
-
-    def keep(self, tensor: Tensor) -> None:
-        """Keep `tensor` until the frame ends: a node of autograd that a local leads to has saved it."""
-        self._arguments.append(tensor)
-
-    def close(self) -> None:
-        """Leave the function: every local and argument is dropped."""
-        for tensor in (*self._arguments, *self._locals.values()):
-            self._trace.drop(tensor)
-
-
-class Call:
-    """The body of a ``with`` that is one Python function: entered with a frame, which is closed at the end."""
-
-    def __init__(self, trace: Trace, name: str, arguments: Sequence[Tensor]) -> None:
-        self._trace = trace
-        self._name = name
-        self._frame = Frame(trace, arguments)
-        self._outer = trace.module
-        self._first = len(trace.graph.ops)
-
-    def __enter__(self) -> Frame:
-        if self._name:
-            self._trace.module = f"{self._outer}.{self._name}" if self._outer else self._name
-        return self._frame
-
-    def __exit__(self, *_: object) -> None:
-        trace, first = self._trace, self._first
-        if self._name and first == len(trace.graph.ops):
-            trace.graph.idle.setdefault(first, []).append((trace.module, trace.slot))
-        trace.module = self._outer
-        self._frame.close()
+from simulator.tensor_parallel import AXIS, DTENSOR, Style
 
 
 class Trace:

@@ -17,8 +17,7 @@ from simulator.workload import Training
 from studies.breakdown import LayerGroup, by_place
 from studies.options import Resolved, TrainingOptions, parse_headroom, resolve
 from studies.pruning import Saving, savings
-from studies.ranks import SimulatedRanks as SimulatedRanks
-from studies.ranks import simulate_ranks as simulate_ranks
+from studies.ranks import SimulatedRanks, simulate_ranks
 from studies.routing import RoutingBand, routing_band
 from studies.rules_of_thumb import RuleOfThumb, rules_of_thumb
 

@@ -12,7 +12,8 @@ from simulator.families import families
 from simulator.plan import make_plan
 from simulator.reading import spec_from_config
 from simulator.sizes import product
-from tests.strategies import SKETCHES, family_configs
+from tests.sketches import SKETCHES
+from tests.strategies import family_configs
 
 SIMULATED = [name for name in families.names() if not families.get(name).counted]
 #: Wrappers around the family of the same name with ``_text``, which is drawn instead.

@@ -14,6 +14,7 @@ import pytest
 from simulator import simulate
 from simulator.timeline import moments
 from studies.validation import oracle_case, read_cases, validate_oracle
+from tests.recorded import assert_exact
 
 ORACLE = Path(__file__).parents[1] / "data" / "oracle"
 LINES = list(read_cases(ORACLE / "delta.jsonl"))
@@ -23,8 +24,7 @@ PADDED = list(read_cases(ORACLE / "delta_padded.jsonl"))
 def test_peaks_and_phases():
     rows = validate_oracle(ORACLE / "delta.jsonl").rows
     assert len(rows) == 2 * len(LINES)
-    assert [row.name for row in rows if row.error_pct != 0] == []
-    assert [row.name for row in rows if row.phase_expected != row.phase_simulated] == []
+    assert_exact(rows)
 
 
 @pytest.mark.parametrize("line", LINES, ids=lambda line: line["id"])

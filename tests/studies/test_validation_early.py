@@ -14,6 +14,7 @@ from hardware.errors import UnsupportedError, UsageError
 from simulator import Training, simulate
 from simulator.reading import spec_from_class
 from studies.validation import oracle_case, read_cases, validate_oracle
+from tests.recorded import assert_exact
 
 CASES = Path(__file__).parents[1] / "data" / "oracle" / "early_more.jsonl"
 CODEGEN = {"n_embd": 32, "n_head": 4, "n_layer": 2, "rotary_dim": 8}
@@ -22,12 +23,7 @@ MPT = {"d_model": 32, "n_heads": 4, "n_layers": 2}
 
 
 def test_peaks_and_phases():
-    """A recording names the phase of the peak before rounding to 512 B, which decides between phases of tiny models."""
-    rows = validate_oracle(CASES).rows
-    assert [row.name for row in rows if row.error_pct != 0] == []
-    large = [row for row in rows if row.expected_bytes > 10**6]
-    assert len(large) > len(rows) / 2
-    assert [row.name for row in large if row.phase_expected != row.phase_simulated] == []
+    assert_exact(validate_oracle(CASES).rows, phases_from=10**6)
 
 
 @pytest.mark.parametrize("line", list(read_cases(CASES)), ids=lambda line: line["id"])

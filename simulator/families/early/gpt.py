@@ -1,11 +1,21 @@
-"""What the configurations of GPT-2 and GPT-BigCode share."""
+"""What GPT-2 and GPT-BigCode share: their configurations and the residual stream of a layer."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from simulator import blocks, ops
 from simulator.families.decoder import read_even_heads
 from simulator.families.reader import ConfigReader
+from simulator.graph import Tensor
 from simulator.limits import LARGEST_HIDDEN, LARGEST_LAYERS, LARGEST_POSITIONS, LARGEST_VOCAB, LARGEST_WIDTH
 from simulator.model import AttentionSpec, FeedForwardSpec, LayerSpec, ModelSpec
+from simulator.trace import Trace
+
+#: Hidden states and mask to the output of attention, and its weights where it has some.
+Attend = Callable[[Trace, Tensor, "Tensor | None", ModelSpec, AttentionSpec], "tuple[Tensor, Tensor | None]"]
+#: Hidden states through the MLP.
+Mlp = Callable[[Trace, Tensor, ModelSpec, FeedForwardSpec], Tensor]
 
 ALIASES = {
     "hidden_size": "n_embd",
@@ -42,3 +52,18 @@ def read_gpt(config: ConfigReader, *, activation: str, shares_key: bool = False)
         embedding_dropout=config.rate("embd_pdrop", 0.1),
         residual_dropout=config.rate("resid_pdrop", 0.1),
     )
+
+
+def gpt_block(
+    t: Trace, x: Tensor, mask: Tensor | None, spec: ModelSpec, layer: LayerSpec, attend: Attend, mlp: Mlp
+) -> Tensor:
+    """`GPT2Block` (models/gpt2/modeling_gpt2.py), `GPTBigCodeBlock` (models/gpt_bigcode/modeling_gpt_bigcode.py)."""
+    with t.call("layer", x) as local:
+        hidden = local("hidden", blocks.layer_norm(t, "ln_1", x))
+        attended, weights = attend(t, hidden, mask, spec, layer.attention)
+        local("attn_output", attended)
+        if weights is not None:
+            local("_", weights)
+        residual = local("residual", local("hidden", ops.add(t, attended, x)))
+        hidden = local("hidden", blocks.layer_norm(t, "ln_2", residual))
+        return ops.add(t, residual, local("mlp", mlp(t, hidden, spec, layer.feed_forward)))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from simulator import blocks, decoder, masks, ops
 from simulator.families import Family, families
-from simulator.families.early.gpt import ALIASES, read_gpt
+from simulator.families.early.gpt import ALIASES, gpt_block, read_gpt
 from simulator.families.reader import ConfigReader
 from simulator.graph import Tensor
-from simulator.model import AttentionSpec, FeedForwardSpec, LayerSpec, ModelSpec
+from simulator.model import AttentionSpec, FeedForwardSpec, ModelSpec
 from simulator.sizes import Dim
 from simulator.trace import Trace
 
@@ -35,22 +35,9 @@ def forward(t: Trace, spec: ModelSpec, layers: decoder.BuiltLayers) -> None:
             hidden = local("hidden", ops.dropout(t, hidden, spec.embedding_dropout))
         for slot, layer in layers:
             with t.layer(slot, hidden, mask, position_ids, positional=2):
-                hidden = local("hidden", _block(t, hidden, mask, spec, layer))
+                hidden = local("hidden", gpt_block(t, hidden, mask, spec, layer, _attention, _mlp))
         hidden = local("hidden", blocks.layer_norm(t, "ln_f", hidden))
     decoder.language_head(t, hidden, labels, spec, vocabulary)
-
-
-def _block(t: Trace, x: Tensor, mask: Tensor | None, spec: ModelSpec, layer: LayerSpec) -> Tensor:
-    """`GPT2Block`."""
-    with t.call("layer", x) as local:
-        hidden = local("hidden", blocks.layer_norm(t, "ln_1", x))
-        attended, weights = _attention(t, hidden, mask, spec, layer.attention)
-        local("attn_output", attended)
-        if weights is not None:
-            local("_", weights)
-        residual = local("residual", local("hidden", ops.add(t, attended, x)))
-        hidden = local("hidden", blocks.layer_norm(t, "ln_2", residual))
-        return ops.add(t, residual, local("mlp", _mlp(t, hidden, spec, layer.feed_forward)))
 
 
 def _attention(

@@ -5,10 +5,10 @@ from __future__ import annotations
 from hardware.dtypes import BOOL
 from simulator import blocks, decoder, masks, ops
 from simulator.families import Family, families
-from simulator.families.early.gpt import ALIASES, read_gpt
+from simulator.families.early.gpt import ALIASES, gpt_block, read_gpt
 from simulator.families.reader import ConfigReader
 from simulator.graph import Tensor
-from simulator.model import AttentionSpec, LayerSpec, ModelSpec
+from simulator.model import AttentionSpec, FeedForwardSpec, ModelSpec
 from simulator.trace import Trace
 
 
@@ -36,24 +36,14 @@ def forward(t: Trace, spec: ModelSpec, layers: decoder.BuiltLayers) -> None:
             hidden = local("hidden", ops.dropout(t, hidden, spec.embedding_dropout))
         for slot, layer in layers:
             with t.layer(slot, hidden, mask):
-                hidden = local("hidden", _block(t, hidden, mask, spec, layer))
+                hidden = local("hidden", gpt_block(t, hidden, mask, spec, layer, _attention, _mlp))
         hidden = local("hidden", blocks.layer_norm(t, "ln_f", hidden))
     decoder.language_head(t, hidden, labels, spec, vocabulary)
 
 
-def _block(t: Trace, x: Tensor, mask: Tensor | None, spec: ModelSpec, layer: LayerSpec) -> Tensor:
-    """`GPTBigCodeBlock`."""
-    with t.call("layer", x) as local:
-        hidden = local("hidden", blocks.layer_norm(t, "ln_1", x))
-        attended, weights = _attention(t, hidden, mask, spec, layer.attention)
-        local("attn_output", attended)
-        if weights is not None:
-            local("_", weights)
-        residual = local("residual", local("hidden", ops.add(t, attended, x)))
-        hidden = local("hidden", blocks.layer_norm(t, "ln_2", residual))
-        names = ("mlp", "c_fc", "act", "c_proj")
-        mixed = blocks.plain_mlp(t, hidden, layer.feed_forward, names, spec.residual_dropout)
-        return ops.add(t, residual, local("mlp", mixed))
+def _mlp(t: Trace, x: Tensor, spec: ModelSpec, layer: FeedForwardSpec) -> Tensor:
+    """`GPTBigCodeMLP`."""
+    return blocks.plain_mlp(t, x, layer, ("mlp", "c_fc", "act", "c_proj"), spec.residual_dropout)
 
 
 def _attention(

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import attrs
 
 from simulator import blocks
 from simulator.blocks.delta_net import Project
+from simulator.decoder import BuiltLayers, rotary_decoder
 from simulator.families.decoder import FULL, read_attention, read_rotary_dim
 from simulator.families.reader import ConfigReader
 from simulator.graph import Tensor
 from simulator.limits import LARGEST_HEADS, LARGEST_HIDDEN, LARGEST_LAYERS
-from simulator.model import AttentionSpec, DeltaNetSpec, LayerSpec, TokenMixerSpec
+from simulator.model import AttentionSpec, DeltaNetSpec, LayerSpec, ModelSpec, TokenMixerSpec
 from simulator.trace import Trace
 
 LINEAR = "linear_attention"
@@ -84,3 +86,30 @@ def mix(
         return blocks.gated_delta_net(t, x, mask, spec, project=project), None
     assert isinstance(spec, AttentionSpec)
     return blocks.gated_attention(t, x, tables, mask, spec, norm=blocks.gemma_rms_norm)
+
+
+def delta_decoder(
+    t: Trace,
+    spec: ModelSpec,
+    layers: BuiltLayers,
+    *,
+    project: Project,
+    inputs: Sequence[str],
+    make_tables: Callable[..., tuple[Tensor, ...]] = blocks.rotary_tables,
+) -> None:
+    """`...ForCausalLM` of delta nets and gated attention.
+
+    Args:
+        project: the projections of a delta net.
+        inputs: its modules after the convolution, in the order in which they are registered.
+        make_tables: of rotary positions.
+    """
+    block = partial(blocks.gated_shared_mlp, router=blocks.softmax_router)
+    layer = partial(
+        blocks.decoder_layer,
+        norm=blocks.gemma_rms_norm,
+        attend=partial(mix, project=project),
+        feed=partial(blocks.experts_or_gated_mlp, block=block),
+    )
+    rotary_decoder(t, spec, layers, layer=layer, norm=blocks.gemma_rms_norm, make_tables=make_tables)
+    t.order_layer_parameters(*ATTENTION, *DELTA_NET, *inputs, *REST)

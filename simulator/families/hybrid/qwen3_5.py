@@ -11,11 +11,11 @@ from functools import partial
 import attrs
 
 from simulator import blocks
-from simulator.decoder import BuiltLayers, rotary_decoder
+from simulator.decoder import BuiltLayers
 from simulator.families import Family, families
 from simulator.families.decoder import read_decoder, read_depth, read_gated, read_hidden
 from simulator.families.experts.reading import read_experts
-from simulator.families.hybrid.delta_net import ATTENTION, DELTA_NET, REST, mix, read_mixers
+from simulator.families.hybrid.delta_net import delta_decoder, read_mixers
 from simulator.families.reader import ConfigReader
 from simulator.families.towers import qwen3_vision, vision_parts
 from simulator.limits import LARGEST_WIDTH
@@ -60,17 +60,9 @@ def _read_wrapped(config: ConfigReader, read_text: Callable[[ConfigReader], Mode
 
 def forward(t: Trace, spec: ModelSpec, layers: BuiltLayers) -> None:
     """`Qwen3_5ForCausalLM`, `Qwen3_5MoeForCausalLM` (transformers models/qwen3_5/modeling_qwen3_5.py)."""
-    block = partial(blocks.gated_shared_mlp, router=blocks.softmax_router)
-    norm = blocks.gemma_rms_norm
-    layer = partial(
-        blocks.decoder_layer,
-        norm=norm,
-        attend=partial(mix, project=blocks.separate_projections),
-        feed=partial(blocks.experts_or_gated_mlp, block=block),
-    )
-    rotary_decoder(t, spec, layers, layer=layer, norm=norm, make_tables=blocks.grid_rotary_tables)
     inputs = ("norm", "out_proj", "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
-    t.order_layer_parameters(*ATTENTION, *DELTA_NET, *inputs, *REST)
+    tables = blocks.grid_rotary_tables
+    delta_decoder(t, spec, layers, project=blocks.separate_projections, inputs=inputs, make_tables=tables)
 
 
 for _name, _class, _read in (("qwen3_5", "Qwen3_5", read_dense), ("qwen3_5_moe", "Qwen3_5Moe", read_sparse)):

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 from simulator import blocks
-from simulator.decoder import BuiltLayers, rotary_decoder
+from simulator.decoder import BuiltLayers
 from simulator.families import Family, families
 from simulator.families.decoder import read_decoder, read_depth, read_gated, read_hidden
 from simulator.families.experts.reading import read_experts, read_sparse_layers, with_load_balancing
-from simulator.families.hybrid.delta_net import ATTENTION, DELTA_NET, REST, mix, read_mixers, with_mixers
+from simulator.families.hybrid.delta_net import delta_decoder, read_mixers, with_mixers
 from simulator.families.reader import ConfigReader
 from simulator.limits import LARGEST_WIDTH
 from simulator.model import ModelSpec
@@ -36,16 +34,8 @@ def read(config: ConfigReader) -> ModelSpec:
 
 def forward(t: Trace, spec: ModelSpec, layers: BuiltLayers) -> None:
     """`Qwen3NextForCausalLM` (transformers models/qwen3_next/modeling_qwen3_next.py)."""
-    block = partial(blocks.gated_shared_mlp, router=blocks.softmax_router)
-    norm = blocks.gemma_rms_norm
-    layer = partial(
-        blocks.decoder_layer,
-        norm=norm,
-        attend=partial(mix, project=blocks.fused_projections),
-        feed=partial(blocks.experts_or_gated_mlp, block=block),
-    )
-    rotary_decoder(t, spec, layers, layer=layer, norm=norm)
-    t.order_layer_parameters(*ATTENTION, *DELTA_NET, "in_proj_qkvz", "in_proj_ba", "norm", "out_proj", *REST)
+    inputs = ("in_proj_qkvz", "in_proj_ba", "norm", "out_proj")
+    delta_decoder(t, spec, layers, project=blocks.fused_projections, inputs=inputs)
 
 
 families.add("qwen3_next", Family("qwen3_next", read, forward=forward, config_class="Qwen3NextConfig"))
