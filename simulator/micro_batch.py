@@ -51,7 +51,7 @@ class MicroBatch:
     def forward(self, turn: Turn) -> list[Step]:
         """The steps of inputs and forward."""
         self._runtimes = [runtime.fork() for runtime in self._initial]
-        self.recorder = self._job.recorder = Recorder()
+        self.recorder = self._job.recorder = Recorder(by_layer=not self._initial)
         self._begin()
         self.recorder.phase = Phase.FORWARD
         for runtime in self._runtimes:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from itertools import groupby, pairwise
+from operator import itemgetter
 
 import attrs
 
-from simulator.graph import Storage
+from simulator.graph import ForwardGraph, Storage
+from simulator.hand_over import HandOver
 from simulator.layout import Layout
 from simulator.recorder import Step as RecordedStep
 from simulator.roles import Phase
@@ -113,7 +115,8 @@ Identity = tuple[str, int | None]
 
 def identity(reference: Reference, base: int) -> Identity:
     """The one name of a storage in the unrolled program."""
-    return reference.storage.label, None if reference.layer is None else base + reference.layer
+    storage = reference.storage
+    return storage.handed_on or storage.label, None if reference.layer is None else base + reference.layer
 
 
 # from recorded steps to a tree ---------------------------------------------------------------------------------------
@@ -122,10 +125,16 @@ def identity(reference: Reference, base: int) -> Identity:
 class TreeBuilder:
     """Turns recorded steps of a built model into the tree of the real one."""
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: Layout, graph: ForwardGraph) -> None:
         self._layout = layout
+        self._hand_over = HandOver(layout, graph) if layout.scattered else None
         self._turns = [(place.run.first_slot, place.turn) for place in layout.places]
-        self._real = [place.base + place.offset for place in layout.places]
+        self._real = [place.last + place.offset for place in layout.places]
+
+    def check(self) -> None:
+        """Raise `Unlike` where the layers that were turned into trees are not what they stand for."""
+        if self._hand_over is not None:
+            self._hand_over.check()
 
     def tree(self, steps: Sequence[RecordedStep], *, upward: bool = False) -> Node:
         """Consecutive steps of one turn of a pattern become a `Repeat`, the others a `Leaf`.
@@ -137,7 +146,11 @@ class TreeBuilder:
         """
         active = [part for step in steps if step.births or step.deaths for part in self._by_layer(step)]
         groups = [list(group) for _, group in groupby(active, key=self._turn)]
-        parts = self._spread(groups) if self._layout.scattered else [self._part(group, upward) for group in groups]
+        if self._hand_over is None:
+            parts = [self._part(group, upward) for group in groups]
+        else:
+            self._hand_over.see(active)
+            parts = self._spread(groups)
         return parts[0] if len(parts) == 1 else Seq(tuple(parts))
 
     def _spread(self, groups: list[list[RecordedStep]]) -> list[Node]:
@@ -162,9 +175,12 @@ class TreeBuilder:
         assert up or down, "layers without a period take turns"
         layers = list(enumerate(self._layout.slots()))
         backward = len(order) == 1 and any(_descends(leaf.steps) for leaf in leaves.values())
-        visited = layers if up and not backward else layers[::-1]
-        walk = tuple((leaves[slot], layer) for layer, slot in visited if slot in leaves)
-        return [Walk(walk)] if walk else []
+        up = up and not backward
+        walk = [(leaves[slot], layer) for layer, slot in (layers if up else layers[::-1]) if slot in leaves]
+        stretches = [list(group) for _, group in groupby(walk, key=itemgetter(0))]
+        if len(stretches) > len(walk) // 4:
+            return [Walk(tuple(walk))] if walk else []
+        return [Repeat(len(part), *part[0], stride=1 if up else -1) for part in stretches]
 
     def _turn(self, step: RecordedStep) -> tuple[int, int] | None:
         """What steps of one turn of a pattern have in common; None outside the stack."""
@@ -179,8 +195,8 @@ class TreeBuilder:
             return [step]
         kept = attrs.evolve(step, deaths=[s for s in step.deaths if s.slot is None])
         by_slot: dict[int | None, list[Storage]] = {}
-        for storage in layered:
-            by_slot.setdefault(storage.slot, []).append(storage)
+        for storage in layered:  # what the last layer of all has handed on dies once
+            by_slot.setdefault(None if storage.handed_on else storage.slot, []).append(storage)
         return [
             kept,
             *(RecordedStep("free", step.phase, step.module, slot, [], found) for slot, found in by_slot.items()),
@@ -201,7 +217,8 @@ class TreeBuilder:
 
     def _outside(self, steps: Sequence[RecordedStep]) -> Leaf:
         """Steps outside the stack: references have real layer indices."""
-        slots = {s.slot for step in steps for part in (step.births, step.deaths) for s in part if s.slot is not None}
+        named = [s for step in steps for s in (*step.births, *step.deaths) if s.slot is not None]
+        slots = {s.slot for s in named if s.slot is not None and not s.handed_on}
         alone = all(self._layout.places[slot].repeats == 1 for slot in slots)
         assert alone, "a step outside the stack reaches into one of several hidden layers"
         return Leaf(tuple([Step(step, self._real) for step in steps]))

@@ -137,7 +137,11 @@ class LiveSet:
 
     def storages(self, bindings: Bindings) -> list[Live]:
         """What is alive, largest first."""
-        found = [Live(name, b, int(b.size.allocated(bindings))) for name, alike in self._live.items() for b in alike]
+        found = [
+            Live((storage.label, layer), storage, int(storage.size.allocated(bindings)))
+            for (_, layer), alike in self._live.items()
+            for storage in alike
+        ]
         return sorted(found, key=lambda live: -live.nbytes)
 
 
