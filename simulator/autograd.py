@@ -273,7 +273,7 @@ class Autograd:
 
     def _validate(self, gradient: Tensor, tensor: Tensor) -> Tensor:
         """Bring a gradient to the shape and dtype of the tensor it belongs to (engine.cpp `validate_outputs`)."""
-        if is_broadcast(gradient, tensor):
+        if gradient.shape != tensor.shape and is_broadcast(gradient, tensor):
             gradient = self._replace(gradient, self.fresh("sum.dim_IntList", tensor.shape, gradient.dtype))
         if gradient.dtype != tensor.dtype:
             gradient = self._replace(gradient, self.like("_to_copy.default", gradient, tensor.dtype))

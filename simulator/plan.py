@@ -82,7 +82,7 @@ class Plan:
     sharing: Sharing = Sharing.ALL
     """For which layers one that is built may stand; `lower` falls back to those before it."""
     unrolled: bool = False
-    """Build every layer instead of a few turns of each pattern: slow, to check against."""
+    """Build every layer: slow, to check against."""
     applied: tuple[str, ...] = ()
     """Names of the strategies applied so far, in order."""
     assumptions: tuple[str, ...] = ()
@@ -90,7 +90,7 @@ class Plan:
 
     @cached_property
     def layout(self) -> Layout:
-        """Which layers are built: a few turns of each repeating pattern."""
+        """Which layers are built: those that stand for all."""
         layers, others = numbered(self.model.layers), self.layer_kinds or (None,) * len(self.model.layers)
         kinds = [
             (layer, index in self.recomputed, index < self.frozen_layers, other)
@@ -98,11 +98,9 @@ class Plan:
         ]
         if self.unrolled:
             return unrolled_layout(kinds)
-        layout = layout_of(kinds, self.reach, self.together)
         if self.sharing is Sharing.TURNS or self._looks_around:
-            return layout
-        by_kind = layout_by_kind(kinds, firsts=self.sharing is Sharing.KINDS)
-        return min(layout, by_kind, key=lambda each: len(each.places))
+            return layout_of(kinds, self.reach, self.together)
+        return layout_by_kind(kinds, firsts=self.sharing is Sharing.KINDS)
 
     @property
     def _looks_around(self) -> bool:
@@ -222,7 +220,7 @@ def make_plan(
     Args:
         mesh: degrees of parallelism that strategies may use; by default one device.
         rank: the data-parallel rank to simulate, where ranks differ.
-        unrolled: build every layer; by default at most three turns of each repeating pattern.
+        unrolled: build every layer; by default one of each kind besides the first, or three turns of a pattern.
 
     Raises:
         UnsupportedError: a workload that the model's recipe cannot build.
