@@ -259,9 +259,12 @@ class Folder:
                 rows[1].extend([len(peaks)] * len(deaths))
         if rising is not None:
             peaks.append(rising)
-        columns = self._numbered(born), self._numbered(died)
-        shape = (len(peaks) + 1, len(self._index))
-        live = np.cumsum(_counts(rows[0], columns[0], shape) - _counts(rows[1], columns[1], shape), axis=0)
+        columns = np.array(self._numbered(born + died), dtype=np.int64)
+        height, width = len(peaks) + 1, len(self._index)
+        changes = np.repeat((1.0, -1.0), (len(born), len(died)))  # exact: no count comes near 2**53
+        places = np.array(rows[0] + rows[1], dtype=np.int64) * width + columns
+        table = np.bincount(places, changes, height * width).reshape(height, width)
+        live = table.cumsum(axis=0).astype(np.int64)
         return _Straight(live[-1], live[:-1], tuple(peaks), len(born) + len(died))
 
     def _numbered(self, storages: list[Storage]) -> list[int]:
@@ -273,13 +276,6 @@ class Folder:
         column = self._index.setdefault((storage.role, storage.size), len(self._index))
         self._columns[storage] = column
         return column
-
-
-def _counts(rows: list[int], columns: list[int], shape: tuple[int, int]) -> Counts:
-    """How often each (row, column) occurs."""
-    height, width = shape
-    flat = np.array(rows, dtype=np.int64) * width + np.array(columns, dtype=np.int64)
-    return np.bincount(flat, minlength=height * width).reshape(shape)
 
 
 def _widen(rows: Counts, width: int) -> Counts:

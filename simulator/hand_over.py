@@ -55,8 +55,6 @@ class HandOver:
             for storage in step.deaths:
                 if storage.slot != step.slot:
                     self._handed(storage, step.slot)
-            if self._repeats[step.slot] > 1 and any(storage.slot is None for storage in step.births):
-                raise Unlike
 
     def _handed(self, storage: Storage, slot: int) -> None:
         """Layer `slot` frees the `storage` of another."""

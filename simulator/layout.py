@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Hashable, Sequence
+from functools import cached_property
 
 import attrs
 
@@ -88,13 +89,17 @@ class Layout:
     places: tuple[Place, ...]
     """One per built slot."""
 
-    @property
+    @cached_property
     def scattered(self) -> bool:
         """Whether built layers stand for others here and there."""
         return any(place.others for place in self.places)
 
     def slots(self) -> list[int]:
         """For every layer of the real model, the built slot that is it or stands for it."""
+        return self._slots
+
+    @cached_property
+    def _slots(self) -> list[int]:
         if self.scattered:
             own = {layer: slot for slot, place in enumerate(self.places) for layer in (place.base, *place.others)}
             return [own[layer] for layer in range(len(own))]
