@@ -6,7 +6,7 @@ special-cased, and alternating stacks (sliding / full attention) work like unifo
 Where a layer's steps reach r layers away (prefetching), r turns are built at each end.
 
 Where nothing but hidden states and their gradients pass between layers, each kind of layer is built
-once, besides the first layer of all: it stands for all others of its kind, wherever they are.
+once: it stands for all others of its kind, wherever they are.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ class Sharing(enum.Enum):
     """For which layers one that is built may stand: each asks for less to be alike than the one after it."""
 
     TURNS = "those in the middle of a pattern that repeats"
-    KINDS = "those of its kind, but for the first of each"
-    ALL = "those of its kind, but for the first of all"
+    LATER = "those of its kind, but for the first of each"
+    REST = "those of its kind, but for the first of all"
+    ALL = "those of its kind"
 
 
 @attrs.frozen
@@ -138,22 +139,25 @@ def layout_of(layers: Sequence[Hashable], reach: int = 1, together: int = 1) -> 
     return Layout(tuple(runs), tuple(places))
 
 
-def layout_by_kind(layers: Sequence[Hashable], *, firsts: bool = False) -> Layout:
-    """The layout in which one layer stands for all of its kind but the first of all.
+def layout_by_kind(layers: Sequence[Hashable], sharing: Sharing = Sharing.ALL) -> Layout:
+    """The layout in which one layer stands for others of its kind, wherever these are.
 
-    The kind of the last layer is built last, so that what follows the stack finds it where it is.
-
-    Args:
-        firsts: whether the first layer of every kind is built by itself, too: what layers of a kind share (a mask)
-            is freed with the last of them that backward visits.
+    The kind of the last layer is built last, so that what follows the stack finds it where it is. The first of a kind
+    is built by itself where its backward frees what they share (a mask).
     """
     kinds = numbered(layers)
-    alone = list(dict.fromkeys(map(kinds.index, kinds))) if firsts else [0]
+    firsts = list(dict.fromkeys(map(kinds.index, kinds)))
+    few = len(firsts) < 2  # passes over layers of one kind could not be told apart
+    alone = {Sharing.LATER: firsts, Sharing.REST: firsts[:1], Sharing.ALL: firsts[:1] if few else []}[sharing]
     rest = sorted(set(range(len(kinds))) - set(alone), key=lambda layer: (kinds[layer] == kinds[-1], layer))
-    others: dict[int, list[int]] = {}
+    alike: dict[int, list[int]] = {}
     for layer in rest:
-        others.setdefault(kinds[layer], []).append(layer)
-    built = [[layer] for layer in alone] + list(others.values())
+        alike.setdefault(kinds[layer], []).append(layer)
+    built = [[layer] for layer in alone] + list(alike.values())
+    if len(built) == len(kinds):
+        return unrolled_layout(kinds)
+    if sharing is Sharing.ALL:  # the first layer must be built first
+        built.sort(key=lambda layers: layers[0] != 0)
     runs = tuple(Run(layer, 1, 1, slot) for slot, (layer, *_) in enumerate(built))
     places = tuple(Place(run, 0, 0, tuple(like)) for run, (_, *like) in zip(runs, built, strict=True))
     return Layout(runs, places)

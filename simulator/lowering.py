@@ -39,12 +39,13 @@ class TrainingProgram:
 
 def lower(plan: Plan) -> TrainingProgram:
     """The program of `plan`: load the model, one cold and one steady optimizer step."""
-    for sharing in list(Sharing)[: list(Sharing).index(plan.sharing) + 1][::-1]:
+    sharing = plan.sharing
+    while True:
         try:
-            return _Lowering(plan if sharing is plan.sharing else attrs.evolve(plan, sharing=sharing)).program()
-        except Unlike:
-            continue
-    raise AssertionError("layers that are built turn by turn are alike")
+            return _Lowering(plan).program()
+        except Unlike as unlike:
+            sharing = unlike.so_far if unlike.so_far is not sharing else Sharing.TURNS
+            plan = attrs.evolve(plan, sharing=sharing)
 
 
 class _Lowering:

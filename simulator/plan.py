@@ -100,7 +100,7 @@ class Plan:
             return unrolled_layout(kinds)
         if self.sharing is Sharing.TURNS or self._looks_around:
             return layout_of(kinds, self.reach, self.together)
-        return layout_by_kind(kinds, firsts=self.sharing is Sharing.KINDS)
+        return layout_by_kind(kinds, self.sharing)
 
     @property
     def _looks_around(self) -> bool:
@@ -220,7 +220,7 @@ def make_plan(
     Args:
         mesh: degrees of parallelism that strategies may use; by default one device.
         rank: the data-parallel rank to simulate, where ranks differ.
-        unrolled: build every layer; by default one of each kind besides the first, or three turns of a pattern.
+        unrolled: build every layer; by default one of each kind, or three turns of a pattern.
 
     Raises:
         UnsupportedError: a workload that the model's recipe cannot build.

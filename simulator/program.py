@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from itertools import groupby, pairwise
 from operator import itemgetter
@@ -10,7 +10,7 @@ from operator import itemgetter
 import attrs
 
 from simulator.graph import ForwardGraph, Storage
-from simulator.hand_over import HandOver
+from simulator.hand_over import BEFORE, HandOver
 from simulator.layout import Layout
 from simulator.recorder import Step as RecordedStep
 from simulator.roles import Phase
@@ -29,8 +29,8 @@ class Step:
     """One op as it was recorded: what it allocates, then what is freed after it."""
 
     recorded: RecordedStep
-    numbers: Sequence[int]
-    """Of each built slot, the layer as references of this step count it."""
+    number: Callable[[int], int]
+    """The layer that a built slot is, as references of this step count it."""
 
     @property
     def name(self) -> str:
@@ -50,7 +50,7 @@ class Step:
     @property
     def layer(self) -> int | None:
         """The layer it runs in; None outside the layers."""
-        return None if self.recorded.slot is None else self.numbers[self.recorded.slot]
+        return None if self.recorded.slot is None else self.number(self.recorded.slot)
 
     @cached_property
     def births(self) -> tuple[Reference, ...]:
@@ -63,7 +63,7 @@ class Step:
         return tuple(map(self._reference, self.recorded.deaths))
 
     def _reference(self, storage: Storage) -> Reference:
-        return Reference(storage, None if storage.slot is None else self.numbers[storage.slot])
+        return Reference(storage, None if storage.slot is None else self.number(storage.slot))
 
 
 @attrs.frozen(eq=False)
@@ -129,7 +129,9 @@ class TreeBuilder:
         self._layout = layout
         self._hand_over = HandOver(layout, graph) if layout.scattered else None
         self._turns = [(place.run.first_slot, place.turn) for place in layout.places]
-        self._real = [place.last + place.offset for place in layout.places]
+        self._real = {slot: place.base + place.offset for slot, place in enumerate(layout.places)}
+        if self._hand_over:
+            self._real |= {BEFORE: BEFORE, len(layout.places) - 1: len(layout.slots()) - 1}
 
     def check(self) -> None:
         """Raise `Unlike` where the layers that were turned into trees are not what they stand for."""
@@ -144,19 +146,19 @@ class TreeBuilder:
         Args:
             upward: whether a backward, too, visits layers first to last.
         """
+        if self._hand_over is not None:
+            self._hand_over.see(steps)
         active = [part for step in steps if step.births or step.deaths for part in self._by_layer(step)]
         groups = [list(group) for _, group in groupby(active, key=self._turn)]
-        if self._hand_over is None:
-            parts = [self._part(group, upward) for group in groups]
-        else:
-            self._hand_over.see(active)
-            parts = self._spread(groups)
+        parts = self._spread(groups) if self._hand_over else [self._part(group, upward) for group in groups]
         return parts[0] if len(parts) == 1 else Seq(tuple(parts))
 
     def _spread(self, groups: list[list[RecordedStep]]) -> list[Node]:
         """Passes over the built layers, from the first or the last on, as passes over those of the real model."""
         parts: list[Node] = []
         one_pass: dict[int, Leaf] = {}
+        assert self._hand_over is not None
+        outlives = self._hand_over.outlives(step for group in groups for step in group)
         for before, group in zip([None, *groups], groups, strict=False):
             slot, last = group[0].slot, before and before[0].slot
             if slot is None or last is None or slot in one_pass:
@@ -166,14 +168,21 @@ class TreeBuilder:
                 parts.append(self._part(group))
             else:
                 one_pass[slot] = self._leaf(group, slot, 1, 1)
+                if slot == 0 and self._hand_over.given is not None:
+                    later = self._hand_over.later(group, outlives=outlives and group[0].phase is Phase.FORWARD)
+                    if later is not group:
+                        one_pass[BEFORE] = one_pass[slot]
+                        one_pass[slot] = self._leaf(later, slot, 1, 1)
         return [*parts, *self._over_layers(one_pass)]
 
     def _over_layers(self, leaves: Mapping[int, Leaf]) -> list[Node]:
-        order = list(leaves)
+        order = [slot for slot in leaves if slot != BEFORE]
         up = all(first < second for first, second in pairwise(order))
         down = all(first > second for first, second in pairwise(order))
         assert up or down, "layers without a period take turns"
         layers = list(enumerate(self._layout.slots()))
+        if BEFORE in leaves:
+            layers[0] = 0, BEFORE
         backward = len(order) == 1 and any(_descends(leaf.steps) for leaf in leaves.values())
         up = up and not backward
         walk = [(leaves[slot], layer) for layer, slot in (layers if up else layers[::-1]) if slot in leaves]
@@ -190,10 +199,10 @@ class TreeBuilder:
         """A step outside the stack that frees storages of layers (autocast's cache, say) frees every layer's own."""
         if step.slot is not None:
             return [step]
-        layered = [s for s in step.deaths if s.slot is not None]
+        layered = [s for s in step.deaths if s.slot not in (None, BEFORE)]
         if not layered:
             return [step]
-        kept = attrs.evolve(step, deaths=[s for s in step.deaths if s.slot is None])
+        kept = attrs.evolve(step, deaths=[s for s in step.deaths if s.slot in (None, BEFORE)])
         by_slot: dict[int | None, list[Storage]] = {}
         for storage in layered:  # what the last layer of all has handed on dies once
             by_slot.setdefault(None if storage.handed_on else storage.slot, []).append(storage)
@@ -221,15 +230,14 @@ class TreeBuilder:
         slots = {s.slot for s in named if s.slot is not None and not s.handed_on}
         alone = all(self._layout.places[slot].repeats == 1 for slot in slots)
         assert alone, "a step outside the stack reaches into one of several hidden layers"
-        return Leaf(tuple([Step(step, self._real) for step in steps]))
+        return Leaf(tuple([Step(step, self._real.__getitem__) for step in steps]))
 
     def _leaf(self, steps: Sequence[RecordedStep], first: int, period: int, reach: int) -> Leaf:
         """Steps of the turn that starts at slot `first`: its references count from there."""
         slots = {storage.slot for step in steps for storage in step.deaths if storage.slot is not None}
         near = not slots or first - reach <= min(slots) <= max(slots) < first + period + reach
         assert near, "a layer reaches further than it said"
-        numbers = range(-first, len(self._layout.places) - first)
-        return Leaf(tuple([Step(step, numbers) for step in steps]))
+        return Leaf(tuple([Step(step, lambda slot: slot - first) for step in steps]))
 
 
 def _descends(steps: Sequence[RecordedStep | Step]) -> bool:

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from simulator.fold import Location
 from simulator.graph import Storage
+from simulator.hand_over import BEFORE
 from simulator.program import Identity, Leaf, Node, Occurrence, Reference, Seq, Step, Walk, identity
 from simulator.roles import Phase, Role
 from simulator.sizes import Bindings
@@ -138,7 +139,7 @@ class LiveSet:
     def storages(self, bindings: Bindings) -> list[Live]:
         """What is alive, largest first."""
         found = [
-            Live((storage.label, layer), storage, int(storage.size.allocated(bindings)))
+            Live((storage.label, None if layer == BEFORE else layer), storage, int(storage.size.allocated(bindings)))
             for (_, layer), alike in self._live.items()
             for storage in alike
         ]

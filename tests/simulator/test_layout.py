@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from simulator.layout import layout_by_kind, layout_of
+from simulator.layout import Sharing, layout_by_kind, layout_of
 
 
 @given(st.lists(st.integers(0, 2), min_size=1, max_size=60), st.integers(1, 3))
@@ -28,19 +28,20 @@ def test_runs_between_exceptions_are_short():
     assert len(layout_of([0] * 14 + [1, 2] + [0] * 14 + [1, 3] + [0] * 14).places) == 13
 
 
-@given(st.lists(st.integers(0, 2), min_size=1, max_size=60), st.booleans())
-def test_one_layer_stands_for_all_of_its_kind_but_the_first(kinds, firsts):
-    layout = layout_by_kind(kinds, firsts=firsts)
+@given(
+    st.lists(st.integers(0, 2), min_size=1, max_size=60),
+    st.sampled_from([Sharing.LATER, Sharing.REST, Sharing.ALL]),
+)
+def test_a_layer_stands_for_others_of_its_kind(kinds, sharing):
+    layout = layout_by_kind(kinds, sharing)
     built = [kind for _, kind in layout.built(kinds)]
     assert [built[slot] for slot in layout.slots()] == kinds
-    assert layout.slots().index(0) == 0
-    assert layout.slots().count(0) == 1
-    assert layout.places[-1].last == len(kinds) - 1
-    alone = len(set(kinds)) if firsts else 1
-    assert len(built) <= alone + len(set(kinds))
+    assert layout.slots()[0] == 0
+    several = len(set(kinds))
+    assert len(built) <= several + {Sharing.LATER: several, Sharing.REST: 1, Sharing.ALL: several == 1}[sharing]
 
 
 def test_an_order_without_a_period_is_cheaper_by_kind():
     """As in Nemotron 3: attention after two or three pairs of other layers."""
     kinds = [kind for pairs in (2, 3, 2, 3, 3, 2, 2, 3, 2, 3, 3) for kind in [*[0, 1] * pairs, 0, 2, 1]]
-    assert (len(layout_by_kind(kinds).places), len(layout_of(kinds).places)) == (4, 43)
+    assert (len(layout_by_kind(kinds).places), len(layout_of(kinds).places)) == (3, 77)
