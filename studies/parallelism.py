@@ -16,7 +16,7 @@ from simulator.plan import Strategy
 from strategies import StrategyFactory, strategies
 
 #: Axes that cannot be used yet.
-UNMODELLED_AXES = ("pp", "cp", "ep")
+UNMODELLED_AXES = ("cp", "ep")
 #: The strategy that shards over axis ``tp``.
 TENSOR_PARALLEL = "tensor_parallel"
 
@@ -79,10 +79,13 @@ def axis_of(strategy: Strategy) -> str | None:
 
 def _mesh(degrees: Degrees, world: int, chosen: Sequence[Strategy]) -> Mesh:
     """The degrees given, and the data-parallel one that is left for the strategy that uses it."""
-    tp = degrees.tp or 1
-    if world % tp:
-        raise UsageError(f"'tp' must divide the {world} GPUs: {tp}; {_nearest(tp, world)}")
-    left = world // tp
+    tp, pp = degrees.tp or 1, degrees.pp or 1
+    left = world
+    for axis, degree in (("tp", tp), ("pp", pp)):
+        if left % degree:
+            among = f"the {world} GPUs" if left == world else f"the {left} of {world} GPUs that are left"
+            raise UsageError(f"{axis!r} must divide {among}: {degree}; {_nearest(degree, left)}")
+        left //= degree
     shards = any(axis_of(strategy) == "dp_shard" for strategy in chosen)
     replicate, shard = degrees.dp_replicate, degrees.dp_shard
     if shards:
@@ -91,7 +94,7 @@ def _mesh(degrees: Degrees, world: int, chosen: Sequence[Strategy]) -> Mesh:
     else:
         shard = shard or 1
         replicate = replicate or max(1, left // shard)
-    mesh = Mesh(dp_replicate=replicate, dp_shard=shard, tp=tp)
+    mesh = Mesh(pp=pp, dp_replicate=replicate, dp_shard=shard, tp=tp)
     if mesh.world != world:
         factors = " x ".join(f"{axis} {degree}" for axis, degree in mesh.degrees.items())
         wrong = "dp_replicate" if degrees.dp_replicate else "dp_shard"
