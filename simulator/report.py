@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
 
 import attrs
 
-from simulator.fold import Folder, Location, Peak
+from simulator.fold import Folder, Location, Peak, Top
 from simulator.lowering import TrainingProgram
 from simulator.model import ModelSpec
 from simulator.plan import Plan
@@ -138,7 +137,7 @@ class Folding:
 
     def __init__(self) -> None:
         self._folder = Folder()
-        self._known: dict[int, Any] = {}
+        self._known: dict[int, Top] = {}
 
     def step_peaks(self, program: TrainingProgram) -> tuple[StepPeak, StepPeak]:
         """The peaks of the cold and the steady step; all programs must have the same sizes."""
