@@ -86,7 +86,11 @@ class _Lowering:
         self._second_differs = any(runtime.second_differs for runtime in self.runtimes)
         self._first_differs = any(runtime.first_differs for runtime in self.runtimes)
         self._last_differs = any(runtime.last_differs for runtime in self.runtimes)
-        self._stages = StageParts(self.job, self.builder) if plan.pipeline else None
+        if plan.pipeline is not None and len(self.runtimes) > len(plan.hooks):
+            raise UnsupportedError(
+                "a pipeline with 'grad_scaler' or 'optimizer_in_backward' is not modelled yet: leave one out"
+            )
+        self._stages = StageParts(self.job, self.builder, self.runtimes) if plan.pipeline else None
         self._optimizer_nodes: dict[bool, list[Node]] = {}
         self._load_node: Node | None = None
         self._micro_batch = MicroBatch(self.job, self.runtimes)

@@ -27,7 +27,7 @@ from simulator.plan import Plan
 from simulator.program import Node, Occurrence, Repeat, Seq, TreeBuilder
 from simulator.recorder import Step
 from simulator.roles import Phase, Role
-from simulator.runtime import Job, buffer
+from simulator.runtime import Job, Runtime, buffer
 from simulator.sizes import size_of
 from simulator.stage_micro_batch import StageBackward, StageForward, StageMicroBatch
 
@@ -60,16 +60,19 @@ class StageParts:
     Args:
         job: the rank.
         builder: makes trees of recorded steps.
+        runtimes: what frameworks do inside the stages.
     """
 
-    def __init__(self, job: Job, builder: TreeBuilder) -> None:
-        _check(job.plan)
+    def __init__(self, job: Job, builder: TreeBuilder, runtimes: Sequence[Runtime] = ()) -> None:
+        _check(job.plan, runtimes)
         self.plan = job.plan
         self.stages = job.graph.stages
         self._builder = builder
-        self._micro_batch = StageMicroBatch(job)
-        self._forwards: dict[int, _Forward] = {}
-        self._backwards: dict[tuple[str, int, bool], _Backward] = {}
+        self._micro_batch = StageMicroBatch(job, runtimes)
+        self._first_differs = bool(runtimes)
+        self._last_differs = any(runtime.last_differs for runtime in runtimes)
+        self._forwards: dict[tuple[int, bool], _Forward] = {}
+        self._backwards: dict[tuple[str, int, bool, bool], _Backward] = {}
         self._others: dict[object, Node] = {}
         count = job.plan.training.gradient_accumulation
         #: `_setup_forward_recv_info`, `_create_grad_recv_info`: a buffer for each micro-batch, kept from step to step.
@@ -88,34 +91,46 @@ class StageParts:
     def _loaded(self, storage: Storage) -> Node:
         return self._builder.tree([Step(f"load {storage.label}", Phase.LOAD, "", None, [storage])])
 
-    def forward(self, number: int) -> _Forward:
-        """The forward of stage `number` of the rank."""
-        if number not in self._forwards:
-            recorded = self._micro_batch.forward_stage(number)
+    def forward(self, number: int, *, first: bool) -> _Forward:
+        """The forward of stage `number` of the rank; the `first` of a step, or a later one."""
+        key = number, first or not self._first_differs
+        if key not in self._forwards:
+            recorded = self._micro_batch.forward_stage(number, first=key[1])
             loss = self._builder.tree(recorded.loss) if recorded.loss else None
-            self._forwards[number] = _Forward(self._builder.tree(recorded.model), loss, recorded)
-        return self._forwards[number]
+            self._forwards[key] = _Forward(self._builder.tree(recorded.model), loss, recorded)
+        return self._forwards[key]
 
-    def backward(self, kind: str, number: int, *, new: bool) -> _Backward:
+    def backward(self, kind: str, number: int, *, new: bool, last: bool) -> _Backward:
         """A backward of stage `number`, of one of the kinds that torch has letters for.
 
         Args:
             new: whether its weights have no gradients to add to.
+            last: whether it is the last through this stage.
         """
-        key = kind, number, new
+        key = kind, number, new, last and self._last_differs
         if key not in self._backwards:
-            recorded = self._lower(kind, number)
+            recorded = self._lower(*key)
             upward = kind == BACKWARD_WEIGHT  # weights have their turns in the order of ``parameters()``
             self._backwards[key] = _Backward(self._builder.tree(recorded.steps, upward=upward), recorded)
         return self._backwards[key]
 
-    def _lower(self, kind: str, number: int) -> StageBackward:
+    def _lower(self, kind: str, number: int, _: bool, last: bool) -> StageBackward:
         if kind == BACKWARD_WEIGHT:
-            first = self._backwards[BACKWARD_INPUT, number, False]
+            first = self._backwards[BACKWARD_INPUT, number, False, False]
             return self._micro_batch.backward_weight(number, first.recorded)
-        after = self.forward(number).recorded.after
-        lower = self._micro_batch.backward_stage if kind == BACKWARD else self._micro_batch.backward_input
-        return lower(number, after)
+        later = self._forwards.get((number, False)) or self._forwards[number, True]
+        after = later.recorded.after
+        if kind == BACKWARD_INPUT:
+            return self._micro_batch.backward_input(number, after)
+        return self._micro_batch.backward_stage(number, after, last=last)
+
+    def end(self) -> Node | None:
+        """All micro-batches went backward; nothing where no framework does anything then."""
+        if "end" not in self._others:
+            steps = self._micro_batch.end_stage()
+            self._others["end"] = self._builder.tree(steps, upward=True) if steps else Seq(())
+        found = self._others["end"]
+        return None if isinstance(found, Seq) and not found.parts else found
 
     def free(self, storage: Storage) -> Node:
         """The last holder of a storage goes."""
@@ -149,6 +164,9 @@ class PipelinedSteps:
         self._names: dict[Name, Kept] = {}
         self._parts: list[Node] = []
         self._new: dict[int, bool] = {}
+        self._begun: Counter[int] = Counter()
+        self._ended: Counter[int] = Counter()
+        self._numbered = pipeline.numbered
         self._step = 0
         self._turns: Turns | None = None
         """What runs now, if it runs several times."""
@@ -163,7 +181,7 @@ class PipelinedSteps:
             BACKWARD_WEIGHT: self._backward_weight,
         }
         for (what, number), made in parts.received.items():
-            for micro_batch in range(pipeline.numbered):
+            for micro_batch in range(self._numbered):
                 self._name((what, number, micro_batch), (made, self._step, micro_batch))
 
     # what Python holds ---------------------------------------------------------------------------------------------
@@ -191,12 +209,15 @@ class PipelinedSteps:
         self._step += 1
         standing = not cold and self._made.plan.training.zero_grad == "zero"
         self._new = dict.fromkeys(range(len(self._stages)), not standing)
+        self._begun, self._ended = Counter(), Counter()
         self._drop(*PILED)  # `clear_runtime_states`; and the caller has a new list of losses
         for action in self._pipeline.order:
             if isinstance(action, Turns):
                 self._repeat(action)
             else:
                 self._run[action.kind](action)
+        end = self._made.end()
+        self._parts += [] if end is None else [end]
         self._drop("output", "sent")
         if self._pipeline.return_outputs:
             self._parts += [self._made.merged(stage.output) for stage in self._stages if stage.loss is not None]
@@ -223,7 +244,8 @@ class PipelinedSteps:
     def _forward(self, action: Action) -> None:
         number, micro_batch = action.chunk, action.micro_batch
         stage = self._stages[number]
-        forward = self._made.forward(number)
+        forward = self._made.forward(number, first=not self._begun[number])
+        self._begun[number] += 1
         self._parts.append(forward.model)
         assert stage.output is not None
         output = stage.output.storage, self._step, micro_batch
@@ -274,7 +296,9 @@ class PipelinedSteps:
     def _part(self, action: Action) -> StageBackward:
         """Run a backward; the first one that makes gradients of weights may find none there."""
         weights = action.kind != BACKWARD_INPUT
-        found = self._made.backward(action.kind, action.chunk, new=weights and self._new[action.chunk])
+        self._ended[action.chunk] += weights
+        last = weights and self._ended[action.chunk] == self._numbered
+        found = self._made.backward(action.kind, action.chunk, new=weights and self._new[action.chunk], last=last)
         if weights:
             self._new[action.chunk] = False
         self._parts.append(found.node)
@@ -295,11 +319,14 @@ def _occurrences(parts: Sequence[Node]) -> list[Node]:
     return [Occurrence(number, part) for number, part in enumerate(parts)]
 
 
-def _check(plan: Plan) -> None:
+def _check(plan: Plan, runtimes: Sequence[Runtime]) -> None:
     """Refuse what was not compared with recordings of pipelines."""
     training = plan.training
+    strangers = [
+        getattr(hooks, "name", "") for hooks, each in zip(plan.hooks, runtimes, strict=True) if not each.in_stages
+    ]
     others = {
-        "the strategies after it": plan.hooks or plan.tensor_parallel,
+        f"{' and '.join(strangers)} inside its stages": strangers,
         "frozen weights": plan.frozen or plan.frozen_layers,
         "reentrant checkpoints": plan.reentrant,
         "compiled layers": plan.compiled,

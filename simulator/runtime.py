@@ -102,6 +102,8 @@ class Runtime:
     """Whether it clips gradients itself, instead of torch's ``clip_grad_norm_``."""
     unscales = False
     """Whether torch's ``GradScaler`` works on the gradients that it leaves."""
+    in_stages = False
+    """Whether it may act inside the stages of a pipeline."""
     weights_are_views = False
     """Whether autograd sees weights as views of something: their gradients go on to it, none becomes `.grad`."""
 
@@ -150,6 +152,9 @@ class Runtime:
 
     def end_backward(self) -> None:
         """All gradients are there; the engine runs its final callbacks."""
+
+    def end_stage(self) -> None:
+        """All micro-batches went backward through a stage of a pipeline (`perform_reduce_grad`)."""
 
     def trainable(self, parameters: Sequence[Parameter]) -> list[Parameter]:
         """What the rank's optimizer is given, from what it would be given without this runtime."""

@@ -13,7 +13,7 @@ from simulator.graph import Op, Storage, Tensor
 from simulator.micro_batch import AfterForward, MicroBatch
 from simulator.recorder import Recorder, Step
 from simulator.roles import Phase
-from simulator.runtime import Job
+from simulator.runtime import Job, Runtime, Turn
 from simulator.split_backward import InputBackward, Split, WeightBackward
 
 Part = TypeVar("Part", InputBackward, WeightBackward)
@@ -49,27 +49,43 @@ class StageMicroBatch(MicroBatch):
     Source: torch 2.13 torch/distributed/pipelining/stage.py `forward_one_chunk`, `backward_one_chunk`.
     """
 
-    def __init__(self, job: Job) -> None:
-        super().__init__(job)
+    def __init__(self, job: Job, runtimes: Sequence[Runtime] = ()) -> None:
+        super().__init__(job, runtimes)
+        self._between: Sequence[Runtime] = runtimes
+        """What frameworks hold between micro-batches, from the first forward of a step on."""
 
-    def forward_stage(self, number: int) -> StageForward:
-        """The steps of forward through the rank's stage `number`."""
+    def forward_stage(self, number: int, *, first: bool = True) -> StageForward:
+        """The steps of forward through the rank's stage `number`; the `first` of a step, or a later one."""
         stage = self.graph.stages[number]
         self.recorder = self._job.recorder = Recorder()
         self.recorder.phase = Phase.FORWARD
+        self._runtimes = [runtime.fork() for runtime in (self._initial if first else self._between)]
+        for runtime in self._runtimes:
+            runtime.begin_forward(Turn(cold=False, first=first, last=False))
         assert stage.output is not None
         held = {stage.output.storage, stage.loss.storage if stage.loss else None}
         border = stage.end_op if stage.loss_op is None else stage.loss_op
         self._run_ops(range(stage.first_op, border), held)
+        if stage.loss_op is None:
+            for runtime in self._runtimes:
+                runtime.end_forward()
         count = len(self.recorder.steps)
         self._run_ops(range(border, stage.end_op), held)
         steps = self.recorder.steps
-        return StageForward(steps[:count], steps[count:], AfterForward(self.recorder, ()))
+        if first:
+            self._between = self._runtimes
+        return StageForward(steps[:count], steps[count:], AfterForward(self.recorder, self._runtimes))
 
-    def backward_stage(self, number: int, after: AfterForward) -> StageBackward:
-        """The steps of a full backward (`stage_backward`), from the loss or from the gradient that was received."""
+    def backward_stage(self, number: int, after: AfterForward, *, last: bool = False) -> StageBackward:
+        """The steps of a full backward (`stage_backward`), from the loss or from the gradient that was received.
+
+        Args:
+            last: whether it is the last of a step through this stage.
+        """
         self._go_on(after)
-        engine = self._autograd(())
+        for runtime in self._runtimes:
+            runtime.begin_backward(Turn(cold=False, first=False, last=last))
+        engine = self._autograd(self._runtimes)
         self._run_engine(engine, number)
         for storage in self._checkpoints.bound():
             self.recorder.release(storage)
@@ -92,9 +108,18 @@ class StageMicroBatch(MicroBatch):
         engine.run_groups(first.captured)
         return self._done(engine)
 
+    def end_stage(self) -> Sequence[Step]:
+        """What frameworks do when all micro-batches went backward."""
+        self.recorder = self._job.recorder = Recorder()
+        self.recorder.phase = Phase.BACKWARD
+        for runtime in self._between:
+            runtime.fork().end_stage()
+        return self.recorder.steps
+
     def _go_on(self, after: AfterForward) -> None:
         self.recorder = self._job.recorder = after.recorder.fork()
-        self._checkpoints.begin(self.recorder, ())
+        self._runtimes = [runtime.fork() for runtime in after.runtimes]
+        self._checkpoints.begin(self.recorder, self._runtimes)
         self.recorder.phase = Phase.BACKWARD
 
     def _run_engine(self, engine: Autograd, number: int) -> None:

@@ -102,13 +102,20 @@ class _Kept:
 
 
 class Fsdp2Runtime(UnitRuntime):
-    """`FSDPState` and `FSDPParamGroup` of every unit, and their `FSDPCommContext`."""
+    """`FSDPState` and `FSDPParamGroup` of every unit, and their `FSDPCommContext`.
+
+    In a stage of a pipeline weights stay gathered, and gradients are put by, until all micro-batches went backward
+    (torch/distributed/pipelining/stage.py `backward_maybe_with_nosync`, `perform_reduce_grad`).
+    """
+
+    in_stages = True
 
     def __init__(self, job: Job, options: Fsdp2) -> None:
         super().__init__(job, wrapped_units(job.graph, options.wrap))
         self.options = options
         plan = job.plan
-        self.last_differs = options.sync == "last" and plan.training.gradient_accumulation > 1
+        self._staged = plan.pipeline is not None
+        self.last_differs = options.sync == "last" and plan.training.gradient_accumulation > 1 and not self._staged
         self._original = plan.training.weights
         self._compute = plan.compute or self._original
         self._reduce = options.reduce_dtype or self._compute
@@ -275,7 +282,7 @@ class Fsdp2Runtime(UnitRuntime):
     def begin_backward(self, turn: Turn) -> None:
         """Whether gradients are reduced in this micro-batch (`set_requires_gradient_sync`)."""
         super().begin_backward(turn)
-        self._reduces = turn.last or not self.last_differs
+        self._reduces = not self._staged and (turn.last or not self.last_differs)
 
     def pre_backward(self, unit: Unit) -> None:
         """`_pre_backward`: unshard, then prefetch what backward needs next."""
@@ -300,7 +307,8 @@ class Fsdp2Runtime(UnitRuntime):
         weights = [tensor.storage for tensor in unit.parameters]
         made = self._with_gradient()
         gradients = [self._placed(weight, self._collect(unit, weight)) for weight in weights if weight in made]
-        self._reshard(unit)
+        if self._reduces or not self._staged:
+            self._reshard(unit)
         if not self._reduces:
             return
         self.job.free(*self._reduce_inputs)
@@ -375,9 +383,19 @@ class Fsdp2Runtime(UnitRuntime):
         else:
             self._kept.sharded[unit] = gradient
 
+    def end_stage(self) -> None:
+        """`perform_reduce_grad`: every unit's gradients are reduced, in the order of ``modules()``."""
+        self._reduces = True
+        for unit in self.units:
+            self._at(unit, self.post_backward)
+        self._finish()
+
     def end_backward(self) -> None:
         """`_root_post_backward_final_callback`."""
         super().end_backward()
+        self._finish()
+
+    def _finish(self) -> None:
         recorder = self.job.recorder
         recorder.module, recorder.slot = "root", None
         self.job.free(*self._all_reduced, *self._gathered.values(), *self._reduce_inputs)

@@ -262,7 +262,14 @@ _FSDP1 |= {"sync_every", "replicate", "keep_low_precision_grads"}
 _FSDP2 = {"reshard_after_forward", "root_raf", "param_dtype", "reduce_dtype", "wrap", "explicit_prefetch"}
 _FSDP2 |= {"sync_every", "cpu_offload", "replicate"}
 _PIPELINE = {"pp", "microbatches", "schedule", "stage", "virtual", "return_outputs", "cuts", "dp", "data", "tp", "sp"}
-_PIPELINE |= {"param_dtype", "reduce_dtype", "wrap", "reshard_after_forward", "gradient_as_bucket_view", "bucket_cap_mb"}
+_PIPELINE |= {
+    "param_dtype",
+    "reduce_dtype",
+    "wrap",
+    "reshard_after_forward",
+    "gradient_as_bucket_view",
+    "bucket_cap_mb",
+}
 _DDP = {"gradient_as_bucket_view", "bucket_cap_mb", "static_graph"}
 #: Kind of a case -> the options it takes, and what makes mesh and strategies of them.
 _KINDS: dict[str, tuple[set[str], Callable[[Mapping[str, Any]], _Parallel]]] = {
