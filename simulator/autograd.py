@@ -358,7 +358,7 @@ class Autograd:
             self.recorder.release(gradient.storage)
         else:
             self._keep_gradient(parameter, gradient)
-        for runtime in self._runtimes:
+        for runtime in self._runtimes if parameter in self.gradients else ():
             runtime.accumulated(parameter)
 
     def _keep_gradient(self, parameter: Storage, gradient: Tensor) -> None:
