@@ -21,7 +21,7 @@ from simulator.plan import TRAINABLE_TENSORS, Plan
 from simulator.program import Node, Repeat, Seq, TreeBuilder
 from simulator.recorder import Step
 from simulator.roles import Phase
-from simulator.runtime import Job, Runtime, Turn
+from simulator.runtime import Job, Runtime, StageJob, Turn
 from simulator.sizes import Bindings
 from simulator.workload import ONE_DEVICE, WHOLE_WEIGHTS
 
@@ -71,7 +71,10 @@ class _Lowering:
         self.job = Job(plan)
         self._states: dict[tuple[Storage, str], Storage] = {}
         self._constructed: list[Step] = []
-        self.runtimes: list[Runtime] = [hooks.start(self.job) for hooks in plan.hooks]
+        stages = [StageJob(self.job, number) for number in range(len(self.job.graph.stages))] if plan.hooks else []
+        by_stage = [[hooks.start(job) for hooks in plan.hooks] for job in stages]
+        in_stages = [runtime for each in by_stage for runtime in each]
+        self.runtimes: list[Runtime] = in_stages or [hooks.start(self.job) for hooks in plan.hooks]
         if self.training.optimizer_in_backward:
             if plan.hooks or plan.tensor_parallel:
                 raise UnsupportedError("'optimizer_in_backward' with a strategy is not modelled: leave one of them out")
@@ -86,11 +89,11 @@ class _Lowering:
         self._second_differs = any(runtime.second_differs for runtime in self.runtimes)
         self._first_differs = any(runtime.first_differs for runtime in self.runtimes)
         self._last_differs = any(runtime.last_differs for runtime in self.runtimes)
-        if plan.pipeline is not None and len(self.runtimes) > len(plan.hooks):
+        if plan.pipeline is not None and len(self.runtimes) > len(in_stages):
             raise UnsupportedError(
                 "a pipeline with 'grad_scaler' or 'optimizer_in_backward' is not modelled yet: leave one out"
             )
-        self._stages = StageParts(self.job, self.builder, self.runtimes) if plan.pipeline else None
+        self._stages = StageParts(self.job, self.builder, by_stage) if plan.pipeline else None
         self._optimizer_nodes: dict[bool, list[Node]] = {}
         self._load_node: Node | None = None
         self._micro_batch = MicroBatch(self.job, self.runtimes)

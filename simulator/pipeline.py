@@ -14,6 +14,8 @@ from simulator.model import ModelSpec
 MICRO_BATCHES = "micro_batches"
 #: Forward, full backward, backward for the inputs alone, and later for the weights (torch's letters).
 FORWARD, BACKWARD, BACKWARD_INPUT, BACKWARD_WEIGHT = "F", "B", "I", "W"
+#: The weights of a stage are gathered, or freed again, where they are sharded.
+UNSHARD, RESHARD = "unshard", "reshard"
 
 
 @attrs.frozen

@@ -19,10 +19,13 @@ from simulator.pipeline import (
     BACKWARD_WEIGHT,
     FORWARD,
     MICRO_BATCHES,
+    RESHARD,
+    UNSHARD,
     Action,
     Pipeline,
     Turns,
 )
+from simulator.pipeline_gathering import with_gathering
 from simulator.plan import Plan
 from simulator.program import Node, Occurrence, Repeat, Seq, TreeBuilder
 from simulator.recorder import Step
@@ -37,6 +40,8 @@ Kept = tuple[Storage, int, int]
 Name = tuple[str, int, int]
 #: Locals of the loop: what the last forward returned, and the gradient that is being sent.
 OUTPUT, SENT = ("output", 0, 0), ("sent", 0, 0)
+#: All micro-batches went backward through a stage.
+END = "end"
 #: Lists of one entry for each micro-batch, which all go at once when the next step begins.
 PILED = frozenset(("returned", "received.grad", "loss"))
 
@@ -60,19 +65,23 @@ class StageParts:
     Args:
         job: the rank.
         builder: makes trees of recorded steps.
-        runtimes: what frameworks do inside the stages.
+        runtimes: of each stage, what frameworks do inside it.
     """
 
-    def __init__(self, job: Job, builder: TreeBuilder, runtimes: Sequence[Runtime] = ()) -> None:
-        _check(job.plan, runtimes)
+    def __init__(self, job: Job, builder: TreeBuilder, runtimes: Sequence[Sequence[Runtime]] = ()) -> None:
+        every = [runtime for each in runtimes for runtime in each]
+        _check(job.plan, every)
         self.plan = job.plan
         self.stages = job.graph.stages
         self._builder = builder
         self._micro_batch = StageMicroBatch(job, runtimes)
-        self._first_differs = bool(runtimes)
-        self._last_differs = any(runtime.last_differs for runtime in runtimes)
+        self.shards_stages = any(runtime.shards_stages for runtime in every)
+        """Whether frameworks gather the weights of a stage, and may be told when."""
+        self._first_differs = bool(every)
+        self._last_differs = any(runtime.last_differs for runtime in every)
         self._forwards: dict[tuple[int, bool], _Forward] = {}
         self._backwards: dict[tuple[str, int, bool, bool], _Backward] = {}
+        self._outside: dict[tuple[str, int], list[Node]] = {}
         self._others: dict[object, Node] = {}
         count = job.plan.training.gradient_accumulation
         #: `_setup_forward_recv_info`, `_create_grad_recv_info`: a buffer for each micro-batch, kept from step to step.
@@ -124,13 +133,20 @@ class StageParts:
             return self._micro_batch.backward_input(number, after)
         return self._micro_batch.backward_stage(number, after, last=last)
 
-    def end(self) -> Node | None:
-        """All micro-batches went backward; nothing where no framework does anything then."""
-        if "end" not in self._others:
-            steps = self._micro_batch.end_stage()
-            self._others["end"] = self._builder.tree(steps, upward=True) if steps else Seq(())
-        found = self._others["end"]
-        return None if isinstance(found, Seq) and not found.parts else found
+    def outside(self, moment: str, number: int) -> list[Node]:
+        """What frameworks do about stage `number` outside of any micro-batch.
+
+        Args:
+            moment: `END`, or one of the actions that a schedule has for weights.
+            number: which of the rank's stages.
+        """
+        key = moment, number
+        if key not in self._outside:
+            micro_batch = self._micro_batch
+            lower = {UNSHARD: micro_batch.unshard_stage, RESHARD: micro_batch.reshard_stage, END: micro_batch.end_stage}
+            steps = lower[moment](number)
+            self._outside[key] = [self._builder.tree(steps, upward=True)] if steps else []
+        return self._outside[key]
 
     def free(self, storage: Storage) -> Node:
         """The last holder of a storage goes."""
@@ -167,6 +183,9 @@ class PipelinedSteps:
         self._begun: Counter[int] = Counter()
         self._ended: Counter[int] = Counter()
         self._numbered = pipeline.numbered
+        gathers = parts.shards_stages and pipeline.runtime == "runtime"
+        self._order = with_gathering(pipeline.order) if gathers else pipeline.order
+        self._gathers = gathers
         self._step = 0
         self._turns: Turns | None = None
         """What runs now, if it runs several times."""
@@ -179,6 +198,8 @@ class PipelinedSteps:
             BACKWARD: self._backward,
             BACKWARD_INPUT: self._backward_input,
             BACKWARD_WEIGHT: self._backward_weight,
+            UNSHARD: self._move_weights,
+            RESHARD: self._move_weights,
         }
         for (what, number), made in parts.received.items():
             for micro_batch in range(self._numbered):
@@ -211,13 +232,11 @@ class PipelinedSteps:
         self._new = dict.fromkeys(range(len(self._stages)), not standing)
         self._begun, self._ended = Counter(), Counter()
         self._drop(*PILED)  # `clear_runtime_states`; and the caller has a new list of losses
-        for action in self._pipeline.order:
+        for action in self._order:
             if isinstance(action, Turns):
                 self._repeat(action)
             else:
                 self._run[action.kind](action)
-        end = self._made.end()
-        self._parts += [] if end is None else [end]
         self._drop("output", "sent")
         if self._pipeline.return_outputs:
             self._parts += [self._made.merged(stage.output) for stage in self._stages if stage.loss is not None]
@@ -236,6 +255,11 @@ class PipelinedSteps:
         whole = self._left_whole(turns)
         self._parts, self._turns = [*before, Repeat(turns.count, body, whole=whole)], None
 
+    def _move_weights(self, action: Action) -> None:
+        if self._ended[action.chunk] == self._numbered:
+            return  # they went when the stage's gradients were reduced
+        self._parts += self._made.outside(action.kind, action.chunk)
+
     def _drop(self, *variables: str) -> None:
         """`variables` go, whatever the stage and micro-batch."""
         for name in [name for name in self._names if name[0] in variables]:
@@ -244,7 +268,7 @@ class PipelinedSteps:
     def _forward(self, action: Action) -> None:
         number, micro_batch = action.chunk, action.micro_batch
         stage = self._stages[number]
-        forward = self._made.forward(number, first=not self._begun[number])
+        forward = self._made.forward(number, first=not self._begun[number] and not self._gathers)
         self._begun[number] += 1
         self._parts.append(forward.model)
         assert stage.output is not None
@@ -270,6 +294,12 @@ class PipelinedSteps:
         self._name(("forward cache", number, micro_batch), None)
         if done.gradient is not None:
             self._send(number, (done.gradient, self._step, micro_batch))
+        self._end(number)
+
+    def _end(self, number: int) -> None:
+        """`perform_reduce_grad`, after the last backward of a stage."""
+        if self._ended[number] == self._numbered:
+            self._parts += self._made.outside(END, number)
 
     def _backward_input(self, action: Action) -> None:
         """Of the first stage, whose input needs no gradient, nothing is computed until its weights' turn."""
@@ -292,6 +322,7 @@ class PipelinedSteps:
             return
         self._part(action)
         self._name(("forward cache", number, micro_batch), None)
+        self._end(number)
 
     def _part(self, action: Action) -> StageBackward:
         """Run a backward; the first one that makes gradients of weights may find none there."""
@@ -322,9 +353,7 @@ def _occurrences(parts: Sequence[Node]) -> list[Node]:
 def _check(plan: Plan, runtimes: Sequence[Runtime]) -> None:
     """Refuse what was not compared with recordings of pipelines."""
     training = plan.training
-    strangers = [
-        getattr(hooks, "name", "") for hooks, each in zip(plan.hooks, runtimes, strict=True) if not each.in_stages
-    ]
+    strangers = dict.fromkeys(str(runtime) for runtime in runtimes if not runtime.in_stages)
     others = {
         f"{' and '.join(strangers)} inside its stages": strangers,
         "frozen weights": plan.frozen or plan.frozen_layers,

@@ -49,17 +49,19 @@ class StageMicroBatch(MicroBatch):
     Source: torch 2.13 torch/distributed/pipelining/stage.py `forward_one_chunk`, `backward_one_chunk`.
     """
 
-    def __init__(self, job: Job, runtimes: Sequence[Runtime] = ()) -> None:
-        super().__init__(job, runtimes)
-        self._between: Sequence[Runtime] = runtimes
-        """What frameworks hold between micro-batches, from the first forward of a step on."""
+    def __init__(self, job: Job, runtimes: Sequence[Sequence[Runtime]] = ()) -> None:
+        super().__init__(job, [runtime for each in runtimes for runtime in each])
+        self._initially = [tuple(each) for each in runtimes] or [() for _ in job.graph.stages]
+        self._between: dict[int, Sequence[Runtime]] = {}
+        """What frameworks hold between the micro-batches of each stage, from its first forward of a step on."""
 
     def forward_stage(self, number: int, *, first: bool = True) -> StageForward:
         """The steps of forward through the rank's stage `number`; the `first` of a step, or a later one."""
         stage = self.graph.stages[number]
         self.recorder = self._job.recorder = Recorder()
         self.recorder.phase = Phase.FORWARD
-        self._runtimes = [runtime.fork() for runtime in (self._initial if first else self._between)]
+        given = self._initially[number] if number not in self._between else self._between[number]
+        self._runtimes = [runtime.fork() for runtime in (self._initially[number] if first else given)]
         for runtime in self._runtimes:
             runtime.begin_forward(Turn(cold=False, first=first, last=False))
         assert stage.output is not None
@@ -72,8 +74,7 @@ class StageMicroBatch(MicroBatch):
         count = len(self.recorder.steps)
         self._run_ops(range(border, stage.end_op), held)
         steps = self.recorder.steps
-        if first:
-            self._between = self._runtimes
+        self._between.setdefault(number, self._runtimes)
         return StageForward(steps[:count], steps[count:], AfterForward(self.recorder, self._runtimes))
 
     def backward_stage(self, number: int, after: AfterForward, *, last: bool = False) -> StageBackward:
@@ -108,12 +109,26 @@ class StageMicroBatch(MicroBatch):
         engine.run_groups(first.captured)
         return self._done(engine)
 
-    def end_stage(self) -> Sequence[Step]:
-        """What frameworks do when all micro-batches went backward."""
+    def unshard_stage(self, number: int) -> Sequence[Step]:
+        """What frameworks do when the schedule asks for the weights of a stage; its forwards find them there."""
+        gathered = [runtime.fork() for runtime in self._initially[number]]
+        self._between.setdefault(number, gathered)
+        return self._outside(gathered, Runtime.unshard_stage.__name__)
+
+    def reshard_stage(self, number: int) -> Sequence[Step]:
+        """What they do when the schedule gives them back."""
+        return self._outside([runtime.fork() for runtime in self._between[number]], Runtime.reshard_stage.__name__)
+
+    def end_stage(self, number: int) -> Sequence[Step]:
+        """What they do when all micro-batches went backward."""
+        return self._outside([runtime.fork() for runtime in self._between[number]], Runtime.end_stage.__name__)
+
+    def _outside(self, runtimes: Sequence[Runtime], moment: str) -> Sequence[Step]:
+        """The steps of what frameworks do outside of any micro-batch."""
         self.recorder = self._job.recorder = Recorder()
-        self.recorder.phase = Phase.BACKWARD
-        for runtime in self._between:
-            runtime.fork().end_stage()
+        self.recorder.phase = Phase.FORWARD if moment == Runtime.unshard_stage.__name__ else Phase.BACKWARD
+        for runtime in runtimes:
+            getattr(runtime, moment)()
         return self.recorder.steps
 
     def _go_on(self, after: AfterForward) -> None:

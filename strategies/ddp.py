@@ -72,6 +72,7 @@ class DdpRuntime(Runtime):
 
     unscales = True
     in_stages = True
+    splits_backward = False
 
     def __init__(self, job: Job, options: Ddp) -> None:
         super().__init__(job)

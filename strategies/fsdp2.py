@@ -13,7 +13,7 @@ import attrs
 
 from hardware.dtypes import DType
 from hardware.errors import UnsupportedError, UsageError
-from simulator.graph import Storage, Tensor, flat
+from simulator.graph import COMPUTE, Storage, Tensor, flat
 from simulator.optimizers.step import Parameter
 from simulator.plan import Plan
 from simulator.roles import Role
@@ -109,6 +109,8 @@ class Fsdp2Runtime(UnitRuntime):
     """
 
     in_stages = True
+    splits_backward = False
+    shards_stages = True
 
     def __init__(self, job: Job, options: Fsdp2) -> None:
         super().__init__(job, wrapped_units(job.graph, options.wrap))
@@ -122,6 +124,7 @@ class Fsdp2Runtime(UnitRuntime):
         self._casts = self._compute != self._original
         self._shards = plan.mesh.dp_shard
         self._replicas = plan.mesh.dp_replicate
+        self._gather_stream = COPY_IN
         self._kept = _Kept()
         self._shard_of = {t.storage: self._shard(t) for unit in self.units for t in unit.parameters}
         job.keep_instead([] if options.offload else list(self._shard_of.values()))
@@ -163,7 +166,7 @@ class Fsdp2Runtime(UnitRuntime):
         if unit in self._gathered or unit in self._unsharded or not unit.parameters or self._shards == 1:
             return
         copies = self._copy_in(unit)
-        output = self._flat(unit, "all_gather_output", self._compute, Role.GATHER, COPY_IN, whole=True)
+        output = self._flat(unit, "all_gather_output", self._compute, Role.GATHER, self._gather_stream, whole=True)
         self.job.allocate("all_gather_copy_in", output)
         self.job.free(*copies)
         self._gathered[unit] = output
@@ -383,6 +386,24 @@ class Fsdp2Runtime(UnitRuntime):
         else:
             self._kept.sharded[unit] = gradient
 
+    def unshard_stage(self) -> None:
+        """`unshard` of every unit with ``async_op``, and `_assert_unsharded`, which waits for all of them."""
+        self._gather_stream = COMPUTE
+        for unit in self.units:
+            self._at(unit, self._unshard)
+        for unit in self.units:
+            self._at(unit, lambda unit: self._wait_for_unshard(unit, forward=False))
+        self._gather_stream = COPY_IN
+
+    def reshard_stage(self) -> None:
+        """`reshard` of every unit."""
+        for unit in self.units:
+            self._at(unit, self._reshard_alone)
+
+    def _reshard_alone(self, unit: Unit) -> None:
+        self.job.recorder.note("to_sharded")
+        self._reshard(unit)
+
     def end_stage(self) -> None:
         """`perform_reduce_grad`: every unit's gradients are reduced, in the order of ``modules()``."""
         self._reduces = True
@@ -409,7 +430,7 @@ class Fsdp2Runtime(UnitRuntime):
         if self.options.offload:
             return []
         units = {tensor.storage: unit for unit in self.units for tensor in unit.parameters}
-        shards = []
+        shards = [each for each in parameters if each.storage not in units]  # those of other stages
         for tensor in self.job.graph.parameters:
             shape = ((self._shard_dims(tensor)[0],), *tensor.shape[1:])
             gradient = self._kept.sharded[units[tensor.storage]]
