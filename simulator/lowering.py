@@ -16,7 +16,7 @@ from simulator.optimizers import optimizers
 from simulator.optimizers.clipping import clip_gradient_norm
 from simulator.optimizers.step import OptimizerStep, Parameter, Surroundings
 from simulator.pipeline import Pipeline
-from simulator.pipelined import PipelinedSteps, StageParts
+from simulator.pipelined import PipelinedSteps, StageParts, check_pipeline
 from simulator.plan import TRAINABLE_TENSORS, Plan
 from simulator.program import Node, Repeat, Seq, TreeBuilder
 from simulator.recorder import Step
@@ -65,6 +65,8 @@ def _same_parts(one: Plan, other: Plan) -> bool:
 
 class _Lowering:
     def __init__(self, plan: Plan) -> None:
+        if plan.pipeline is not None:
+            check_pipeline(plan)
         self.plan = plan
         self.training = plan.training
         self.builder = TreeBuilder(plan.layout)
@@ -89,10 +91,6 @@ class _Lowering:
         self._second_differs = any(runtime.second_differs for runtime in self.runtimes)
         self._first_differs = any(runtime.first_differs for runtime in self.runtimes)
         self._last_differs = any(runtime.last_differs for runtime in self.runtimes)
-        if plan.pipeline is not None and len(self.runtimes) > len(in_stages):
-            raise UnsupportedError(
-                "a pipeline with 'grad_scaler' or 'optimizer_in_backward' is not modelled yet: leave one out"
-            )
         self._stages = StageParts(self.job, self.builder, by_stage) if plan.pipeline else None
         self._optimizer_nodes: dict[bool, list[Node]] = {}
         self._load_node: Node | None = None
@@ -116,6 +114,8 @@ class _Lowering:
 
     def _optimizer_of(self, *, cold: bool) -> list[Node]:
         if cold not in self._optimizer_nodes:
+            assert self._stages is not None
+            self.job.gradients = self._stages.gradients()
             self._optimizer_nodes[cold] = self._optimizer()
         return self._optimizer_nodes[cold]
 

@@ -94,10 +94,19 @@ class Pipeline:
     """Whether the last stage's outputs are kept and merged (``step(return_outputs=True)``)."""
 
     @property
+    def actions(self) -> list[Action]:
+        """All actions that have numbers, in order."""
+        return [a for part in self.order for a in (part.actions if isinstance(part, Turns) else (part,))]
+
+    @property
     def numbered(self) -> int:
         """How many micro-batches have numbers in `order`."""
-        each = (a for part in self.order for a in (part.actions if isinstance(part, Turns) else (part,)))
-        return 1 + max((action.micro_batch for action in each), default=-1)
+        return 1 + max((action.micro_batch for action in self.actions), default=-1)
+
+    @property
+    def splits_backward(self) -> bool:
+        """Whether a backward for inputs alone is among the actions."""
+        return any(action.kind == BACKWARD_INPUT for action in self.actions)
 
     @property
     def layers(self) -> list[int]:

@@ -32,7 +32,7 @@ from simulator.recorder import Step
 from simulator.roles import Phase, Role
 from simulator.runtime import Job, Runtime, buffer
 from simulator.sizes import size_of
-from simulator.stage_micro_batch import StageBackward, StageForward, StageMicroBatch
+from simulator.stage_micro_batch import Gradients, StageBackward, StageForward, StageMicroBatch
 
 #: A storage of one optimizer step and, there, of one micro-batch.
 Kept = tuple[Storage, int, int]
@@ -57,6 +57,7 @@ class _Forward:
 class _Backward:
     node: Node
     recorded: StageBackward
+    left: Gradients
 
 
 class StageParts:
@@ -70,7 +71,6 @@ class StageParts:
 
     def __init__(self, job: Job, builder: TreeBuilder, runtimes: Sequence[Sequence[Runtime]] = ()) -> None:
         every = [runtime for each in runtimes for runtime in each]
-        _check(job.plan, every)
         self.plan = job.plan
         self.stages = job.graph.stages
         self._builder = builder
@@ -80,8 +80,9 @@ class StageParts:
         self._first_differs = bool(every)
         self._last_differs = any(runtime.last_differs for runtime in every)
         self._forwards: dict[tuple[int, bool], _Forward] = {}
-        self._backwards: dict[tuple[str, int, bool, bool], _Backward] = {}
-        self._outside: dict[tuple[str, int], list[Node]] = {}
+        self._backwards: dict[tuple[str, int, Gradients, bool], _Backward] = {}
+        self._inputs: dict[int, StageBackward] = {}
+        self._outside: dict[tuple[str, int, Gradients], list[Node]] = {}
         self._others: dict[object, Node] = {}
         count = job.plan.training.gradient_accumulation
         #: `_setup_forward_recv_info`, `_create_grad_recv_info`: a buffer for each micro-batch, kept from step to step.
@@ -109,44 +110,53 @@ class StageParts:
             self._forwards[key] = _Forward(self._builder.tree(recorded.model), loss, recorded)
         return self._forwards[key]
 
-    def backward(self, kind: str, number: int, *, new: bool, last: bool) -> _Backward:
+    def backward(self, kind: str, number: int, state: Gradients, *, last: bool) -> _Backward:
         """A backward of stage `number`, of one of the kinds that torch has letters for.
 
         Args:
-            new: whether its weights have no gradients to add to.
+            state: what gradients there are before.
             last: whether it is the last through this stage.
         """
-        key = kind, number, new, last and self._last_differs
+        key = kind, number, state, last and self._last_differs
         if key not in self._backwards:
-            recorded = self._lower(*key)
+            self._micro_batch.begin_with(number, state)
+            recorded = self._lower(kind, number, last=key[3])
             upward = kind == BACKWARD_WEIGHT  # weights have their turns in the order of ``parameters()``
-            self._backwards[key] = _Backward(self._builder.tree(recorded.steps, upward=upward), recorded)
+            node = self._builder.tree(recorded.steps, upward=upward)
+            self._backwards[key] = _Backward(node, recorded, self._micro_batch.state_of(number))
         return self._backwards[key]
 
-    def _lower(self, kind: str, number: int, _: bool, last: bool) -> StageBackward:
+    def _lower(self, kind: str, number: int, *, last: bool) -> StageBackward:
         if kind == BACKWARD_WEIGHT:
-            first = self._backwards[BACKWARD_INPUT, number, False, False]
-            return self._micro_batch.backward_weight(number, first.recorded)
+            return self._micro_batch.backward_weight(number, self._inputs[number])
         later = self._forwards.get((number, False)) or self._forwards[number, True]
         after = later.recorded.after
-        if kind == BACKWARD_INPUT:
-            return self._micro_batch.backward_input(number, after)
-        return self._micro_batch.backward_stage(number, after, last=last)
+        if kind == BACKWARD:
+            return self._micro_batch.backward_stage(number, after, last=last)
+        done = self._micro_batch.backward_input(number, after)
+        self._inputs.setdefault(number, done)
+        return done
 
-    def outside(self, moment: str, number: int) -> list[Node]:
+    def outside(self, moment: str, number: int, state: Gradients) -> list[Node]:
         """What frameworks do about stage `number` outside of any micro-batch.
 
         Args:
             moment: `END`, or one of the actions that a schedule has for weights.
             number: which of the rank's stages.
+            state: what gradients there are before.
         """
-        key = moment, number
+        key = moment, number, state
         if key not in self._outside:
             micro_batch = self._micro_batch
+            micro_batch.begin_with(number, state)
             lower = {UNSHARD: micro_batch.unshard_stage, RESHARD: micro_batch.reshard_stage, END: micro_batch.end_stage}
             steps = lower[moment](number)
             self._outside[key] = [self._builder.tree(steps, upward=True)] if steps else []
         return self._outside[key]
+
+    def gradients(self) -> dict[Storage, Storage]:
+        """Those of all stages, by their parameters."""
+        return {parameter: gradient for each in self._micro_batch.gradients for parameter, gradient in each.items()}
 
     def free(self, storage: Storage) -> Node:
         """The last holder of a storage goes."""
@@ -179,7 +189,7 @@ class PipelinedSteps:
         self._holders: Counter[Kept] = Counter()
         self._names: dict[Name, Kept] = {}
         self._parts: list[Node] = []
-        self._new: dict[int, bool] = {}
+        self._gradients: dict[int, Gradients] = {}
         self._begun: Counter[int] = Counter()
         self._ended: Counter[int] = Counter()
         self._numbered = pipeline.numbered
@@ -229,7 +239,7 @@ class PipelinedSteps:
         self._parts = []
         self._step += 1
         standing = not cold and self._made.plan.training.zero_grad == "zero"
-        self._new = dict.fromkeys(range(len(self._stages)), not standing)
+        self._gradients = dict.fromkeys(range(len(self._stages)), (False, standing, False))
         self._begun, self._ended = Counter(), Counter()
         self._drop(*PILED)  # `clear_runtime_states`; and the caller has a new list of losses
         for action in self._order:
@@ -258,7 +268,7 @@ class PipelinedSteps:
     def _move_weights(self, action: Action) -> None:
         if self._ended[action.chunk] == self._numbered:
             return  # they went when the stage's gradients were reduced
-        self._parts += self._made.outside(action.kind, action.chunk)
+        self._parts += self._made.outside(action.kind, action.chunk, self._gradients[action.chunk])
 
     def _drop(self, *variables: str) -> None:
         """`variables` go, whatever the stage and micro-batch."""
@@ -299,7 +309,7 @@ class PipelinedSteps:
     def _end(self, number: int) -> None:
         """`perform_reduce_grad`, after the last backward of a stage."""
         if self._ended[number] == self._numbered:
-            self._parts += self._made.outside(END, number)
+            self._parts += self._made.outside(END, number, self._gradients[number])
 
     def _backward_input(self, action: Action) -> None:
         """Of the first stage, whose input needs no gradient, nothing is computed until its weights' turn."""
@@ -325,13 +335,12 @@ class PipelinedSteps:
         self._end(number)
 
     def _part(self, action: Action) -> StageBackward:
-        """Run a backward; the first one that makes gradients of weights may find none there."""
-        weights = action.kind != BACKWARD_INPUT
-        self._ended[action.chunk] += weights
-        last = weights and self._ended[action.chunk] == self._numbered
-        found = self._made.backward(action.kind, action.chunk, new=weights and self._new[action.chunk], last=last)
-        if weights:
-            self._new[action.chunk] = False
+        """Run a backward; what it does depends on the gradients that it finds."""
+        number, weights = action.chunk, action.kind != BACKWARD_INPUT
+        self._ended[number] += weights
+        last = weights and self._ended[number] == self._numbered
+        found = self._made.backward(action.kind, number, self._gradients[number], last=last)
+        self._gradients[number] = found.left
         self._parts.append(found.node)
         return found.recorded
 
@@ -350,19 +359,36 @@ def _occurrences(parts: Sequence[Node]) -> list[Node]:
     return [Occurrence(number, part) for number, part in enumerate(parts)]
 
 
-def _check(plan: Plan, runtimes: Sequence[Runtime]) -> None:
-    """Refuse what was not compared with recordings of pipelines."""
-    training = plan.training
-    strangers = dict.fromkeys(str(runtime) for runtime in runtimes if not runtime.in_stages)
+def check_pipeline(plan: Plan) -> None:
+    """Refuse what was not compared with recordings of pipelines.
+
+    Raises:
+        UnsupportedError: the option, and a way out.
+    """
+    training, split = plan.training, plan.pipeline is not None and plan.pipeline.splits_backward
+    names = {str(getattr(hooks, "name", type(hooks).__name__)): hooks for hooks in plan.hooks}
+    for name, hooks in names.items():
+        if not getattr(hooks, "in_stages", False):
+            raise UnsupportedError(f"a pipeline with {name} in its stages is not modelled: use fsdp2 or ddp")
+        if split and not getattr(hooks, "in_split_backward", False):
+            raise UnsupportedError(
+                f"{name} is not told of weights' gradients where backward is split in two, and would not reduce them: "
+                "use fsdp2, or schedule interleaved_1f1b"
+            )
+    if split and plan.recomputed:
+        raise UnsupportedError("checkpoints in a backward split in two are not modelled: take another schedule")
+    if plan.tensor_parallel and training.implementation != "torchtitan":
+        raise UnsupportedError("'tp' in a pipeline is modelled for implementation torchtitan alone: use it, or tp 1")
     others = {
-        f"{' and '.join(strangers)} inside its stages": strangers,
+        "checkpoints of several layers, some of which other ranks have": plan.together > 1,
+        "'zero_grad' zero and a strategy in its stages": bool(names) and training.zero_grad == "zero",
         "frozen weights": plan.frozen or plan.frozen_layers,
         "reentrant checkpoints": plan.reentrant,
         "compiled layers": plan.compiled,
         "float8": plan.float8,
         "'liger'": training.liger.kernels,
         "'items_in_batch'": training.items_in_batch,
-        "'autocast'": training.autocast,
+        "'autocast' (torchtitan leaves it to fsdp2's param_dtype)": training.autocast,
         "'grad_scaler'": training.grad_scaler,
         "'optimizer_in_backward'": training.optimizer_in_backward,
         "'keep_outputs'": training.keep_outputs,

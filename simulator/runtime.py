@@ -107,15 +107,15 @@ class StageJob(Job):
             parameters=[tensor for tensor in graph.parameters if tensor.storage in used],
             outside=None if stage.loss_op is None else stage.loss_op - stage.first_op,
         )
-        self.gradients = job.gradients
+        self.gradients = {}
 
     @property
-    def recorder(self) -> Recorder:  # type: ignore[override]
+    def recorder(self) -> Recorder:
         """The rank's."""
         return self._rank.recorder
 
     @property
-    def resident(self) -> list[Storage]:  # type: ignore[override]
+    def resident(self) -> list[Storage]:
         """The rank's."""
         return self._rank.resident
 
@@ -139,10 +139,6 @@ class Runtime:
     """Whether it clips gradients itself, instead of torch's ``clip_grad_norm_``."""
     unscales = False
     """Whether torch's ``GradScaler`` works on the gradients that it leaves."""
-    in_stages = False
-    """Whether it may act inside the stages of a pipeline."""
-    splits_backward = True
-    """Whether it may do so where backward is split in two."""
     shards_stages = False
     """Whether a pipeline's schedule tells it when to gather the weights of a stage."""
     weights_are_views = False
@@ -194,6 +190,10 @@ class Runtime:
     def end_backward(self) -> None:
         """All gradients are there; the engine runs its final callbacks."""
 
+    def put_by(self) -> dict[Storage, Storage]:
+        """Gradients that it keeps from one micro-batch to the next, besides the job's, by their parameters."""
+        return {}
+
     def unshard_stage(self) -> None:
         """The schedule gathers the weights of a stage of a pipeline, and waits for them."""
 
@@ -229,7 +229,11 @@ class Runtime:
 
 
 class Hooks(Protocol):
-    """The frozen description of a runtime, as a plan holds it."""
+    """The frozen description of a runtime, as a plan holds it.
+
+    One that may act inside the stages of a pipeline has an attribute `in_stages` that is true, and one that may do so
+    where backward is split in two, `in_split_backward`.
+    """
 
     def start(self, job: Job) -> Runtime:
         """Set up the rank (its weights go to `job.resident`) and return what acts on it."""

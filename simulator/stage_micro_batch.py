@@ -7,7 +7,6 @@ from typing import TypeVar
 
 import attrs
 
-from hardware.errors import UnsupportedError
 from simulator.autograd import Autograd
 from simulator.graph import Op, Storage, Tensor
 from simulator.micro_batch import AfterForward, MicroBatch
@@ -16,6 +15,8 @@ from simulator.roles import Phase
 from simulator.runtime import Job, Runtime, Turn
 from simulator.split_backward import InputBackward, Split, WeightBackward
 
+#: Whether a stage has gradients that a framework has put by, whether its weights have some, and some in buckets.
+Gradients = tuple[bool, bool, bool]
 Part = TypeVar("Part", InputBackward, WeightBackward)
 
 
@@ -51,9 +52,36 @@ class StageMicroBatch(MicroBatch):
 
     def __init__(self, job: Job, runtimes: Sequence[Sequence[Runtime]] = ()) -> None:
         super().__init__(job, [runtime for each in runtimes for runtime in each])
+        self.gradients = [each[0].job.gradients if each else {} for each in runtimes or [()] * len(job.graph.stages)]
+        """Of each stage, parameters and their gradients."""
+        self._known: dict[tuple[int, Gradients], list[dict[Storage, Storage]]] = {}
         self._initially = [tuple(each) for each in runtimes] or [() for _ in job.graph.stages]
         self._between: dict[int, Sequence[Runtime]] = {}
         """What frameworks hold between the micro-batches of each stage, from its first forward of a step on."""
+
+    def begin_with(self, number: int, state: Gradients) -> None:
+        """Gradients of stage `number` as they were when they were first in that state."""
+        known = self._known.get((number, state))
+        if known is None:
+            known = self._known[number, state] = [{} for _ in self._kept_gradients(number)]
+            assert not any(state), "no part has left such gradients yet"
+        for now, before in zip(self._kept_gradients(number), known, strict=True):
+            now.clear()
+            now.update(before)
+
+    def state_of(self, number: int) -> Gradients:
+        """Which gradients the last part has left, and what they are from now on called."""
+        own, *put_by = self._kept_gradients(number)
+        for parameter, gradient in own.items():
+            if not gradient.persistent:
+                gradient.label = f"{parameter.label}.gradient"
+        in_buckets = [gradient.persistent for gradient in own.values()]
+        state = any(put_by), not all(in_buckets), any(in_buckets)
+        self._known.setdefault((number, state), [dict(each) for each in (own, *put_by)])
+        return state
+
+    def _kept_gradients(self, number: int) -> list[dict[Storage, Storage]]:
+        return [self.gradients[number], *(runtime.put_by() for runtime in self._initially[number])]
 
     def forward_stage(self, number: int, *, first: bool = True) -> StageForward:
         """The steps of forward through the rank's stage `number`; the `first` of a step, or a later one."""
@@ -86,7 +114,14 @@ class StageMicroBatch(MicroBatch):
         self._go_on(after)
         for runtime in self._runtimes:
             runtime.begin_backward(Turn(cold=False, first=False, last=last))
-        engine = self._autograd(self._runtimes)
+        engine = Autograd(
+            self.graph,
+            self.recorder,
+            self._checkpoints,
+            self.gradients[number],
+            runtimes=self._runtimes,
+            **self._options,
+        )
         self._run_engine(engine, number)
         for storage in self._checkpoints.bound():
             self.recorder.release(storage)
@@ -94,10 +129,10 @@ class StageMicroBatch(MicroBatch):
 
     def backward_input(self, number: int, after: AfterForward) -> StageBackward:
         """The steps of `stage_backward_input`."""
-        if self._checkpoints.region_of:
-            raise UnsupportedError("checkpoints in a backward split in two are not modelled: take another schedule")
         self._go_on(after)
-        engine = self._split_engine(InputBackward, number)
+        for runtime in self._runtimes:
+            runtime.begin_backward(Turn(cold=False, first=False, last=False))
+        engine = self._split_engine(InputBackward, number, self._runtimes)
         self._run_engine(engine, number)
         engine.finish()
         return attrs.evolve(self._done(engine), captured=engine.captured)
@@ -145,15 +180,21 @@ class StageMicroBatch(MicroBatch):
             assert stage.output is not None
             engine.run_from(stage.output, stage.gradient_received())
 
-    def _split_engine(self, kind: type[Part], number: int) -> Part:
+    def _split_engine(self, kind: type[Part], number: int, runtimes: Sequence[Runtime] = ()) -> Part:
+        split = Split(self.graph, self.graph.stages[number])
         return kind(
-            Split(self.graph, self.graph.stages[number]),
+            split,
             self.graph,
             self.recorder,
             self._checkpoints,
-            self._job.gradients,
-            kernel_workspace=self._job.plan.training.kernel_workspace,
+            self.gradients[number],
+            runtimes=runtimes,
+            **self._options,
         )
+
+    @property
+    def _options(self) -> dict[str, bool]:
+        return {"kernel_workspace": self._job.plan.training.kernel_workspace}
 
     def _done(self, engine: Autograd) -> StageBackward:
         kept = engine.kept[0] if engine.kept else None

@@ -50,6 +50,7 @@ class Ddp:
     name: str = attrs.field(default="ddp", init=False)
     axis: ClassVar[str] = "dp_replicate"
     around_liger: ClassVar[bool] = True
+    in_stages: ClassVar[bool] = True
 
     def __call__(self, plan: Plan) -> Plan:
         """The plan with buckets and their all-reduce."""
@@ -71,8 +72,6 @@ class DdpRuntime(Runtime):
     """The `Reducer`."""
 
     unscales = True
-    in_stages = True
-    splits_backward = False
 
     def __init__(self, job: Job, options: Ddp) -> None:
         super().__init__(job)

@@ -57,6 +57,8 @@ class Fsdp2:
     name: str = attrs.field(default="fsdp2", init=False)
     axis: ClassVar[str] = "dp_shard"
     around_liger: ClassVar[bool] = True
+    in_stages: ClassVar[bool] = True
+    in_split_backward: ClassVar[bool] = True
 
     def __call__(self, plan: Plan) -> Plan:
         """The plan with every weight sharded."""
@@ -79,6 +81,7 @@ class Fsdp2:
                 f"use one of {', '.join(OPTIMIZERS)}"
             )
         refuse_second_owner(plan, self.name)
+        self._check_stages(plan)
         ranks = self.reshard_after_forward
         if ranks is not True and ranks is not False and (ranks < 2 or shards % ranks or ranks == shards):
             fitting = [n for n in range(2, shards) if shards % n == 0]
@@ -86,6 +89,24 @@ class Fsdp2:
                 f"'reshard_after_forward' must be true, false or a proper divisor of dp_shard {shards}: {ranks}; "
                 f"{'use one of ' + ', '.join(map(str, fitting)) if fitting else 'use true'}"
             )
+
+    def _check_stages(self, plan: Plan) -> None:
+        """In a pipeline as torchtitan's `apply_fsdp` has it; when gradients are reduced, its schedule says."""
+        if plan.pipeline is None:
+            return
+        asked = {
+            "reshard_after_forward": (self.reshard_after_forward, False),
+            "root_reshard_after_forward": (self.root_reshard_after_forward, False),
+            "sync": (self.sync, "last"),
+            "prefetch": (self.prefetch, 0),
+            "offload": (self.offload, False),
+        }
+        for name, (given, modelled) in asked.items():
+            if given != modelled:
+                way = f"use {str(modelled).lower()}"
+                raise UnsupportedError(f"{name!r} {str(given).lower()} of fsdp2 in a pipeline is not modelled: {way}")
+        if plan.mesh.dp_replicate > 1:
+            raise UnsupportedError("fsdp2 over 'dp_replicate' in a pipeline is not modelled: set it to 1")
 
     def start(self, job: Job) -> Fsdp2Runtime:
         """Shard the weights."""
@@ -108,8 +129,6 @@ class Fsdp2Runtime(UnitRuntime):
     (torch/distributed/pipelining/stage.py `backward_maybe_with_nosync`, `perform_reduce_grad`).
     """
 
-    in_stages = True
-    splits_backward = False
     shards_stages = True
 
     def __init__(self, job: Job, options: Fsdp2) -> None:
@@ -385,6 +404,10 @@ class Fsdp2Runtime(UnitRuntime):
             self.job.free(gradient)
         else:
             self._kept.sharded[unit] = gradient
+
+    def put_by(self) -> dict[Storage, Storage]:
+        """Those in the reduce dtype (`unsharded_accumulated_grad`)."""
+        return self._kept.accumulated
 
     def unshard_stage(self) -> None:
         """`unshard` of every unit with ``async_op``, and `_assert_unsharded`, which waits for all of them."""

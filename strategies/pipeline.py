@@ -59,15 +59,14 @@ class PipelineParallel:
         pipeline = Pipeline(
             plan.model, len(self.cuts) - 1, chunks, self.order, self.runtime, return_outputs=self.return_outputs
         )
-        model = attrs.evolve(plan.model, layers=tuple(layers))
+        # a tied weight is in two stages: each has, trains and keeps the state of a copy of its own
+        model = attrs.evolve(plan.model, layers=tuple(layers), tied_embeddings=False)
         return attrs.evolve(plan, model=model, layer_kinds=tuple(kinds), pipeline=pipeline)
 
     def _check(self, plan: Plan) -> None:
         before = [name for name in plan.applied if not name.startswith("prune_")]
         if before:
             raise UnsupportedError(f"{self.name} goes first, not after {', '.join(before)}: change the order")
-        if plan.model.tied_embeddings:
-            raise UnsupportedError(f"{self.name} with tied embeddings is not modelled: untie them")
         self._check_cuts(len(plan.model.layers))
         self._check_order(plan.training.gradient_accumulation)
 

@@ -196,7 +196,8 @@ def _of_pipeline(options: TrainingOptions, resolved: Resolved, ranks: Sequence[S
         return []
     given = [name for name in ("schedule", "pp_split") if getattr(options, name) is not None]
     split = {number: len(layers) for each in ranks if each.stages for number, layers in each.stages.named}
-    return assumed(given, [split[stage] for stage in sorted(split)])
+    tied = ranks[0].report.whole_model.tied_embeddings
+    return assumed(given, [split[stage] for stage in sorted(split)], tied=tied)
 
 
 def _savings(model: ModelSpec, resolved: Resolved, after: Report) -> list[Saving]:

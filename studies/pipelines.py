@@ -84,10 +84,18 @@ def stages_of(pipeline: PipelineSchedule, model: ModelSpec, pp: int, micro_batch
     return found
 
 
-def assumed(given: Sequence[str], split: Sequence[int]) -> list[str]:
-    """Lines for options that were not `given`, and what torch's pipelines do that people may not expect."""
+def assumed(given: Sequence[str], split: Sequence[int], *, tied: bool) -> list[str]:
+    """Lines for options that were not `given`, and what torch's pipelines do that people may not expect.
+
+    Args:
+        given: names of options.
+        split: layers of each stage.
+        tied: whether embedding and head are one weight in the model.
+    """
     lines = [] if "schedule" in given else [f"--schedule {SCHEDULE}"]
     if "pp_split" not in given:
         lines.append(f"--pp-split {','.join(map(str, split))} (torchtitan's: the embedding is a layer, so is the head)")
     lines.append("stages run in torch.distributed.pipelining, which keeps a buffer to receive in for each micro-batch")
+    if tied:
+        lines.append("the tied embedding is in two stages: each holds and trains a copy of its own")
     return lines
