@@ -114,6 +114,10 @@ class StageJob(Job):
         """The rank's."""
         return self._rank.recorder
 
+    @recorder.setter
+    def recorder(self, recorder: Recorder) -> None:
+        self._rank.recorder = recorder
+
     @property
     def resident(self) -> list[Storage]:
         """The rank's."""

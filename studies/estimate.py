@@ -96,8 +96,10 @@ class Estimate:
         accumulation = training.gradient_accumulation
         more = f", {accumulation} per step" if accumulation > 1 else ""
         mesh = self.report.plan.mesh
-        strategies = "".join(f", {name.replace('_', ' ')}" for name in self.report.plan.applied)
-        strategies += f" {self.pipeline.known_as}" if self.pipeline is not None else ""
+        words = [name.replace("_", " ") for name in self.report.plan.applied]
+        if self.pipeline is not None:
+            words = [f"pipeline {self.pipeline.known_as}" if word == self.pipeline.name else word for word in words]
+        strategies = "".join(f", {word}" for word in words)
         strategies += f" on {mesh}" if mesh.world > 1 else ""
         attends = any(layer.attends for layer in self.report.model.layers)
         how = f"{training.attention} attention, " if attends else ""
