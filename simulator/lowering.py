@@ -16,13 +16,15 @@ from simulator.optimizers import optimizers
 from simulator.optimizers.clipping import clip_gradient_norm
 from simulator.optimizers.step import OptimizerStep, Parameter, Surroundings
 from simulator.pipeline import Pipeline
-from simulator.pipelined import PipelinedSteps, StageParts, check_pipeline
+from simulator.pipeline_limits import check_pipeline
+from simulator.pipelined import PipelinedSteps
 from simulator.plan import TRAINABLE_TENSORS, Plan
 from simulator.program import Node, Repeat, Seq, TreeBuilder
 from simulator.recorder import Step
 from simulator.roles import Phase
 from simulator.runtime import Job, Runtime, StageJob, Turn
 from simulator.sizes import Bindings
+from simulator.stage_parts import StageParts
 from simulator.workload import ONE_DEVICE, WHOLE_WEIGHTS
 
 
