@@ -246,8 +246,11 @@ class Trace:
         self.module = ""
 
     def receive(self) -> Tensor:
-        """The hidden states ``[b, s, h]`` that the stage before sent: a leaf that requires a gradient."""
-        tensor = self._leaf("received", ("b", "s", "h"), self.regime.weights, Role.RECEIVED)
+        """The hidden states ``[b, s, h]`` that the stage before sent: a leaf that requires a gradient.
+
+        With sequence parallelism they are this rank's part of the sequence, on both sides.
+        """
+        tensor = self._leaf("received", ("b", *self.sequence(), "h"), self.regime.weights, Role.RECEIVED)
         tensor.requires_grad = self.regime.training
         self.graph.stages[-1].received = tensor
         return tensor
