@@ -286,6 +286,8 @@ def _regime(plan: Plan) -> Regime:
         sdpa_backend=training.sdpa_backend,
         experts=training.experts,
         imbalance=training.expert_imbalance,
+        capacity_factor=training.capacity_factor,
+        expert_parallel=plan.mesh.ep,
         torch=training.torch,
         attention_mask=training.attention_mask,
         fused_activation_backward=training.fused_activation_backward,
