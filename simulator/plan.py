@@ -9,7 +9,7 @@ from typing import Protocol
 import attrs
 
 from hardware.dtypes import DType
-from hardware.errors import UnsupportedError
+from hardware.errors import UnsupportedError, UsageError
 from simulator.decoder import items_of
 from simulator.families import families
 from simulator.fusion import compile_layers
@@ -17,13 +17,13 @@ from simulator.graph import ForwardGraph
 from simulator.layout import Layout, layout_by_neighbours, layout_of, numbered, unrolled_layout
 from simulator.liger import check_family
 from simulator.mesh import Mesh
-from simulator.model import ModelSpec
+from simulator.model import ExpertsSpec, ModelSpec
 from simulator.pipeline import MICRO_BATCHES, Pipeline
 from simulator.runtime import Hooks
 from simulator.sizes import Dimensions
 from simulator.tensor_parallel import TensorParallelism
 from simulator.trace import Regime, Trace
-from simulator.workload import Training
+from simulator.workload import MEGATRON, Training
 
 #: The dimension that counts the trainable tensors of the whole model.
 TRAINABLE_TENSORS = "tensors"
@@ -125,6 +125,7 @@ class Plan:
     @cached_property
     def _trace(self) -> Trace:
         _check_patches(self)
+        _check_experts(self)
         model, training = self.model, self.training
         values = {"b": training.micro_batch, "s": training.seq_len, "h": model.hidden, "V": model.vocab}
         trace = Trace(_regime(self), Dimensions(values), _is_frozen(self))
@@ -265,6 +266,17 @@ def _check_patches(plan: Plan) -> None:
     ):
         if given and amid:
             raise UnsupportedError(f"{field!r} is not modelled together with {', '.join(amid)} yet: leave one out")
+
+
+def _check_experts(plan: Plan) -> None:
+    """Refuse ranks that share experts where there are none, or where the code does not share them."""
+    ranks, implementation = plan.mesh.ep, plan.training.implementation
+    if ranks == 1:
+        return
+    if implementation not in MEGATRON:
+        raise UnsupportedError(f"'ep' {ranks} is modelled with implementation megatron_te, not {implementation}")
+    if not any(isinstance(layer.channel_mixer, ExpertsSpec) for layer in plan.model.layers):
+        raise UsageError(f"'ep' {ranks} is for experts, which this model has not: leave it out")
 
 
 def _name(hooks: Hooks) -> str:

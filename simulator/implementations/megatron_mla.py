@@ -74,7 +74,7 @@ def _norm(t: Trace, name: str, x: Tensor) -> Tensor:
 
 
 def _tables(t: Trace, turned: Axis, spec: LatentAttentionSpec) -> tuple[Tensor, Tensor]:
-    """`YarnRotaryEmbedding.get_cached_cos_sin`: every layer's own; angles, the first ones, too, stay in ``lru_cache``."""
+    """`YarnRotaryEmbedding.get_cached_cos_sin`: every layer's own; all angles stay in ``lru_cache``."""
     with t.call("rotary_pos_emb"):
         for name in ("inv_freq", "inv_freq_extra", "inv_freq_inter"):
             t.buffer(name, t.dim("d_rotary/2", spec.rotated // 2), dtype=FP32)

@@ -140,10 +140,7 @@ def _top_k(t: Trace, logits: Tensor, spec: ExpertsSpec, bias: Tensor | None) -> 
         with t.call("") as inner:
             wide = inner("softmax", _scores(t, logits, sigmoid=bias is not None))
             scores = local("scores", ops.to(t, wide, logits.dtype))
-        if bias is None:
-            chosen = _choose(t, scores, spec)
-        else:
-            chosen = _choose_by_bias(t, scores, bias, spec)
+        chosen = _choose(t, scores, spec) if bias is None else _choose_by_bias(t, scores, bias, spec)
         probs, indices = (local(name, part) for name, part in zip(("probs", "top_indices"), chosen, strict=True))
         if bias is not None:
             scores = local("scores", probs)
