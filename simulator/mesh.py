@@ -63,5 +63,5 @@ class Mesh:
 
     def __str__(self) -> str:
         named = [f"{axis} {degree}" for axis, degree in self.degrees.items() if degree > 1]
-        named += [f"(experts over {self.ep} of them)"] if self.ep > 1 else []
-        return " x ".join(named) or "one device"
+        experts = f" (experts over {self.ep})" if self.ep > 1 else ""
+        return (" x ".join(named) or "one device") + experts

@@ -16,7 +16,7 @@ from simulator.plan import Strategy
 from strategies import StrategyFactory, strategies
 
 #: Axes that cannot be used yet.
-UNMODELLED_AXES = ("pp", "cp", "ep")
+UNMODELLED_AXES = ("pp", "cp")
 #: The strategy that shards over axis ``tp``.
 TENSOR_PARALLEL = "tensor_parallel"
 
@@ -61,6 +61,7 @@ def parallelise(
         chosen.insert(0, strategies.get(TENSOR_PARALLEL)())
     mesh = _mesh(degrees, world, chosen)
     _all_ranks_used(mesh, chosen)
+    mesh = attrs.evolve(mesh, ep=degrees.ep or 1)
     return mesh, tuple(chosen), tuple(_assumed(strategy, texts) for strategy in chosen if _fields(type(strategy)))
 
 

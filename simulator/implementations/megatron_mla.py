@@ -18,8 +18,12 @@ Axis = tuple[Dim, ...]
 #: `original_max_position_embeddings` of `MLATransformerConfig`, for which tables are made at first.
 ORIGINAL_POSITIONS = 4096
 #: Modules in the order in which they are registered.
-ORDER = ("linear_proj", "linear_q_proj", "linear_q_down_proj", "linear_q_up_proj", "linear_kv_down_proj")
-ORDER += ("linear_kv_up_proj", "q_layernorm", "kv_layernorm")
+ORDER = (
+    "linear_proj",
+    *("linear_q_proj", "linear_q_down_proj", "linear_q_up_proj"),
+    *("linear_kv_down_proj", "linear_kv_up_proj"),
+    *("q_layernorm", "kv_layernorm"),
+)
 
 
 def latent_attention(t: Trace, x: Tensor, spec: LatentAttentionSpec) -> Tensor:

@@ -18,7 +18,7 @@ from simulator import ops
 from simulator.graph import Tensor, flat
 from simulator.model import ExpertsSpec, FeedForwardSpec, LayerSpec
 from simulator.ops import megatron_moe as moe
-from simulator.sizes import Dim, ceil_div, product
+from simulator.sizes import Dim, ceil_div, product, size_of
 from simulator.trace import Frame, Trace
 
 Axis = tuple[Dim, ...]
@@ -292,7 +292,10 @@ def _grouped(t: Trace, name: str, x: Tensor, out: Axis, spec: ExpertsSpec) -> Te
     with t.call(name):
         count = spec.experts // t.regime.expert_parallel
         weights = [t.matrix(f"weight{i}", out, x.shape[1]) for i in range(count)]
-        t.graph.expert_parallel.update(weight.storage for weight in weights)
+        ranks = t.dim("ep", t.regime.expert_parallel)
+        for weight in weights:
+            weight.storage.whole = size_of((ranks, *weight.dims), weight.dtype.bits)
+            t.graph.expert_parallel.add(weight.storage)
         return moe.grouped_linear(t, x, weights)
 
 

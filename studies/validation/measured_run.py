@@ -140,6 +140,8 @@ def _mesh(row: Mapping[str, Any]) -> Mesh:
     degrees = row.get("mesh") or {}
     if not isinstance(degrees, dict):
         raise UsageError(f"'mesh' must be an object: {json.dumps(degrees)}")
+    if row["framework"] != "megatron":
+        _one_of("mesh.ep", degrees.get("ep", 1), (1,))
     for axis, degree in degrees.items():
         if axis not in _AXES:
             _one_of(f"mesh.{axis}", degree, (1,))
@@ -180,10 +182,11 @@ def _training(row: Mapping[str, Any], framework: Framework, version: tuple[int, 
     )
 
 
-def _experts(row: Mapping[str, Any]) -> dict[str, float]:
+def _experts(row: Mapping[str, Any]) -> dict[str, Any]:
     """How tokens reach their experts."""
     routing = row.get("moe")
-    if routing is None:
+    if routing is None or row["framework"] != "megatron":
+        _one_of("moe", routing, (None,))
         return {}
     if not isinstance(routing, dict):
         raise UsageError(f"'moe' must be an object: {json.dumps(routing)}")
