@@ -146,6 +146,8 @@ class ForwardGraph:
     placements: dict[Storage, str | None] = attrs.field(factory=dict)
     """Weights that are DTensors -> the kernel that brings the gradient autograd leaves to the weight's placement, in
     the optimizer or in a framework's hook; None where it has that placement."""
+    expert_parallel: set[Storage] = attrs.field(factory=set)
+    """Weights of experts, of which each rank along ``ep`` has its own."""
     loss: Tensor | None = None
     outputs: tuple[Tensor, ...] = ()
     """What the caller's frame may keep after forward (the logits)."""

@@ -31,11 +31,25 @@ class Mesh:
     dp_shard: int = attrs.field(default=1, validator=_degree)
     cp: int = attrs.field(default=1, validator=_degree)
     tp: int = attrs.field(default=1, validator=_degree)
+    ep: int = attrs.field(default=1, validator=_degree)
+    """Ranks that share the experts: no axis of its own, but consecutive ranks of ``dp_shard``.
+
+    Expert layers see the ranks of a pipeline stage as ``dp_shard / ep`` times ``ep``.
+    """
+
+    def __attrs_post_init__(self) -> None:
+        if self.dp_shard % self.ep:
+            raise UsageError(f"'ep' must divide 'dp_shard', the {self.dp_shard} ranks that share experts: {self.ep}")
 
     @property
     def degrees(self) -> dict[str, int]:
         """Axis name to degree, outermost first."""
-        return attrs.asdict(self)
+        return {axis: degree for axis, degree in attrs.asdict(self).items() if axis != "ep"}
+
+    @property
+    def expert_shards(self) -> int:
+        """Of ``dp_shard``, the ranks that have the same experts."""
+        return self.dp_shard // self.ep
 
     @property
     def world(self) -> int:
@@ -49,4 +63,5 @@ class Mesh:
 
     def __str__(self) -> str:
         named = [f"{axis} {degree}" for axis, degree in self.degrees.items() if degree > 1]
-        return " x ".join(named) or "one device"
+        experts = f" (experts over {self.ep})" if self.ep > 1 else ""
+        return (" x ".join(named) or "one device") + experts

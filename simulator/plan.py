@@ -9,7 +9,7 @@ from typing import Protocol
 import attrs
 
 from hardware.dtypes import DType
-from hardware.errors import UnsupportedError
+from hardware.errors import UnsupportedError, UsageError
 from simulator.decoder import items_of
 from simulator.families import families
 from simulator.fusion import compile_layers
@@ -17,13 +17,13 @@ from simulator.graph import ForwardGraph
 from simulator.layout import Layout, Sharing, layout_by_kind, layout_of, numbered, unrolled_layout
 from simulator.liger import check_family
 from simulator.mesh import Mesh
-from simulator.model import ModelSpec
+from simulator.model import ExpertsSpec, ModelSpec
 from simulator.pipeline import MICRO_BATCHES, Pipeline
 from simulator.runtime import Hooks
 from simulator.sizes import Dimensions
 from simulator.tensor_parallel import TensorParallelism
 from simulator.trace import Regime, Trace
-from simulator.workload import Training
+from simulator.workload import MEGATRON, Training
 
 #: The dimension that counts the trainable tensors of the whole model.
 TRAINABLE_TENSORS = "tensors"
@@ -132,6 +132,7 @@ class Plan:
     @cached_property
     def _trace(self) -> Trace:
         _check_patches(self)
+        _check_experts(self)
         model, training = self.model, self.training
         values = {"b": training.micro_batch, "s": training.seq_len, "h": model.hidden, "V": model.vocab}
         trace = Trace(_regime(self), Dimensions(values), _is_frozen(self))
@@ -274,6 +275,17 @@ def _check_patches(plan: Plan) -> None:
             raise UnsupportedError(f"{field!r} is not modelled together with {', '.join(amid)} yet: leave one out")
 
 
+def _check_experts(plan: Plan) -> None:
+    """Refuse ranks that share experts where there are none, or where the code does not share them."""
+    ranks, implementation = plan.mesh.ep, plan.training.implementation
+    if ranks == 1:
+        return
+    if implementation not in MEGATRON:
+        raise UnsupportedError(f"'ep' {ranks} is modelled with implementation megatron_te, not {implementation}")
+    if not any(isinstance(layer.channel_mixer, ExpertsSpec) for layer in plan.model.layers):
+        raise UsageError(f"'ep' {ranks} is for experts, which this model has not: leave it out")
+
+
 def _name(hooks: Hooks) -> str:
     return str(getattr(hooks, "name", type(hooks).__name__))
 
@@ -293,6 +305,8 @@ def _regime(plan: Plan) -> Regime:
         sdpa_backend=training.sdpa_backend,
         experts=training.experts,
         imbalance=training.expert_imbalance,
+        capacity_factor=training.capacity_factor,
+        expert_parallel=plan.mesh.ep,
         torch=training.torch,
         attention_mask=training.attention_mask,
         fused_activation_backward=training.fused_activation_backward,

@@ -19,6 +19,10 @@ class Regime:
     sdpa_backend: str = "auto"
     experts: str = "grouped_mm"
     imbalance: float = 1.0
+    capacity_factor: float | None = None
+    """Tokens each expert has room for over the mean; None drops no token."""
+    expert_parallel: int = 1
+    """Ranks that share the experts."""
     torch: tuple[int, int] = (2, 13)
     training: bool = True
     implementation: str = "transformers"

@@ -69,6 +69,9 @@ class Training:
     """transformers' ``experts_implementation`` of models with mixtures of experts."""
     expert_imbalance: float = 1.0
     """How many times the mean number of tokens the busiest expert gets; sizes of ``eager`` depend on it alone."""
+    capacity_factor: float | None = None
+    """Tokens that each expert has room for over the mean, in Megatron-LM; further ones are dropped, missing ones are
+    padded. None drops no token."""
     grad_scaler: bool = False
     """Whether ``torch.amp.GradScaler`` scales the loss and unscales the gradients, which goes with fp16."""
     optimizer_in_backward: bool = False
@@ -103,8 +106,10 @@ class Training:
         check_name("experts", self.experts, EXPERTS)
         if not 1 <= self.expert_imbalance < float("inf"):
             raise UsageError(f"'expert_imbalance' must be a number >= 1: {self.expert_imbalance!r}")
-        if self.expert_imbalance > 1 and self.experts != "eager":
+        if self.expert_imbalance > 1 and self.experts != "eager" and self.implementation not in MEGATRON:
             raise UsageError(f"'expert_imbalance' changes no size with experts {self.experts}: leave it out")
+        if self.capacity_factor is not None:
+            self._check_capacity(self.capacity_factor)
         check_name("sdpa_backend", self.sdpa_backend, SDPA_BACKENDS)
         check_name("attention_mask", self.attention_mask, ATTENTION_MASKS)
         check_name("zero_grad", self.zero_grad, ZERO_GRADS)
@@ -123,6 +128,14 @@ class Training:
             self._check_optimizer_in_backward()
         if self.autocast is not None and self.weights != FP32:
             raise UsageError(f"'autocast' goes with fp32 weights, not {self.weights}: choose one of the two")
+
+    def _check_capacity(self, factor: float) -> None:
+        if not 0 < factor < float("inf"):
+            raise UsageError(f"'capacity_factor' must be a finite number > 0: {factor}; leave it out to drop no token")
+        if self.implementation not in MEGATRON:
+            raise UsageError(f"'capacity_factor' goes with implementation megatron_te, not {self.implementation}")
+        if self.expert_imbalance > 1:
+            raise UsageError("'expert_imbalance' changes no size with 'capacity_factor': leave one of the two out")
 
     def _check_grad_scaler(self) -> None:
         """What `GradScaler` refuses (torch/amp/grad_scaler.py `_unscale_grads_`), and what is not modelled of it."""

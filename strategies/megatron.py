@@ -33,6 +33,8 @@ PARAMETER_ALIGNMENT = 64
 BUCKET_ALIGNMENT, HIGH_BANDWIDTH_ALIGNMENT = 128, 2**16
 #: `DistributedDataParallel.__init__`: the default bucket is the larger of these, in elements, the second a rank.
 BUCKET_ELEMENTS, BUCKET_ELEMENTS_PER_RANK = 40_000_000, 1_000_000
+#: Linear layers that may add to the buffer of gradients themselves.
+FUSED_KERNELS = (["mm.default"], ["addmm.default"], ["grouped_gemm"])
 OPTIMIZERS = ("adam", "adamw", "sgd")
 
 
@@ -115,9 +117,23 @@ class MegatronDistributedOptimizer:
 
 
 @attrs.frozen(eq=False)
+class _Part:
+    """A buffer's weights, and the ranks that share it: those of experts are fewer (`expert_parallel_params`)."""
+
+    buckets: list[list[Member]]
+    shards: int
+    rank: int
+    """The simulated one, among them."""
+    multiple: Dim
+    """What bucket ends are multiples of."""
+    prefix: str = ""
+
+
+@attrs.frozen(eq=False)
 class _Piece:
     """What of a weight this rank updates."""
 
+    part: _Part
     tensor: Tensor
     label: str
     slot: int | None
@@ -134,23 +150,40 @@ class MegatronRuntime(Runtime):
         self._narrow = self._weights.bits < FP32.bits
         self._gradients = FP32 if options.grad_reduce_in_fp32 or not self._narrow else self._weights
         self._distributed = options.use_distributed_optimizer
-        self._shards = job.plan.mesh.dp_shard
-        self._multiple = job.plan.dimensions.bind("bucket_multiple", self._bucket_multiple())
-        self._buckets = self._assign(job.weights())
-        self._grad_data = self._buffer("grad_data", self._gradients, Role.BUCKET)
+        self._parts = self._split(job.weights())
+        self._grad_data = {part: self._buffer(part, "grad_data", self._gradients, Role.BUCKET) for part in self._parts}
         self._trained = [self._parameter(piece) for piece in self._pieces()]
         copies = [p.storage for p in self._trained] if self._holds_main_weights else []
-        self._main_gradients = [p.gradient for p in self._trained if p.gradient is not self._grad_data]
+        buffers = self._grad_data.values()
+        self._main_gradients = [p.gradient for p in self._trained if p.gradient not in buffers]
         self.first_differs = self.cold_differs = bool(self._main_gradients)
         self._fused = self._fused_weights() if options.gradient_accumulation_fusion else frozenset()
-        job.resident = [*self._model_weights(), self._grad_data, *copies, *self._dummies()]
+        job.resident = [*self._model_weights(), *buffers, *copies, *self._dummies()]
 
     # buffers -------------------------------------------------------------------------------------------------------
 
-    def _bucket_multiple(self) -> int:
+    def _split(self, weights: Sequence[tuple[Tensor, int | None]]) -> list[_Part]:
+        """`DistributedDataParallel.__init__`: weights of experts have buffers of their own.
+
+        Ranks with different experts are neighbours (megatron/core/parallel_state.py, order "tp-cp-ep-dp-pp").
+        """
+        mesh, experts = self.job.plan.mesh, self.job.graph.expert_parallel
+        rank = self.job.plan.rank % mesh.dp_shard
+        parts = []
+        for prefix, shards, own, inside in (
+            ("", mesh.dp_shard, rank, False),
+            ("expert_", mesh.expert_shards, rank // mesh.ep, True),
+        ):
+            among = [(tensor, layer) for tensor, layer in weights if (tensor.storage in experts) == inside]
+            if among:
+                multiple = self.job.plan.dimensions.bind(f"{prefix}bucket_multiple", self._bucket_multiple(shards))
+                parts.append(_Part(self._assign(among), shards, own, multiple, prefix))
+        return parts
+
+    def _bucket_multiple(self, shards: int) -> int:
         """`bucket_end_divisor`; without a distributed optimizer nothing is padded."""
         wide = HIGH_BANDWIDTH_ALIGNMENT if self.options.pad_buckets_for_high_nccl_busbw else 1
-        return math.lcm(self._shards, BUCKET_ALIGNMENT, wide) if self._distributed else 1
+        return math.lcm(shards, BUCKET_ALIGNMENT, wide) if self._distributed else 1
 
     @property
     def _alignment(self) -> int:
@@ -171,23 +204,24 @@ class MegatronRuntime(Runtime):
                 end = 0
         return [bucket for bucket in buckets if bucket]
 
-    def _buffer(self, label: str, dtype: DType, role: Role) -> Storage:
+    def _buffer(self, part: _Part, label: str, dtype: DType, role: Role) -> Storage:
         """All buckets, one after the other."""
-        made = buffer(label, JoinedSize(tuple(self._size(bucket, dtype) for bucket in self._buckets)), dtype, role)
+        sizes = tuple(self._size(part, bucket, dtype) for bucket in part.buckets)
+        made = buffer(f"{part.prefix}{label}", JoinedSize(sizes), dtype, role)
         made.persistent = True
         return made
 
-    def _size(self, bucket: Sequence[Member], dtype: DType) -> FlatSize:
+    def _size(self, part: _Part, bucket: Sequence[Member], dtype: DType) -> FlatSize:
         counts: dict[tuple[Dim, ...], int] = {}
         for member in bucket[:-1]:
             counts[member.tensor.dims] = counts.get(member.tensor.dims, 0) + 1
         members = (*((n, dims) for dims, n in counts.items()), (1, bucket[-1].tensor.dims))
-        return FlatSize(members, dtype.bits, self._alignment, last_padded=False, total_multiple=(self._multiple,))
+        return FlatSize(members, dtype.bits, self._alignment, last_padded=False, total_multiple=(part.multiple,))
 
     def _model_weights(self) -> list[Storage]:
         """In one buffer with a distributed optimizer, whose gather is in place; else where they were."""
         if self._distributed:
-            return [self._buffer("param_data", self._weights, Role.PARAMETER)]
+            return [self._buffer(part, "param_data", self._weights, Role.PARAMETER) for part in self._parts]
         return self.job.resident
 
     def _fused_weights(self) -> frozenset[Storage]:
@@ -198,7 +232,7 @@ class MegatronRuntime(Runtime):
                 for storage in {tensor.storage for tensor in op.inputs}:
                     kernels.setdefault(storage, []).append(op.name)
         matrices = [tensor.storage for tensor in self.job.graph.parameters if len(tensor.shape) == 2]
-        return frozenset(s for s in matrices if kernels.get(s) in (["mm.default"], ["addmm.default"]))
+        return frozenset(s for s in matrices if kernels.get(s) in FUSED_KERNELS)
 
     def _dummies(self) -> list[Storage]:
         """Transformer Engine's `get_dummy_wgrad`: one for each shape, for ever (counted from the beginning)."""
@@ -220,29 +254,34 @@ class MegatronRuntime(Runtime):
     def _pieces(self) -> Iterator[_Piece]:
         """`_build_model_gbuf_range`: the rank's equal part of every bucket; else every weight."""
         if not self._distributed:
+            experts = self.job.graph.expert_parallel
             for tensor in self.job.graph.parameters:
-                yield _Piece(tensor, tensor.storage.label, tensor.storage.slot, tensor.dims)
+                part = self._parts[-1 if tensor.storage in experts else 0]
+                yield _Piece(part, tensor, tensor.storage.label, tensor.storage.slot, tensor.dims)
             return
-        dimensions, rank = self.job.plan.dimensions, self.job.plan.rank % self._shards
-        for bucket in self._buckets:
-            share = self._size(bucket, self._weights).elements(dimensions.bindings) // self._shards
-            for tensor, label, dims in rank_pieces(bucket, rank * share, (rank + 1) * share, dimensions):
-                yield _Piece(tensor, label, None, dims)
+        dimensions = self.job.plan.dimensions
+        for part in self._parts:
+            for bucket in part.buckets:
+                share = self._size(part, bucket, self._weights).elements(dimensions.bindings) // part.shards
+                first = part.rank * share
+                for tensor, label, dims in rank_pieces(bucket, first, first + share, dimensions):
+                    yield _Piece(part, tensor, label, None, dims)
 
     def _parameter(self, piece: _Piece) -> Parameter:
         """The main weight and its gradient: a view of the buffer, or an fp32 copy of that (`.float()`).
 
-        Vectors are in a parameter group of their own, which does not decay (`_get_param_groups`).
+        Vectors are in a parameter group of their own, which does not decay (`_get_param_groups`); experts have an
+        optimizer of their own, which comes second (`ChainedOptimizer`).
         """
         dtype = FP32 if self._holds_main_weights else self._weights
         role = Role.MASTER_WEIGHT if self._holds_main_weights else Role.PARAMETER
         size = size_of(piece.dims, dtype.bits)
         storage = Storage(f"{piece.label}.main", size, dtype, role, piece.slot, persistent=True)
-        gradient = self._grad_data
+        gradient = self._grad_data[piece.part]
         if self._holds_main_weights and self._gradients != FP32:
             gradient = Storage(f"{piece.label}.main_grad", size, FP32, Role.GRADIENT, piece.slot)
         shape = piece.tensor.shape if piece.dims == piece.tensor.dims else (piece.dims,)
-        return Parameter(storage, gradient, shape, group=int(len(piece.tensor.shape) < 2))
+        return Parameter(storage, gradient, shape, group=2 * bool(piece.part.prefix) + int(len(piece.tensor.shape) < 2))
 
     # moments -------------------------------------------------------------------------------------------------------
 

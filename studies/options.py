@@ -17,7 +17,7 @@ from simulator.liger import KERNELS, Liger, default_kernels, liger
 from simulator.mesh import Mesh
 from simulator.model import ExpertsSpec, ModelSpec
 from simulator.plan import Strategy
-from simulator.workload import LARGEST_ACCUMULATION, Training
+from simulator.workload import LARGEST_ACCUMULATION, MEGATRON, Training
 from strategies.compilation import CompileLayers
 from strategies.float8 import Float8
 from strategies.freezing import Freezing
@@ -77,6 +77,7 @@ class TrainingOptions:
     padding: str | None = None
     experts: str | None = None
     expert_imbalance: float | None = None
+    capacity_factor: float | None = None
     checkpointing: str | None = None
     """``NAME[,option=value...]`` with a name of `CHECKPOINTING`."""
     checkpoint_every: int | None = None
@@ -164,6 +165,7 @@ def resolve(options: TrainingOptions, model: ModelSpec, world: int = 1) -> Resol
         attention_mask=chosen["padding"],
         experts=chosen["experts"],
         expert_imbalance=chosen["expert_imbalance"],
+        capacity_factor=options.capacity_factor,
         keep_outputs=options.keep_outputs,
         grad_scaler=scaled,
         optimizer_in_backward=options.optimizer_in_backward,
@@ -248,7 +250,10 @@ class _Chosen:
         """Options that are about something the model or the workload does not have -> why."""
         found = {}
         if not self._routed:
-            found = dict.fromkeys(("experts", "expert_imbalance"), f"this {self._family} has no experts")
+            routing = ("experts", "expert_imbalance", "capacity_factor", "ep")
+            found = dict.fromkeys(routing, f"this {self._family} has no experts")
+        elif self["implementation"] in MEGATRON:
+            found = {"experts": f"{self['implementation']} runs experts its own way"}
         if not self._attends:
             found |= dict.fromkeys(("attention", "sdpa_backend"), f"this {self._family} has no attention")
         elif self["attention"] != "sdpa":
@@ -257,9 +262,16 @@ class _Chosen:
 
     def _matters(self, name: str) -> bool:
         """Whether a default is worth a line."""
-        if name == "expert_imbalance" and self["experts"] != "eager":
-            return False
+        if name == "expert_imbalance":
+            return self._uneven and name not in self._idle()
         return name not in self._idle()
+
+    @property
+    def _uneven(self) -> bool:
+        """Whether it decides sizes where tokens go."""
+        if self["implementation"] in MEGATRON:
+            return (self._options.ep or 1) > 1 and self._options.capacity_factor is None
+        return bool(self["experts"] == "eager")
 
     def _why(self, name: str) -> str:
         """The reason of a default that is not the same for every model."""

@@ -17,7 +17,7 @@ from strategies import StrategyFactory, strategies
 from strategies.fsdp2 import Fsdp2
 
 #: Axes that cannot be used yet.
-UNMODELLED_AXES = ("cp", "ep")
+UNMODELLED_AXES = ("cp",)
 #: The strategy that shards over axis ``tp``.
 TENSOR_PARALLEL = "tensor_parallel"
 
@@ -64,6 +64,7 @@ def parallelise(
         chosen = [_in_stages(strategy, texts) for strategy in chosen]
     mesh = _mesh(degrees, world, chosen)
     _all_ranks_used(mesh, chosen)
+    mesh = attrs.evolve(mesh, ep=degrees.ep or 1)
     return mesh, tuple(chosen), tuple(_assumed(strategy, texts) for strategy in chosen if _fields(type(strategy)))
 
 

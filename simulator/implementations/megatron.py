@@ -14,7 +14,8 @@ from hardware.errors import UnsupportedError
 from simulator import blocks, ops
 from simulator.decoder import BuiltLayers, batch
 from simulator.graph import Tensor
-from simulator.model import AttentionSpec, FeedForwardSpec, LayerSpec, ModelSpec
+from simulator.implementations import megatron_mla, megatron_moe
+from simulator.model import AttentionSpec, ExpertsSpec, FeedForwardSpec, LatentAttentionSpec, LayerSpec, ModelSpec
 from simulator.ops import megatron
 from simulator.sizes import Dim, round_up
 from simulator.tensor_parallel import AXIS
@@ -34,6 +35,7 @@ def forward(t: Trace, spec: ModelSpec, layers: BuiltLayers) -> None:
     rows = t.shard((t.dim("V_padded", round_up(sizes["V"], VOCABULARY_MULTIPLE * sizes["tp"])),))
     if t.sequence() != ("s",):
         t.buffer("mpu", "s", "b", "h", dtype=t.regime.weights)  # `GlobalMemoryBuffer`, shared by all gathers
+    megatron_moe.shared_buffers(t, spec.layers)
     freqs = _frequencies(t, spec) if spec.family == "llama" else None
     with t.call("") as local:
         table, hidden = _embed(t, ids, positions, rows, spec)
@@ -52,8 +54,9 @@ def forward(t: Trace, spec: ModelSpec, layers: BuiltLayers) -> None:
     with t.loss_head():
         t.graph.loss = ops.mean_all(t, loss)
     t.graph.outputs = ()
-    names = ("input_layernorm", "linear_proj", "linear_qkv", "pre_mlp_layernorm", "linear_fc1", "linear_fc2")
-    t.order_layer_parameters(*names)
+    attention = (*megatron_mla.ORDER, "linear_qkv")
+    mlp = (*megatron_moe.ORDER, "linear_fc1", "linear_fc2")
+    t.order_layer_parameters("input_layernorm", *attention, "pre_mlp_layernorm", *mlp)
 
 
 def _frequencies(t: Trace, spec: ModelSpec) -> Tensor:
@@ -124,7 +127,7 @@ def _layer(t: Trace, x: Tensor, freqs: Tensor | None, layer: LayerSpec, spec: Mo
             hidden = local("hidden_states", megatron.bias_dropout_add(t, out, bias, x, rate))
         normed = local("pre_mlp_layernorm_output", _norm(t, "pre_mlp_layernorm", hidden, spec))
         with t.call("") as branch:
-            out, bias = _mlp(t, normed, layer.feed_forward)
+            out, bias = _feed_forward(t, normed, layer.feed_forward, spec)
             branch("mlp_output", out)
             return megatron.bias_dropout_add(t, out, bias, hidden, rate)
 
@@ -161,6 +164,8 @@ def _row(t: Trace, name: str, x: Tensor, *, bias: bool) -> tuple[Tensor, Tensor 
 
 def _attention(t: Trace, x: Tensor, freqs: Tensor | None, spec: AttentionSpec) -> tuple[Tensor, Tensor | None]:
     """`SelfAttention`: queries of a group, its key and its value lie together in the fused projection."""
+    if isinstance(spec, LatentAttentionSpec):
+        return megatron_mla.latent_attention(t, x, spec), None
     with t.call("self_attention") as local:
         query, key, value = (local(n, part) for n, part in zip("qkv", _query_key_value(t, x, spec), strict=True))
         if freqs is not None:
@@ -237,11 +242,17 @@ def _table(t: Trace, name: str, freqs: Tensor, like: Tensor) -> Tensor:
         return ops.to(t, local("scaled", scaled), like.dtype)
 
 
-def _mlp(t: Trace, x: Tensor, spec: FeedForwardSpec) -> tuple[Tensor, Tensor | None]:
+def _feed_forward(t: Trace, x: Tensor, spec: FeedForwardSpec, model: ModelSpec) -> tuple[Tensor, Tensor | None]:
+    if not isinstance(spec, ExpertsSpec):
+        return _mlp(t, x, spec)
+    return megatron_moe.mixture(t, x, spec, model.family, lambda *shared: _mlp(*shared)[0]), None
+
+
+def _mlp(t: Trace, x: Tensor, spec: FeedForwardSpec, name: str = "mlp") -> tuple[Tensor, Tensor | None]:
     """`MLP`: gate and up are one projection."""
     blocks.check_feed_forward(t, spec, blocks.SILU if spec.gated else blocks.GELU, bias=not spec.gated)
-    width = t.shard((t.dim("f", spec.width),))
-    with t.call("mlp") as local:
+    width = t.shard((t.dim("f" if name == "mlp" else "f_shared", spec.width),))
+    with t.call(name) as local:
         fused, bias = _column(t, "linear_fc1", x, (2, *width) if spec.gated else width, bias=spec.bias, add=False)
         with t.call("", fused):
             active = megatron.swiglu(t, fused, width) if bias is None else megatron.bias_gelu(t, fused, bias)

@@ -36,10 +36,10 @@ def top_k_constant(t: Trace, x: Tensor, kept: Axis) -> tuple[Tensor, Tensor]:
 
 
 def gather(t: Trace, x: Tensor, indices: Tensor) -> Tensor:
-    """``x.gather(1, indices)``."""
+    """``x.gather(1, indices)``: saves both, `x` for its shape (derivatives.yaml `gather`)."""
     out = t.fresh("gather.default", indices.shape, x.dtype)
     backward = _scatter("scatter_add.default")
-    t.emit("gather.default", [x, indices], [out], saves=[indices], backward=backward, **_subclasses(t))
+    t.emit("gather.default", [x, indices], [out], saves=[x, indices], backward=backward, **_subclasses(t))
     return out
 
 

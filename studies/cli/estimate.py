@@ -44,7 +44,11 @@ def command(
         Text, typer.Option(help="How experts are run (experts_implementation): grouped_mm, batched_mm or eager.")
     ] = None,
     expert_imbalance: Annotated[
-        float | None, typer.Option(help="Tokens of the busiest expert over the mean, for experts run eagerly.")
+        float | None,
+        typer.Option(help="Tokens of the busiest expert over the mean, run eagerly; in Megatron of the busiest rank."),
+    ] = None,
+    capacity_factor: Annotated[
+        float | None, typer.Option(help="Room of experts over the mean, in Megatron: tokens are dropped and padded.")
     ] = None,
     checkpointing: Annotated[
         Text, typer.Option(help="Activation checkpointing: none, or NAME[,option=value...] with full, every, ...")
@@ -201,7 +205,7 @@ def _routing(result: Estimate) -> list[tuple[str, str]]:
     if result.routing is None:
         return []
     band = result.routing
-    worst = f"{size(band.worst)} with {band.imbalance:g} times the mean at one expert of each layer"
+    worst = f"{size(band.worst)} with {band.imbalance:g} times the mean at {band.busiest} in each layer"
     return [("routing", f"{size(band.even)} with even routing to {worst}")]
 
 

@@ -37,6 +37,8 @@ def measured_model(row: Mapping[str, Any]) -> ModelSpec:
     others = {key: value for key, value in config.items() if key != "padded_vocab_size"}
     name = row.get("model") or row["name"]
     model = _megatron_gpt(others, name) if others.get("model_type") == MEGATRON_GPT else spec_from_config(others, name)
+    if config.get("e_score_correction_bias") is False:  # DeepSeek-V3 with the softmax router of V2
+        model = attrs.evolve(model, family="deepseek_v2")
     padded = config.get("padded_vocab_size")
     return model if padded is None else attrs.evolve(model, vocab=padded)
 

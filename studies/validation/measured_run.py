@@ -34,7 +34,8 @@ METRICS: dict[str, str | None] = {
 _HARMLESS = {"name", "source", "framework_version", "gpu", "other_expected", "assumed", "notes"}
 _HARMLESS |= {"metric", "expected_bytes", "tolerance_pct", "bar"}
 #: Techniques that are not simulated: only null is.
-_ABSENT = ("lora", "quantisation", "offload", "moe", "inference")
+_ABSENT = ("lora", "quantisation", "offload", "inference")
+_DISPATCH = {"dispatch": ("alltoall",)}
 _OPTIMIZERS = {"AdamW": "adamw", "Adam": "adam"}
 _IMPLEMENTATIONS = {"forloop": "for-loop", "foreach": "foreach", "fused": "fused"}
 _TORCH = re.compile(r"(\d+)\.(\d+)[.+\da-z]*\b.*")
@@ -42,11 +43,11 @@ _RANK = re.compile(r"(?:max over ranks \()?rank (\d+)\b.*")
 #: How the moments begin at which a peak was read -> whether the first step was left out of it.
 _PHASES = {"whole run": False, "train stage": False, "steady step": True}
 #: Axes of the mesh that are simulated.
-_AXES = ("dp_replicate", "dp_shard", "tp")
+_AXES = ("dp_replicate", "dp_shard", "tp", "ep")
 _FIELDS = {"model", "config", "framework", "torch_version", "task", "num_gpus", "mesh", "strategy", "strategy_options"}
 _FIELDS |= {"sequence_parallel", "pp_schedule", "param_dtype", "compute_dtype", "grad_dtype", "reduce_dtype"}
 _FIELDS |= {"optimizer_state_dtype", "master_weights", "optimizer", "optimizer_impl", "micro_batch", "seq_len"}
-_FIELDS |= {"num_microbatches", "attention", "kernels", "checkpointing", "loss", "phase", "rank", *_ABSENT}
+_FIELDS |= {"num_microbatches", "attention", "kernels", "checkpointing", "loss", "phase", "rank", "moe", *_ABSENT}
 
 
 @attrs.frozen
@@ -139,6 +140,8 @@ def _mesh(row: Mapping[str, Any]) -> Mesh:
     degrees = row.get("mesh") or {}
     if not isinstance(degrees, dict):
         raise UsageError(f"'mesh' must be an object: {json.dumps(degrees)}")
+    if row["framework"] != "megatron":
+        _one_of("mesh.ep", degrees.get("ep", 1), (1,))
     for axis, degree in degrees.items():
         if axis not in _AXES:
             _one_of(f"mesh.{axis}", degree, (1,))
@@ -175,7 +178,27 @@ def _training(row: Mapping[str, Any], framework: Framework, version: tuple[int, 
         torch=version,
         implementation=framework.implementation,
         **framework.training(row["attention"], row["loss"]),
+        **_experts(row),
     )
+
+
+def _experts(row: Mapping[str, Any]) -> dict[str, Any]:
+    """How tokens reach their experts."""
+    routing = row.get("moe")
+    if routing is None or row["framework"] != "megatron":
+        _one_of("moe", routing, (None,))
+        return {}
+    if not isinstance(routing, dict):
+        raise UsageError(f"'moe' must be an object: {json.dumps(routing)}")
+    for key, value in routing.items():
+        if key not in ("capacity", "imbalance"):
+            _one_of(f"moe.{key}", value, _DISPATCH.get(key, (None,)))
+    capacity = routing.get("capacity")
+    if capacity is None:
+        return {"expert_imbalance": routing.get("imbalance", 1.0)}
+    _one_of("moe.capacity.drop", capacity.get("drop"), (True,))
+    _one_of("moe.capacity.pad_to_capacity", capacity.get("pad_to_capacity"), (True,))
+    return {"capacity_factor": capacity["factor"]}
 
 
 def _dtype(name: str) -> DType:

@@ -6,7 +6,7 @@ from simulator import blocks
 from simulator.decoder import BuiltLayers
 from simulator.families import Family, families
 from simulator.families.decoder import read_decoder, read_depth, read_hidden
-from simulator.families.experts.latent import latent_decoder, read_latent_attention, read_latent_layers
+from simulator.families.experts.latent import IN_MEGATRON, latent_decoder, read_latent_attention, read_latent_layers
 from simulator.families.experts.reading import read_groups, read_routed
 from simulator.families.reader import ConfigReader
 from simulator.model import ModelSpec
@@ -32,4 +32,5 @@ def forward(t: Trace, spec: ModelSpec, layers: BuiltLayers) -> None:
     latent_decoder(t, spec, layers, blocks.complex_rotary_table, blocks.scaled_softmax_router)
 
 
-families.add("deepseek_v2", Family("deepseek_v2", read, forward=forward, config_class="DeepseekV2Config"))
+_FAMILY = Family("deepseek_v2", read, forward=forward, config_class="DeepseekV2Config", implementations=IN_MEGATRON)
+families.add("deepseek_v2", _FAMILY)

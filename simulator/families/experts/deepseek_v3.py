@@ -6,7 +6,7 @@ from simulator import blocks
 from simulator.decoder import BuiltLayers
 from simulator.families import Family, families
 from simulator.families.decoder import read_decoder, read_depth, read_hidden
-from simulator.families.experts.latent import latent_decoder, read_latent_attention, read_latent_layers
+from simulator.families.experts.latent import IN_MEGATRON, latent_decoder, read_latent_attention, read_latent_layers
 from simulator.families.experts.reading import read_groups, read_routed
 from simulator.families.reader import ConfigReader
 from simulator.model import ModelSpec
@@ -30,4 +30,4 @@ def forward(t: Trace, spec: ModelSpec, layers: BuiltLayers) -> None:
 
 
 for _name, _class in (("deepseek_v3", "DeepseekV3Config"), ("kimi_k2", "KimiK2Config")):
-    families.add(_name, Family(_name, read, forward=forward, config_class=_class))
+    families.add(_name, Family(_name, read, forward=forward, config_class=_class, implementations=IN_MEGATRON))

@@ -14,6 +14,8 @@ from simulator.limits import LARGEST_HEADS, LARGEST_HIDDEN, LARGEST_LAYERS
 from simulator.model import AttentionSpec, ExpertsSpec, LatentAttentionSpec, LayerSpec, ModelSpec
 from simulator.trace import Trace
 
+IN_MEGATRON = {"megatron_te": "simulator.implementations.megatron"}
+
 
 def read_latent_attention(
     config: ConfigReader, *, heads: int, query_rank: int | None, interleaved: bool
