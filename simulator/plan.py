@@ -10,6 +10,7 @@ import attrs
 
 from hardware.dtypes import DType
 from hardware.errors import UnsupportedError
+from simulator.context_parallel import ContextParallelism
 from simulator.decoder import items_of
 from simulator.families import families
 from simulator.fusion import compile_layers
@@ -45,6 +46,8 @@ class Plan:
     """Whether it casts the floating-point arguments of each layer, too."""
     tensor_parallel: TensorParallelism | None = None
     """What is sharded along the mesh axis ``tp``."""
+    context_parallel: ContextParallelism | None = None
+    """How attention sees whole sequences, of which each rank along ``cp`` has a part."""
     scaled_loss: bool = False
     """Whether a framework's engine divides the loss by the number of micro-batches and scales it, always."""
     memory_efficient_linear: bool = False
@@ -86,6 +89,11 @@ class Plan:
     assumptions: tuple[str, ...] = ()
     """One line for each default that a strategy filled in."""
 
+    @property
+    def sequence(self) -> int:
+        """The tokens of each sequence that a rank has."""
+        return self.training.seq_len // (self.mesh.cp if self.context_parallel else 1)
+
     @cached_property
     def layout(self) -> Layout:
         """Which layers are built: a few turns of each repeating pattern."""
@@ -126,7 +134,7 @@ class Plan:
     def _trace(self) -> Trace:
         _check_patches(self)
         model, training = self.model, self.training
-        values = {"b": training.micro_batch, "s": training.seq_len, "h": model.hidden, "V": model.vocab}
+        values = {"b": training.micro_batch, "s": self.sequence, "h": model.hidden, "V": model.vocab}
         trace = Trace(_regime(self), Dimensions(values), _is_frozen(self))
         for axis, degree in self.mesh.degrees.items():
             trace.dim(axis, degree)
@@ -301,6 +309,7 @@ def _regime(plan: Plan) -> Regime:
         any_sdpa_backend=training.any_sdpa_backend,
         cast_inputs=plan.cast_inputs,
         tensor_parallel=plan.tensor_parallel,
+        context_parallel=plan.context_parallel,
         liger=training.liger,
         items_in_batch=training.items_in_batch,
         memory_efficient_linear=plan.memory_efficient_linear,

@@ -38,7 +38,7 @@ OPTIMIZERS = ("adam", "adamw", "sgd")
 
 @attrs.frozen(kw_only=True)
 class MegatronDistributedOptimizer:
-    """Megatron's `DistributedDataParallel` and `DistributedOptimizer` over mesh axis ``dp_shard``.
+    """Megatron's `DistributedDataParallel` and `DistributedOptimizer` over mesh axes ``dp_shard`` and ``cp``.
 
     With ``dp_replicate`` above 1 these are the distributed optimizer instances. Options and defaults are those of
     `DistributedDataParallelConfig` and `OptimizerConfig` but for the two whose help says otherwise. Gather and
@@ -79,7 +79,7 @@ class MegatronDistributedOptimizer:
         return attrs.evolve(plan, hooks=(*plan.hooks, self))
 
     def _check(self, plan: Plan) -> None:
-        training, ranks = plan.training, plan.mesh.dp
+        training, ranks = plan.training, plan.mesh.dp_cp
         refuse_second_owner(plan, self.name)
         if training.implementation not in MEGATRON:
             refuse_tensor_parallel(plan, self.name)
@@ -91,7 +91,7 @@ class MegatronDistributedOptimizer:
         if training.zero_grad != "none":
             raise UnsupportedError(f"zero_grad {training.zero_grad} is not what {self.name} does: leave it at none")
         if not 0 <= plan.rank < ranks:
-            raise UsageError(f"'rank' must be from 0 to {ranks - 1}, the data-parallel ranks: {plan.rank}")
+            raise UsageError(f"'rank' must be from 0 to {ranks - 1}, the ranks along dp and cp: {plan.rank}")
         self._check_precision(plan)
 
     def _check_precision(self, plan: Plan) -> None:
@@ -134,7 +134,7 @@ class MegatronRuntime(Runtime):
         self._narrow = self._weights.bits < FP32.bits
         self._gradients = FP32 if options.grad_reduce_in_fp32 or not self._narrow else self._weights
         self._distributed = options.use_distributed_optimizer
-        self._shards = job.plan.mesh.dp_shard
+        self._shards = job.plan.mesh.dp_shard_cp
         self._multiple = job.plan.dimensions.bind("bucket_multiple", self._bucket_multiple())
         self._buckets = self._assign(job.weights())
         self._grad_data = self._buffer("grad_data", self._gradients, Role.BUCKET)
