@@ -20,3 +20,10 @@ class ContextParallelism:
 
     communication: str = "p2p"
     """What ranks exchange: ``a2a`` sequences for heads, ``p2p`` keys and values in a ring, ``all_gather`` them."""
+    rank: int = 0
+    """The rank along ``cp`` that is simulated: how many keys come before its queries decides what it keeps."""
+
+    @property
+    def uneven(self) -> bool:
+        """Whether ranks differ in what they allocate: they exchange heads evenly, but not keys that come before."""
+        return self.communication != "a2a"

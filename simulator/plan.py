@@ -187,13 +187,16 @@ def rank_classes(plan: Plan) -> list[RankClass]:
     """The classes of ranks of `plan`, the one that keeps the most first.
 
     Ranks are alike but for padding, of which rank 0 is simulated, having the largest share; unless one of the
-    plan's hooks has a method `rank_classes` that tells them apart.
+    plan's hooks has a method `rank_classes` that tells them apart, or ranks along ``cp`` differ.
     """
     for hooks in plan.hooks:
         classes: Callable[[Plan], list[RankClass]] | None = getattr(hooks, "rank_classes", None)
         if classes is not None:
             return classes(plan)
     world = plan.mesh.world
+    if plan.context_parallel is not None and plan.context_parallel.uneven:
+        others = world // plan.mesh.cp
+        return [RankClass(f"rank {rank} of cp", others, rank) for rank in reversed(range(plan.mesh.cp))]
     return [RankClass(f"all {world} ranks" if world > 1 else "the one device", world, plan.rank)]
 
 

@@ -7,6 +7,7 @@ sequence, one from either end, so that all have the same work.
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 import attrs
@@ -18,7 +19,7 @@ from strategies.options import choice, option
 from strategies.rules import owner
 
 #: Implementation -> what ranks may exchange.
-COMMUNICATIONS = {"megatron_te": ("a2a",)}
+COMMUNICATIONS = {"megatron_te": ("p2p", "a2a", "all_gather")}
 #: Chunks of a sequence that each rank has.
 CHUNKS = 2
 
@@ -29,7 +30,10 @@ class ContextParallel:
 
     axis: ClassVar[str] = AXIS
     communication: str = option(
-        "a2a", choice("a2a"), "what ranks exchange: sequences for heads (a2a)", "megatron/training/arguments.py"
+        "p2p",
+        choice("p2p", "a2a", "all_gather"),
+        "what ranks exchange: keys and values in a ring (p2p) or gathered, or sequences for heads (a2a)",
+        "megatron/training/arguments.py",
     )
     name: str = attrs.field(default="context_parallel", init=False)
 
@@ -42,7 +46,7 @@ class ContextParallel:
         if plan.mesh.cp == 1:
             return plan
         self._check(plan)
-        return attrs.evolve(plan, context_parallel=ContextParallelism(self.communication))
+        return attrs.evolve(plan, context_parallel=ContextParallelism(self.communication, plan.rank % plan.mesh.cp))
 
     def _check(self, plan: Plan) -> None:
         implementation, cp = plan.training.implementation, plan.mesh.cp
@@ -52,7 +56,8 @@ class ContextParallel:
         known = COMMUNICATIONS.get(implementation)
         if known is None:
             raise UnsupportedError(
-                f"{self.name!r} is not modelled for implementation {implementation!r}; use {' or '.join(COMMUNICATIONS)}"
+                f"{self.name!r} is not modelled for implementation {implementation!r}; "
+                f"use {' or '.join(COMMUNICATIONS)}"
             )
         if self.communication not in known:
             raise UnsupportedError(
@@ -66,11 +71,12 @@ class ContextParallel:
 
 def _check_sequence(plan: Plan) -> None:
     """Every rank has two chunks of equal length; with sequence parallelism the ranks along ``tp`` share them."""
-    chunks, length = CHUNKS * plan.mesh.cp, plan.training.seq_len
+    length = plan.training.seq_len
     shared = plan.tensor_parallel is not None and plan.tensor_parallel.sequence
-    divisor = chunks * (plan.mesh.tp if shared else 1)
+    multiple = math.lcm(CHUNKS, plan.mesh.tp if shared else 1)
+    divisor = multiple * plan.mesh.cp
     if length % divisor:
-        ranks = f"2 x cp {plan.mesh.cp}" + (f" x tp {plan.mesh.tp}" if shared else "")
+        ranks = f"{multiple} x cp {plan.mesh.cp}"
         below, above = length // divisor * divisor, -(-length // divisor) * divisor
         way = f"{below} or {above}" if below else str(above)
         raise UnsupportedError(f"'seq_len' must be a multiple of {ranks} = {divisor}: {length}; use {way}")

@@ -104,6 +104,7 @@ class TrainingOptions:
     tp: int | None = None
     pp: int | None = None
     cp: int | None = None
+    cp_comm: str | None = None
     ep: int | None = None
     dp_replicate: int | None = None
     dp_shard: int | None = None

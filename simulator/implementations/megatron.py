@@ -15,7 +15,7 @@ from simulator import blocks, ops
 from simulator.decoder import BuiltLayers, batch
 from simulator.graph import Tensor
 from simulator.model import AttentionSpec, FeedForwardSpec, LayerSpec, ModelSpec
-from simulator.ops import context_parallel, megatron
+from simulator.ops import megatron, sharded_attention
 from simulator.sizes import Dim, round_up
 from simulator.tensor_parallel import AXIS
 from simulator.trace import Trace
@@ -177,7 +177,7 @@ def _attention(t: Trace, x: Tensor, freqs: Tensor | None, spec: AttentionSpec) -
 def _core_attention(t: Trace, query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec) -> Tensor:
     """Causal attention on ``[s, b, heads, d]``."""
     if t.regime.context_parallel is not None:
-        return context_parallel.attention(t, query, key, value)
+        return sharded_attention.attention(t, query, key, value)
     query, key, value = (ops.transpose(t, part, 0, 1) for part in (query, key, value))
     return ops.transpose(t, blocks.causal_flash(t, query, key, value, spec), 0, 1)
 

@@ -107,6 +107,7 @@ def command(
     tp: Annotated[Number, typer.Option(help="Tensor-parallel degree.")] = None,
     pp: Annotated[Number, typer.Option(help="Pipeline stages.")] = None,
     cp: Annotated[Number, typer.Option(help="Context-parallel degree.")] = None,
+    cp_comm: Annotated[Text, typer.Option(help="What ranks along cp exchange: p2p, a2a or all_gather.")] = None,
     ep: Annotated[Number, typer.Option(help="Expert-parallel degree.")] = None,
     dp_replicate: Annotated[Number, typer.Option(help="Data-parallel replicas (HSDP, DDP); else what is left.")] = None,
     dp_shard: Annotated[Number, typer.Option(help="Data-parallel shards; else what is left.")] = None,

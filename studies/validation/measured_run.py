@@ -161,7 +161,7 @@ def _parallel(row: Mapping[str, Any], mesh: Mesh) -> tuple[Strategy, ...]:
     _one_of("sequence_parallel", sequence, (False, True) if mesh.tp > 1 else (False,))
     shards: tuple[Strategy, ...] = (TensorParallel(sequence_parallel=sequence),) if mesh.tp > 1 else ()
     if mesh.cp > 1:
-        shards += (ContextParallel(communication=options.get("cp_comm_type")),)
+        shards += (ContextParallel(communication=options.get("cp_comm_type") or "p2p"),)
     if row.get("strategy") != "megatron_distopt":
         return shards
     taken = ("overlap_grad_reduce", "gradient_accumulation_fusion")

@@ -1,21 +1,14 @@
-"""Attention over sequences that ranks have parts of, as Transformer Engine writes it, on ``[s, b, heads, d]``.
-
-Source: transformer_engine/pytorch/attention/dot_product_attention/context_parallel.py of Transformer Engine 2.11 with
-fused attention (cuDNN) as kernel. Each rank has the first and the last of its turns of ``2 cp`` chunks of a sequence.
-A collective that is not awaited at once is a ``Work``, which holds what it writes for as long as its Python object
-lives (torch/csrc/distributed/c10d/ProcessGroupNCCL.cpp `collective`), here until the exchange of all tensors returns.
-"""
+"""Sequences exchanged for heads: each rank attends to whole sequences with a part of the heads."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from hardware.dtypes import FP32, UINT64
 from simulator.autograd import Autograd
 from simulator.context_parallel import AXIS, WHOLE
 from simulator.graph import Op, Shape, Tensor
-from simulator.ops.attention import flash_dims, flash_workspace
 from simulator.ops.elementwise import constant
+from simulator.ops.sharded_attention.kernel import fused_backward, fused_forward
 from simulator.trace import Trace
 
 Gradients = list[Tensor | None]
@@ -31,23 +24,12 @@ def all_to_all_attention(t: Trace, query: Tensor, key: Tensor, value: Tensor) ->
     inputs = [query, key, value]
     with t.call("", *inputs) as local:
         parts = [local(f"part{i}", x) for i, x in enumerate(_exchanged(t, inputs, to_heads=True))]
-        flash_dims(t, parts[0], WHOLE)
-        kept = [local(name, x) for name, x in _kernel(t, *parts).items()]
+        kept = fused_forward(t, local, parts[0], WHOLE)
         (out,) = _exchanged(t, kept[:1], to_heads=False)
         result = t.view(out, query.shape, query.memory)
         saved = [*parts, *kept]
         t.emit(A2A, [*inputs, out, *saved], [result], saves=saved, backward=_all_to_all_backward)
     return result
-
-
-def _kernel(t: Trace, query: Tensor, key: Tensor, value: Tensor) -> dict[str, Tensor]:
-    """`fused_attn_fwd`: the output, fp32 log-sum-exp per query and 16 B of random state."""
-    tokens, batch, heads, _ = query.shape
-    return {
-        "out": constant(t, "fused_attn_fwd", query),
-        "softmax_lse": constant(t, "fused_attn_fwd.softmax_lse", query, dtype=FP32, shape=(batch, heads, tokens)),
-        "rng_state": constant(t, "fused_attn_fwd.rng_state", query, dtype=UINT64, shape=((2,),)),
-    }
 
 
 def _part(t: Trace, x: Tensor) -> Shape:
@@ -67,7 +49,7 @@ def _exchanged(t: Trace, inputs: Sequence[Tensor], *, to_heads: bool) -> list[Te
     with t.call("") as local:
         sent: list[Tensor] = []
         for turn in range(count + 2):
-            if 0 < turn <= count:
+            if 0 < turn <= count:  # the Work holds it
                 received.append(local(f"a2a_req{turn}", constant(t, "all_to_all_single", sent[turn - 1])))
             for step in ("reorder", "send") if to_heads else ("send", "reorder"):
                 if step == "reorder" and turn > 1:
@@ -90,12 +72,8 @@ def _all_to_all_backward(engine: Autograd, op: Op, gradients: Gradients) -> Grad
     """The output's gradient is exchanged, then those of queries, keys and values."""
     query, key, value, _, query_part, key_part, value_part, *_ = op.inputs
     _exchanged_back(engine, [query], [query_part], to_heads=True)
-    batch, parts = query.shape[1], [query_part, key_part, value_part]
-    results = [engine.prepare("fused_attn_bwd", x.shape, x.dtype) for x in parts]
-    heads = query_part.shape[2], key_part.shape[2]
-    workspace = flash_workspace(engine, query_part, *heads, batch=batch, queries=WHOLE)
-    engine.kernel("fused_attn_bwd", results)
-    engine.free(*workspace)
+    parts = [query_part, key_part, value_part]
+    fused_backward(engine, query_part, [(x, WHOLE) for x in parts])
     found = _exchanged_back(engine, parts, [query, key, value], to_heads=False)
     return [*found, *([None] * (len(op.inputs) - 3))]
 
@@ -119,12 +97,3 @@ def _exchanged_back(
                 temporaries.append(engine.fresh("reorder", inputs[turn].shape, inputs[turn].dtype))
     engine.free(*temporaries)
     return results
-
-
-def attention(t: Trace, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Causal attention of a rank's queries to whole sequences, in the way that the regime names."""
-    assert t.regime.context_parallel is not None
-    return _WAYS[t.regime.context_parallel.communication](t, query, key, value)
-
-
-_WAYS = {"a2a": all_to_all_attention}
