@@ -12,14 +12,20 @@ from typing import ClassVar
 
 import attrs
 
+from hardware.dtypes import FP32
 from hardware.errors import UnsupportedError
 from simulator.context_parallel import AXIS, ContextParallelism
+from simulator.ops.attention import FLASH_DIM_STEP, FLASH_MAX_HEAD_DIM
 from simulator.plan import Plan
 from strategies.options import choice, option
 from strategies.rules import owner
 
-#: Implementation -> what ranks may exchange.
-COMMUNICATIONS = {"megatron_te": ("p2p", "a2a", "all_gather")}
+#: Implementation -> what ranks may exchange, the default first: of torch's ring attention, how keys and values go
+#: round (`set_rotate_method`).
+COMMUNICATIONS = {"megatron_te": ("p2p", "a2a", "all_gather"), "transformers": ("all_gather", "a2a")}
+DEFAULT = "default"
+#: Families of transformers whose ring attention was compared with recordings.
+FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
 #: Chunks of a sequence that each rank has.
 CHUNKS = 2
 
@@ -30,10 +36,11 @@ class ContextParallel:
 
     axis: ClassVar[str] = AXIS
     communication: str = option(
-        "p2p",
-        choice("p2p", "a2a", "all_gather"),
-        "what ranks exchange: keys and values in a ring (p2p) or gathered, or sequences for heads (a2a)",
-        "megatron/training/arguments.py",
+        DEFAULT,
+        choice(DEFAULT, "p2p", "a2a", "all_gather"),
+        "Megatron-LM's p2p (ring, its default), a2a (sequences for heads) or all_gather; torch's ring by all_gather "
+        "(its default) or a2a",
+        "megatron/training/arguments.py; torch.distributed.tensor.experimental",
     )
     name: str = attrs.field(default="context_parallel", init=False)
 
@@ -45,11 +52,16 @@ class ContextParallel:
         """
         if plan.mesh.cp == 1:
             return plan
-        self._check(plan)
-        return attrs.evolve(plan, context_parallel=ContextParallelism(self.communication, plan.rank % plan.mesh.cp))
+        communication = self._communication(plan)
+        _check_sequence(plan)
+        if plan.training.implementation == "transformers":
+            _check_ring(plan)
+        elif communication == "a2a":
+            _check_heads(plan, plan.mesh.cp)
+        return attrs.evolve(plan, context_parallel=ContextParallelism(communication, plan.rank % plan.mesh.cp))
 
-    def _check(self, plan: Plan) -> None:
-        implementation, cp = plan.training.implementation, plan.mesh.cp
+    def _communication(self, plan: Plan) -> str:
+        implementation = plan.training.implementation
         first = owner(plan)
         if first is not None or plan.context_parallel:
             raise UnsupportedError(f"{self.name!r} must come before {plan.applied[-1]}: it shards the sequence first")
@@ -59,14 +71,14 @@ class ContextParallel:
                 f"{self.name!r} is not modelled for implementation {implementation!r}; "
                 f"use {' or '.join(COMMUNICATIONS)}"
             )
+        if self.communication == DEFAULT:
+            return known[0]
         if self.communication not in known:
             raise UnsupportedError(
                 f"'communication' must be {' or '.join(known)} with implementation {implementation!r}: "
                 f"{self.communication!r}"
             )
-        _check_sequence(plan)
-        if self.communication == "a2a":
-            _check_heads(plan, cp)
+        return self.communication
 
 
 def _check_sequence(plan: Plan) -> None:
@@ -92,3 +104,27 @@ def _check_heads(plan: Plan, cp: int) -> None:
                     f"'cp' must divide the {what} of a rank with communication a2a: {own} / {cp}; "
                     "use a smaller cp or tp"
                 )
+
+
+def _check_ring(plan: Plan) -> None:
+    """torch shards `scaled_dot_product_attention`, causal and without a mask, of which the flash kernel is modelled."""
+    training, model = plan.training, plan.model
+    if plan.tensor_parallel is not None:
+        raise UnsupportedError("'cp' above 1 with 'tp' above 1 is not modelled for implementation 'transformers'")
+    if model.family not in FAMILIES:
+        raise UnsupportedError(f"'cp' above 1 of {model.family} is not modelled; use {' or '.join(FAMILIES)}, or cp 1")
+    if training.attention != "sdpa" or training.attention_mask != "none":
+        raise UnsupportedError(
+            f"'attention' must be sdpa without a mask with 'cp' above 1, the only one that torch shards here: "
+            f"{training.attention}, padding {training.attention_mask}"
+        )
+    if training.sdpa_backend not in ("auto", "flash") or (training.autocast or training.weights) == FP32:
+        raise UnsupportedError("'cp' above 1 is modelled with the flash kernel alone: use bf16 and sdpa_backend auto")
+    for layer in dict.fromkeys(model.layers):
+        if layer.attention.window is not None:
+            raise UnsupportedError("'cp' above 1 needs full attention: this model has layers with a sliding window")
+        if layer.attention.head_dim % FLASH_DIM_STEP or layer.attention.head_dim > FLASH_MAX_HEAD_DIM:
+            raise UnsupportedError(
+                f"'cp' above 1 needs a head dimension that the flash kernel takes as it is, a multiple of "
+                f"{FLASH_DIM_STEP} up to {FLASH_MAX_HEAD_DIM}: {layer.attention.head_dim}"
+            )

@@ -97,6 +97,7 @@ from simulator.ops.scan import convolution as convolution
 from simulator.ops.scan import cumsum as cumsum
 from simulator.ops.scan import lower_triangle as lower_triangle
 from simulator.ops.scan import pad as pad
+from simulator.ops.ring_attention import ring_attention as ring_attention
 from simulator.ops.shape import as_complex as as_complex
 from simulator.ops.shape import as_real as as_real
 from simulator.ops.shape import cat as cat

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hardware.dtypes import BF16, BOOL, FP16, FP32, INT64, UINT64
 from simulator.autograd import Autograd
-from simulator.graph import Op, Tensor, flat
+from simulator.graph import Op, Shape, Tensor, flat
 from simulator.ops.dropout import dropout
 from simulator.ops.elementwise import add, autocast, constant, mul_scalar, to
 from simulator.ops.matmul import matmul
@@ -215,19 +215,21 @@ def flash_workspace(
     *,
     batch: Axis | None = None,
     queries: Axis = ("s",),
+    expanded: Shape | None = None,
 ) -> list[Tensor]:
     """Inside the kernel: fp32 accumulators, and dk and dv of every query head (flash_api.cpp `mha_bwd`).
 
     Args:
         batch: the batch axis where it is not the first of `query`.
         queries: the tokens of a sequence that the kernel works on.
+        expanded: the shape of keys with as many heads as queries, where that is not the shape of `query`.
     """
     batch = query.shape[0] if batch is None else batch
     rows = (_padded_queries(queries),)
     made = engine.workspace("softmax_d", (batch, heads, rows), FP32)
     made += engine.workspace("dq_accum", (batch, rows, heads, (_padded_name(query),)), FP32)
     for name in ("dk_expanded", "dv_expanded") if key_heads != heads else ():
-        made += engine.workspace(name, query.shape, query.dtype)
+        made += engine.workspace(name, expanded or query.shape, query.dtype)
     return made
 
 

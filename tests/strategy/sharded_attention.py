@@ -9,14 +9,19 @@ from simulator.trace import Trace
 
 
 def forward(t: Trace, spec: ModelSpec, layers: object) -> None:
-    attention = spec.layers[0].attention
+    """Transformer Engine's functions have the sequence first; torch's have views with heads before it."""
+    attention, torch = spec.layers[0].attention, t.regime.implementation == "transformers"
+    first = ("b", "s") if torch else ("s", "b")
     heads = (attention.heads, attention.kv_heads, attention.kv_heads)
-    shapes = (("s", "b", t.dim(name, n), t.dim("d", attention.head_dim)) for name, n in zip("akk", heads, strict=True))
+    shapes = ((*first, t.dim(name, n), t.dim("d", attention.head_dim)) for name, n in zip("akk", heads, strict=True))
     states = [t.parameter(name, *shape) for name, shape in zip("qkv", shapes, strict=True)]
     with t.call("") as local:
         doubled = [local(x.storage.label, ops.mul_scalar(t, x)) for x in states]
         with t.call("", *doubled):
-            out = sharded_attention.attention(t, *doubled)
+            if torch:
+                out = ops.ring_attention(t, *(ops.transpose(t, x, 1, 2) for x in doubled))
+            else:
+                out = sharded_attention.attention(t, *doubled)
     with t.call("", out):
         out = ops.mul_scalar(t, out)
     with t.call("", out):

@@ -33,7 +33,7 @@ RECORDED = Path(__file__).parents[1] / "data" / "oracle" / "context_parallel.jso
 CASES = [json.loads(line) for line in RECORDED.read_text().splitlines()]
 FAMILY = "sharded_attention"
 if FAMILY not in families:
-    recipe = {"megatron_te": "tests.strategy.sharded_attention"}
+    recipe = dict.fromkeys(("megatron_te", "transformers"), "tests.strategy.sharded_attention")
     families.add(FAMILY, Family(FAMILY, read=lambda reader: None, implementations=recipe))
 
 
@@ -49,15 +49,17 @@ def phase_peaks(program, step):
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case["name"] for case in CASES])
-def test_recorded_allocations_of_transformer_engine(case):
+def test_recorded_allocations_of_attention(case, monkeypatch):
+    """Transformer Engine's functions, and torch's under ``context_parallel``; each rank has allocations of its own."""
     config = case["config"]
+    monkeypatch.setattr("strategies.context_parallel.FAMILIES", (FAMILY,))
     attention = AttentionSpec(config["heads"], config["kv_heads"], config["head_dim"])
     model = ModelSpec("recorded", FAMILY, 8, 8, 4096, (LayerSpec(attention, FeedForwardSpec(8)),))
     training = Training(
         micro_batch=config["batch"],
         seq_len=config["seq"],
         weights=BF16,
-        implementation="megatron_te",
+        implementation="transformers" if config.get("framework") == "torch" else "megatron_te",
         kernel_workspace=False,
     )
     plan = make_plan(model, training, mesh=Mesh(cp=config["cp"]), rank=config["rank"])

@@ -43,8 +43,11 @@ def fused_backward(engine: Autograd, query: Tensor, parts: Sequence[tuple[Tensor
     shapes = [(of_tokens(x, tokens), x.dtype) for x, tokens in parts]
     results = [engine.prepare("fused_attn_bwd", shape, dtype) for shape, dtype in shapes]
     heads, key_heads = query.shape[2], parts[1][0].shape[2]
-    tokens = parts[0][1]
-    workspace = flash_workspace(engine, results[0], heads, key_heads, batch=query.shape[1], queries=tokens)
+    (_, queries), (_, keys), *_ = parts
+    expanded = of_tokens(query, keys)
+    workspace = flash_workspace(
+        engine, query, heads, key_heads, batch=query.shape[1], queries=queries, expanded=expanded
+    )
     engine.kernel("fused_attn_bwd", results)
     engine.free(*workspace)
     return results
