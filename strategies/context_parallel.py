@@ -25,7 +25,7 @@ from strategies.rules import owner
 COMMUNICATIONS = {"megatron_te": ("p2p", "a2a", "all_gather"), "transformers": ("all_gather", "a2a")}
 DEFAULT = "default"
 #: Families of transformers whose ring attention was compared with recordings.
-FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
+FAMILIES = ("llama",)
 #: Chunks of a sequence that each rank has.
 CHUNKS = 2
 
@@ -107,7 +107,7 @@ def _check_heads(plan: Plan, cp: int) -> None:
 
 
 def _check_ring(plan: Plan) -> None:
-    """torch shards `scaled_dot_product_attention`, causal and without a mask, of which the flash kernel is modelled."""
+    """Torch shards `scaled_dot_product_attention`, causal and without a mask, of which the flash kernel is modelled."""
     training, model = plan.training, plan.model
     if plan.tensor_parallel is not None:
         raise UnsupportedError("'cp' above 1 with 'tp' above 1 is not modelled for implementation 'transformers'")

@@ -92,12 +92,12 @@ from simulator.ops.recurrence import repeat_turn as repeat_turn
 from simulator.ops.recurrence import solve_triangular as solve_triangular
 from simulator.ops.recurrence import unread as unread
 from simulator.ops.recurrence import write_row as write_row
+from simulator.ops.ring_attention import ring_attention as ring_attention
 from simulator.ops.scan import after_zeros as after_zeros
 from simulator.ops.scan import convolution as convolution
 from simulator.ops.scan import cumsum as cumsum
 from simulator.ops.scan import lower_triangle as lower_triangle
 from simulator.ops.scan import pad as pad
-from simulator.ops.ring_attention import ring_attention as ring_attention
 from simulator.ops.shape import as_complex as as_complex
 from simulator.ops.shape import as_real as as_real
 from simulator.ops.shape import cat as cat

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hardware.dtypes import BF16
+from hardware.dtypes import BF16, FP32
 from hardware.errors import UnsupportedError
 from simulator import Mesh, Training, simulate
 from simulator.families import Family, families
@@ -31,6 +31,7 @@ LLAMA = spec_from_class("LlamaConfig", CONFIG, "tiny")
 
 RECORDED = Path(__file__).parents[1] / "data" / "oracle" / "context_parallel.jsonl"
 CASES = [json.loads(line) for line in RECORDED.read_text().splitlines()]
+TRAINED = [json.loads(line) for line in RECORDED.with_stem("context_parallel_llama").read_text().splitlines()]
 FAMILY = "sharded_attention"
 if FAMILY not in families:
     recipe = dict.fromkeys(("megatron_te", "transformers"), "tests.strategy.sharded_attention")
@@ -141,3 +142,59 @@ def test_an_owner_that_does_not_know_of_it_is_refused():
         simulate(LLAMA, training, [ContextParallel(), Ddp()], mesh=Mesh(cp=2, dp_replicate=2))
     with pytest.raises(UnsupportedError, match="must come before"):
         simulate(LLAMA, training, [MegatronDistributedOptimizer(), ContextParallel()], mesh=Mesh(cp=2))
+
+
+@pytest.mark.parametrize("case", TRAINED, ids=[case["name"] for case in TRAINED])
+def test_recorded_phases_of_a_llama_of_transformers(case):
+    """Batch, masks, tables, loss and attention of one rank, as Trainer and accelerate run them; every phase exact."""
+    program = lower(trained_plan(case["config"]))
+    live, peaks = 0, {}
+    for node in (program.load, program.cold, program.steady):
+        peaks.clear()
+        for moment in moments(node):
+            live += sum(each.storage.size.allocated(program.bindings) for each in moment.step.births)
+            peaks[moment.step.phase.value] = max(peaks.get(moment.step.phase.value, 0), live)
+            live -= sum(each.storage.size.allocated(program.bindings) for each in moment.step.deaths)
+    recorded = {name: peak for name, peak in case["peaks"].items() if name != "input"}
+    assert {name: peaks[name] for name in recorded} == recorded
+
+
+def trained_plan(config):
+    layers, hidden, width, heads, kv_heads, vocab = config["shape"]
+    keys = {"hidden_size": hidden, "intermediate_size": width, "num_hidden_layers": layers, "vocab_size": vocab}
+    keys |= {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "max_position_embeddings": 8192}
+    training = Training(
+        micro_batch=config["batch"],
+        seq_len=config["seq"],
+        weights=BF16,
+        # recorded on a CPU build of torch, which has no fused silu_backward or rms_norm
+        kernel_workspace=False,
+        fused_activation_backward=False,
+        fused_norm=False,
+    )
+    cp = config["cp"]
+    plan = make_plan(spec_from_class("LlamaConfig", keys, "x"), training, mesh=Mesh(cp=cp), rank=config["rank"])
+    return apply(plan, [ContextParallel(communication=config["comm"])])
+
+
+@pytest.mark.parametrize(
+    ("options", "config", "words"),
+    [
+        ({"weights": FP32}, {}, "flash kernel alone"),
+        ({"attention": "eager"}, {}, "'attention' must be sdpa without a mask"),
+        ({"attention_mask": "padded"}, {}, "'attention' must be sdpa without a mask"),
+        ({}, {"head_dim": 12}, "a multiple of 8 up to 256: 12"),
+        ({"seq_len": 30}, {}, "'seq_len' must be a multiple of 2 x cp 2 = 4: 30; use 28 or 32"),
+    ],
+)
+def test_what_torch_does_not_shard_is_refused(options, config, words):
+    model = spec_from_class("LlamaConfig", CONFIG | config, "tiny")
+    training = Training(**{"weights": BF16, "seq_len": 32, **options})
+    with pytest.raises(UnsupportedError, match=re.escape(words)):
+        apply(make_plan(model, training, mesh=Mesh(cp=2)), [ContextParallel()])
+
+
+def test_other_families_are_refused_by_name():
+    model = spec_from_class("GPT2Config", {"n_layer": 2}, "tiny")
+    with pytest.raises(UnsupportedError, match="'cp' above 1 of gpt2 is not modelled; use llama"):
+        apply(make_plan(model, Training(weights=BF16), mesh=Mesh(cp=2)), [ContextParallel()])

@@ -48,7 +48,7 @@ def _ring_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients:
     """Keys, values and their gradients go round together in two buffers; one of them is what both become."""
     query, key, value, received, *_ = op.inputs
     ranks, rank, chunk = op.attributes["ranks"], op.attributes["rank"], op.attributes["half"]
-    if rank < ranks - 1:
+    if rank < ranks - 1 and any(query.shape[1:3]):  # of a single row it is a view
         engine.fresh("clone.default", (query.shape[1], query.shape[2], chunk), FP32)
     for_query = engine.fresh("empty_like.default", query.shape, query.dtype)
     buffers = [engine.fresh("empty.memory_format", ((2,), *received.shape), key.dtype) for _ in range(2)]
