@@ -147,12 +147,14 @@ class Autograd:
             self._made.remove(tensor)
             self.recorder.release(tensor.storage)
 
-    def workspace(self, name: str, shape: Shape, dtype: DType) -> None:
-        """Allocate what a kernel needs for itself until the node's function returns."""
-        if self.kernel_workspace:
-            tensor = self.prepare(name, shape, dtype)
-            tensor.storage.role = Role.WORKSPACE
-            self.kernel(f"{name} (workspace)", [tensor])
+    def workspace(self, name: str, shape: Shape, dtype: DType) -> list[Tensor]:
+        """Allocate what a kernel needs for itself until the node's function returns, or until it is freed."""
+        if not self.kernel_workspace:
+            return []
+        tensor = self.prepare(name, shape, dtype)
+        tensor.storage.role = Role.WORKSPACE
+        self.kernel(f"{name} (workspace)", [tensor])
+        return [tensor]
 
     def kernel(self, name: str, outputs: Sequence[Tensor]) -> None:
         """Run one kernel that allocates all of `outputs` at once."""

@@ -18,9 +18,11 @@ from simulator.blocks import (
     vocabulary_head,
     vocabulary_table,
 )
-from simulator.graph import ForwardGraph, Tensor
+from simulator.context_parallel import AXIS, WHOLE
+from simulator.graph import ForwardGraph, Tensor, flat
 from simulator.masks import causal_mask, positions, recurrent_mask
 from simulator.model import AttentionSpec, LayerSpec, ModelSpec
+from simulator.sizes import maximum
 from simulator.trace import Frame, Trace
 
 #: Slot and spec of every layer to build.
@@ -66,7 +68,8 @@ def rotary_decoder(
     vocabulary = vocabulary_table(t, "model.embed_tokens") if t.stage.first else None
     with t.call("model") as local:
         embeds = local("inputs_embeds", embed(t, vocabulary, ids) if vocabulary else t.receive())
-        position_ids = local("position_ids", positions(t, ids))
+        given = given_input(t, "position_ids")
+        position_ids = given or local("position_ids", positions(t, ids))
         masks: dict[int | None, Tensor] = {}
         for index, window in enumerate(own_windows(spec) if windows is None else windows):
             mask = causal_mask(t, embeds, window, chunked=chunked)
@@ -135,6 +138,8 @@ def batch(t: Trace, *, labelled: str = "tokens") -> tuple[Tensor, Tensor]:
     Args:
         labelled: what has a label, each of the ``tokens`` or each of the ``sequences``.
     """
+    if t.regime.context_parallel is not None and t.regime.implementation == "transformers":
+        return sharded_batch(t)
     ids = t.input("input_ids", "b", "s", dtype=INT64)
     labels = t.input("labels", *{"tokens": ("b", "s"), "sequences": ("b",)}[labelled], dtype=INT64)
     if t.regime.attention_mask != "none":
@@ -142,6 +147,31 @@ def batch(t: Trace, *, labelled: str = "tokens") -> tuple[Tensor, Tensor]:
     if t.regime.items_in_batch:
         t.input(_ITEMS, dtype=INT64)
     return ids, labels
+
+
+def sharded_batch(t: Trace) -> tuple[Tensor, Tensor]:
+    """The rank's part of a micro-batch, resized in place: memory stays that of whole sequences.
+
+    Labels are shifted before, positions given. The context manager's frame keeps each part and a copy of the last one
+    (transformers/trainer.py `_prepare_context_parallel_inputs`, torch's `context_parallel`).
+    """
+    whole, sizes = ("b", *WHOLE), t.dimensions.bindings
+    # shifted labels of one sequence are a view of the padded ones, of several a copy
+    shifted = (t.dim("cp*s+1", sizes[AXIS] * sizes["s"] + 1),) if "b" in t.dimensions.ones else whole
+    positions = (t.dim("cp*s|b*s", maximum(sizes[AXIS], sizes["b"]) * sizes["s"]),)
+    storages = {"input_ids": whole, "labels": whole, "shift_labels": shifted, "position_ids": positions}
+    made = {name: t.input(name, *dims, dtype=INT64) for name, dims in storages.items()}
+    for tensor in made.values():
+        tensor.shape = t.squeezed((("b",), ("s",)))
+        tensor.memory = flat(tensor.shape)
+    for name in (*storages, "last"):
+        t.input(f"{name}.part", "b", "s", dtype=INT64)
+    return made["input_ids"], made["labels"]
+
+
+def given_input(t: Trace, name: str) -> Tensor | None:
+    """The input `name` where the caller gives one."""
+    return next((tensor for tensor in t.graph.inputs if tensor.storage.label == name), None)
 
 
 def language_head(
@@ -259,6 +289,9 @@ def causal_lm_loss(t: Trace, logits: Tensor, labels: Tensor) -> Tensor:
 
 def shifted_labels(t: Trace, labels: Tensor, local: Frame) -> Tensor:
     """Labels padded by one column and shifted; both live in the loss function's frame."""
+    given = given_input(t, "shift_labels")
+    if given is not None:
+        return given
     longer = t.dim("s+1", t.dimensions.bindings["s"] + 1)
     padded = local("labels", ops.constant(t, "constant_pad_nd.default", labels, shape=(("b",), (longer,))))
     if "b" in t.dimensions.ones:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hardware.dtypes import BOOL, INT64
 from simulator import ops
+from simulator.context_parallel import AXIS
 from simulator.graph import Shape, Tensor
 from simulator.trace import Frame, Trace
 
@@ -71,6 +72,8 @@ def causal_mask(
         ones: whether the model makes a padding mask of ones where the workload has none.
         chunked: whether the window is a chunk.
     """
+    if t.regime.context_parallel is not None:
+        return packed_mask(t, like)
     eager, padded = t.regime.attention == "eager", t.regime.attention_mask == "padded"
     windowed = window is not None and bool(t.dimensions.bindings["s"] >= window)
     if not eager and not (t.regime.attention == "sdpa" and (padded or windowed or not skip)):
@@ -88,6 +91,38 @@ def causal_mask(
         if not eager:
             return ops.expand(t, allowed, full) if allowed.shape != t.squeezed(full) else allowed
         return ops.constant(t, "where.self", allowed, dtype=like.dtype, shape=full)
+
+
+def packed_mask(t: Trace, like: Tensor) -> Tensor | None:
+    """The boolean mask ``[b, 1, s, s]`` of sequences taken for packed ones, because their positions jump.
+
+    The two chunks of a sequence that a rank along ``cp`` has lie apart, but those of the last rank. Attention is not
+    given the mask (accelerate, big_modeling.py `_attach_context_parallel_hooks`); it lives all the same.
+
+    Source: masking_utils.py `find_packed_sequence_indices`, `packed_sequence_compatibility_function`.
+    """
+    assert t.regime.context_parallel is not None
+    rows, full = (("b",), ("s",)), (("b",), ("s",), ("s",))
+    with t.call("") as local:
+        with t.call("") as finding:
+            finding("first", ops.constant(t, "sub.Tensor", like, dtype=INT64, shape=(("b",),)))
+            longer = (("b",), (t.dim("s+1", t.dimensions.bindings["s"] + 1),))
+            with t.call("", ops.constant(t, "cat.default", like, dtype=INT64, shape=longer)):
+                finding("diff", ops.constant(t, "sub.Tensor", like, dtype=INT64, shape=rows))
+            with t.call("", ops.constant(t, "ne.Scalar", like, dtype=BOOL, shape=rows)):
+                local("packed", ops.constant(t, "cumsum.default", like, dtype=INT64, shape=rows))
+        if t.regime.context_parallel.rank == t.dimensions.bindings[AXIS] - 1:
+            return None
+        _indices(t, like, local)
+        result = local("result", ops.constant(t, "new_ones.default", like, dtype=BOOL, shape=()))
+        for name in ("eq.Tensor", "le.Tensor"):
+            with t.call("") as turn:
+                with t.call("") as indices:
+                    for each in ("query", "key"):
+                        indices(each, ops.constant(t, "index.Tensor", like, dtype=INT64, shape=rows))
+                    allowed = turn("allowed", ops.constant(t, name, like, dtype=BOOL, shape=full))
+                result = local("result", _and(t, allowed, full))
+        return result
 
 
 def _allowed(t: Trace, like: Tensor, window: int | None) -> Tensor:

@@ -61,6 +61,16 @@ class Mesh:
         """Ranks that see different data: replicas times shards."""
         return self.dp_replicate * self.dp_shard
 
+    @property
+    def dp_shard_cp(self) -> int:
+        """Ranks among which weights that see different tokens may be sharded: along ``dp_shard`` and ``cp``."""
+        return self.dp_shard * self.cp
+
+    @property
+    def dp_cp(self) -> int:
+        """Ranks that see different tokens, whose gradients are summed."""
+        return self.dp * self.cp
+
     def __str__(self) -> str:
         named = [f"{axis} {degree}" for axis, degree in self.degrees.items() if degree > 1]
         experts = f" (experts over {self.ep})" if self.ep > 1 else ""

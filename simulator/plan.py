@@ -10,6 +10,7 @@ import attrs
 
 from hardware.dtypes import DType
 from hardware.errors import UnsupportedError, UsageError
+from simulator.context_parallel import ContextParallelism
 from simulator.decoder import items_of
 from simulator.families import families
 from simulator.fusion import compile_layers
@@ -45,6 +46,8 @@ class Plan:
     """Whether it casts the floating-point arguments of each layer, too."""
     tensor_parallel: TensorParallelism | None = None
     """What is sharded along the mesh axis ``tp``."""
+    context_parallel: ContextParallelism | None = None
+    """How attention sees whole sequences, of which each rank along ``cp`` has a part."""
     scaled_loss: bool = False
     """Whether a framework's engine divides the loss by the number of micro-batches and scales it, always."""
     memory_efficient_linear: bool = False
@@ -87,6 +90,11 @@ class Plan:
     """Names of the strategies applied so far, in order."""
     assumptions: tuple[str, ...] = ()
     """One line for each default that a strategy filled in."""
+
+    @property
+    def sequence(self) -> int:
+        """The tokens of each sequence that a rank has."""
+        return self.training.seq_len // (self.mesh.cp if self.context_parallel else 1)
 
     @cached_property
     def layout(self) -> Layout:
@@ -134,7 +142,7 @@ class Plan:
         _check_patches(self)
         _check_experts(self)
         model, training = self.model, self.training
-        values = {"b": training.micro_batch, "s": training.seq_len, "h": model.hidden, "V": model.vocab}
+        values = {"b": training.micro_batch, "s": self.sequence, "h": model.hidden, "V": model.vocab}
         trace = Trace(_regime(self), Dimensions(values), _is_frozen(self))
         for axis, degree in self.mesh.degrees.items():
             trace.dim(axis, degree)
@@ -187,13 +195,16 @@ def rank_classes(plan: Plan) -> list[RankClass]:
     """The classes of ranks of `plan`, the one that keeps the most first.
 
     Ranks are alike but for padding, of which rank 0 is simulated, having the largest share; unless one of the
-    plan's hooks has a method `rank_classes` that tells them apart.
+    plan's hooks has a method `rank_classes` that tells them apart, or ranks along ``cp`` differ.
     """
     for hooks in plan.hooks:
         classes: Callable[[Plan], list[RankClass]] | None = getattr(hooks, "rank_classes", None)
         if classes is not None:
             return classes(plan)
     world = plan.mesh.world
+    if plan.context_parallel is not None and plan.context_parallel.uneven:
+        others = world // plan.mesh.cp
+        return [RankClass(f"rank {rank} of cp", others, rank) for rank in reversed(range(plan.mesh.cp))]
     return [RankClass(f"all {world} ranks" if world > 1 else "the one device", world, plan.rank)]
 
 
@@ -282,6 +293,8 @@ def _check_experts(plan: Plan) -> None:
         return
     if implementation not in MEGATRON:
         raise UnsupportedError(f"'ep' {ranks} is modelled with implementation megatron_te, not {implementation}")
+    if plan.context_parallel:
+        raise UnsupportedError(f"'ep' {ranks} with context parallelism is not modelled: leave one of them out")
     if not any(isinstance(layer.channel_mixer, ExpertsSpec) for layer in plan.model.layers):
         raise UsageError(f"'ep' {ranks} is for experts, which this model has not: leave it out")
 
@@ -322,6 +335,7 @@ def _regime(plan: Plan) -> Regime:
         any_sdpa_backend=training.any_sdpa_backend,
         cast_inputs=plan.cast_inputs,
         tensor_parallel=plan.tensor_parallel,
+        context_parallel=plan.context_parallel,
         liger=training.liger,
         items_in_batch=training.items_in_batch,
         memory_efficient_linear=plan.memory_efficient_linear,

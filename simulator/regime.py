@@ -5,6 +5,7 @@ from __future__ import annotations
 import attrs
 
 from hardware.dtypes import DType
+from simulator.context_parallel import ContextParallelism
 from simulator.liger import Liger
 from simulator.tensor_parallel import TensorParallelism
 
@@ -37,6 +38,7 @@ class Regime:
     cast_inputs: bool = False
     """Whether a framework casts each layer's floating-point arguments to the weights' element type."""
     tensor_parallel: TensorParallelism | None = None
+    context_parallel: ContextParallelism | None = None
     scaled_loss: bool = False
     """Whether a framework's engine divides the loss by the number of micro-batches and multiplies it by a scale."""
     loss: str = "default"

@@ -10,6 +10,7 @@ from strategies.attention_checkpointing import AttentionCheckpointing
 from strategies.bitfit import BitFit
 from strategies.block_checkpointing import BlockCheckpointing
 from strategies.checkpointing import FullCheckpointing
+from strategies.context_parallel import ContextParallel
 from strategies.ddp import Ddp
 from strategies.deepspeed.zero3 import DeepSpeedZero3
 from strategies.deepspeed.zero12 import DeepSpeedZero1, DeepSpeedZero2
@@ -40,6 +41,7 @@ _BUILT_IN: tuple[StrategyFactory, ...] = (
     Freezing,
     BitFit,
     TensorParallel,
+    ContextParallel,
     Ddp,
     ZeroRedundancy,
     Fsdp1,

@@ -40,7 +40,7 @@ OPTIMIZERS = ("adam", "adamw", "sgd")
 
 @attrs.frozen(kw_only=True)
 class MegatronDistributedOptimizer:
-    """Megatron's `DistributedDataParallel` and `DistributedOptimizer` over mesh axis ``dp_shard``.
+    """Megatron's `DistributedDataParallel` and `DistributedOptimizer` over mesh axes ``dp_shard`` and ``cp``.
 
     With ``dp_replicate`` above 1 these are the distributed optimizer instances. Options and defaults are those of
     `DistributedDataParallelConfig` and `OptimizerConfig` but for the two whose help says otherwise. Gather and
@@ -81,7 +81,7 @@ class MegatronDistributedOptimizer:
         return attrs.evolve(plan, hooks=(*plan.hooks, self))
 
     def _check(self, plan: Plan) -> None:
-        training, ranks = plan.training, plan.mesh.dp
+        training, ranks = plan.training, plan.mesh.dp_cp
         refuse_second_owner(plan, self.name)
         if training.implementation not in MEGATRON:
             refuse_tensor_parallel(plan, self.name)
@@ -93,7 +93,7 @@ class MegatronDistributedOptimizer:
         if training.zero_grad != "none":
             raise UnsupportedError(f"zero_grad {training.zero_grad} is not what {self.name} does: leave it at none")
         if not 0 <= plan.rank < ranks:
-            raise UsageError(f"'rank' must be from 0 to {ranks - 1}, the data-parallel ranks: {plan.rank}")
+            raise UsageError(f"'rank' must be from 0 to {ranks - 1}, the ranks along dp and cp: {plan.rank}")
         self._check_precision(plan)
 
     def _check_precision(self, plan: Plan) -> None:
@@ -168,10 +168,10 @@ class MegatronRuntime(Runtime):
         Ranks with different experts are neighbours (megatron/core/parallel_state.py, order "tp-cp-ep-dp-pp").
         """
         mesh, experts = self.job.plan.mesh, self.job.graph.expert_parallel
-        rank = self.job.plan.rank % mesh.dp_shard
+        rank = self.job.plan.rank % mesh.dp_shard_cp
         parts = []
         for prefix, shards, own, inside in (
-            ("", mesh.dp_shard, rank, False),
+            ("", mesh.dp_shard_cp, rank, False),
             ("expert_", mesh.expert_shards, rank // mesh.ep, True),
         ):
             among = [(tensor, layer) for tensor, layer in weights if (tensor.storage in experts) == inside]

@@ -9,6 +9,9 @@ from __future__ import annotations
 from hardware.errors import UnsupportedError
 from simulator.plan import Plan
 
+#: Owners of the weights whose gradients are known to be summed over ``cp``, too.
+SUMS_OVER_SEQUENCES = ("megatron_distributed_optimizer",)
+
 
 def owner(plan: Plan) -> str | None:
     """The name of the strategy of `plan` that owns the weights over data-parallel ranks, if any."""
@@ -21,6 +24,10 @@ def owner(plan: Plan) -> str | None:
 def refuse_second_owner(plan: Plan, name: str) -> None:
     """`UnsupportedError` where another strategy owns the weights already, or some of them are frozen."""
     refuse_frozen(plan, name)
+    if plan.context_parallel is not None and name not in SUMS_OVER_SEQUENCES:
+        raise UnsupportedError(
+            f"{name} with 'cp' above 1 is not modelled: use {' or '.join(SUMS_OVER_SEQUENCES)}, or cp 1"
+        )
     first = owner(plan)
     if first is not None:
         raise UnsupportedError(f"{name} does not go with {first}: both own the weights; choose one of the two")

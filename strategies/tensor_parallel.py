@@ -110,7 +110,7 @@ def _check_optimizer(plan: Plan) -> None:
 
 def _check_even(plan: Plan, sequence: bool) -> None:
     """DTensor views heads as whole ones and takes local shapes for even shards; only the vocabulary may be uneven."""
-    sizes = [("seq_len", plan.training.seq_len)] if sequence else []
+    sizes = [("sequence", plan.sequence)] if sequence else []
     for layer in dict.fromkeys(plan.model.layers):
         sizes.append(("heads", layer.attention.heads))
         shared = plan.training.implementation in MEGATRON and plan.mesh.tp % layer.attention.kv_heads == 0

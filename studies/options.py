@@ -111,6 +111,7 @@ class TrainingOptions:
     pp_split: str | None = None
     """Layers of each stage, joined by commas."""
     cp: int | None = None
+    cp_comm: str | None = None
     ep: int | None = None
     dp_replicate: int | None = None
     dp_shard: int | None = None

@@ -10,16 +10,16 @@ from typing import Any
 import attrs
 
 from hardware.dtypes import TRAINING_DTYPES, DType
-from hardware.errors import UnsupportedError, UsageError, unknown_name
+from hardware.errors import UsageError, unknown_name
 from simulator.mesh import Mesh
 from simulator.plan import Strategy
 from strategies import StrategyFactory, strategies
 from strategies.fsdp2 import Fsdp2
 
-#: Axes that cannot be used yet.
-UNMODELLED_AXES = ("cp",)
 #: The strategy that shards over axis ``tp``.
 TENSOR_PARALLEL = "tensor_parallel"
+#: The strategy that shards sequences over axis ``cp``.
+CONTEXT_PARALLEL = "context_parallel"
 
 
 @attrs.frozen(kw_only=True)
@@ -29,6 +29,7 @@ class Degrees:
     tp: int | None = None
     pp: int | None = None
     cp: int | None = None
+    cp_comm: str | None = None
     ep: int | None = None
     dp_replicate: int | None = None
     dp_shard: int | None = None
@@ -45,18 +46,15 @@ def parallelise(
 
     Raises:
         UsageError: degrees that do not multiply to `world`, an unknown strategy, or ranks that no strategy uses.
-        UnsupportedError: an axis that is not modelled yet.
     """
     for axis, degree in attrs.asdict(degrees).items():
-        if degree is not None and degree < 1:
+        if isinstance(degree, int) and degree < 1:
             raise UsageError(
                 f"'{axis.replace('_', '-')}' must be a whole number from 1 on: {degree}; leave it out for 1"
             )
-    for axis in UNMODELLED_AXES:
-        if (getattr(degrees, axis) or 1) > 1:
-            raise UnsupportedError(f"'{axis}' {getattr(degrees, axis)} is not modelled yet; leave it out")
     chosen = [parse_strategy(text) for text in texts]
     _once(chosen)
+    _add_context_parallel(degrees, chosen)
     tp = degrees.tp or 1
     if tp > 1 and not any(strategy.name == TENSOR_PARALLEL for strategy in chosen):
         chosen.insert(0, strategies.get(TENSOR_PARALLEL)())
@@ -80,6 +78,17 @@ def _in_stages(strategy: Strategy, texts: Sequence[str]) -> Strategy:
     return attrs.evolve(strategy, **{name: value for name, value in _FSDP2_IN_STAGES.items() if name not in given})
 
 
+def _add_context_parallel(degrees: Degrees, chosen: list[Strategy]) -> None:
+    """The strategy that ``--cp`` stands for, with ``--cp-comm`` as its option, unless it is named already."""
+    named = any(strategy.name == CONTEXT_PARALLEL for strategy in chosen)
+    if degrees.cp_comm is not None and (named or (degrees.cp or 1) == 1):
+        way = "write communication=... in --strategy" if named else "give --cp 2 or more, too, or leave it out"
+        raise UsageError(f"'cp-comm' {degrees.cp_comm} has nothing to do; {way}")
+    if (degrees.cp or 1) > 1 and not named:
+        options = {} if degrees.cp_comm is None else {"communication": degrees.cp_comm}
+        chosen.insert(0, strategies.get(CONTEXT_PARALLEL)(**options))
+
+
 def _once(chosen: Sequence[Strategy]) -> None:
     names = [strategy.name for strategy in chosen]
     twice = next((name for name in names if names.count(name) > 1), None)
@@ -95,9 +104,9 @@ def axis_of(strategy: Strategy) -> str | None:
 
 def _mesh(degrees: Degrees, world: int, chosen: Sequence[Strategy]) -> Mesh:
     """The degrees given, and the data-parallel one that is left for the strategy that uses it."""
-    tp, pp = degrees.tp or 1, degrees.pp or 1
+    tp, pp, cp = degrees.tp or 1, degrees.pp or 1, degrees.cp or 1
     left = world
-    for axis, degree in (("tp", tp), ("pp", pp)):
+    for axis, degree in (("tp", tp), ("pp", pp), ("cp", cp)):
         if left % degree:
             among = f"the {world} GPUs" if left == world else f"the {left} of {world} GPUs that are left"
             raise UsageError(f"{axis!r} must divide {among}: {degree}; {_nearest(degree, left)}")
@@ -110,7 +119,7 @@ def _mesh(degrees: Degrees, world: int, chosen: Sequence[Strategy]) -> Mesh:
     else:
         shard = shard or 1
         replicate = replicate or max(1, left // shard)
-    mesh = Mesh(pp=pp, dp_replicate=replicate, dp_shard=shard, tp=tp)
+    mesh = Mesh(pp=pp, dp_replicate=replicate, dp_shard=shard, cp=cp, tp=tp)
     if mesh.world != world:
         factors = " x ".join(f"{axis} {degree}" for axis, degree in mesh.degrees.items())
         wrong = "dp_replicate" if degrees.dp_replicate else "dp_shard"
@@ -137,6 +146,11 @@ def _all_ranks_used(mesh: Mesh, chosen: Sequence[Strategy]) -> None:
                 f"'strategy' must say how {mesh.dp} data-parallel ranks share the work ({mesh}): "
                 f"{', '.join(name for name in strategies.names() if _data_parallel(name))}"
             )
+    if mesh.cp > 1 and not any(str(axis).startswith("dp_") for axis in used):
+        raise UsageError(
+            f"'strategy' must say how the gradients of {mesh.cp} ranks along cp are summed: "
+            f"{', '.join(name for name in strategies.names() if _data_parallel(name))}"
+        )
     idle = [s.name for s in chosen if axis_of(s) and getattr(mesh, str(axis_of(s))) == 1 and mesh.world == 1]
     if idle:
         raise UsageError(f"'strategy' {idle[0]} needs several GPUs: give --gpus a count, e.g. 8xh100-80")

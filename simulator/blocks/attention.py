@@ -78,6 +78,10 @@ def sdpa_attention(
         raise UnsupportedError(
             "'attention' must be eager or flash_attention_2 with soft-capped scores: 'sdpa' has none"
         )
+    if t.regime.context_parallel is not None:
+        out = ops.ring_attention(t, query, key, value)
+        with t.call("", query, key, value) as local:
+            return ops.contiguous(t, ops.transpose(t, local("out", out), 1, 2))
     grouped = t.regime.torch >= (2, 5) and mask is None and spec.head_dim <= 256
     if not grouped:
         key, value = (repeat_kv(t, x, query.shape[1]) for x in (key, value))

@@ -21,6 +21,8 @@ def rotary_tables(
 ) -> tuple[Tensor, Tensor]:
     """`LlamaRotaryEmbedding.forward`: cos and sin of shape ``[s, rotated channels]``, or half of them.
 
+    With context parallelism they are of each sequence, ``[b, s, rotated channels]``.
+
     Args:
         spec: the attention whose heads are rotated.
         like: hidden states, whose dtype the tables take.
@@ -34,8 +36,10 @@ def rotary_tables(
         half = t.dim(f"{d}/2", spec.rotated // 2)
         frequencies = t.buffer(f"{kind}inv_freq", half, dtype=FP32)
         t.buffer(f"{kind}original_inv_freq", half, dtype=FP32)
-        freqs = local("freqs", ops.constant(t, "mul.Tensor", frequencies, shape=(("s",), (half,))))
-        emb = local("emb", ops.constant(t, "cat.default", freqs, shape=(("s",), (d,))) if doubled else freqs)
+        # positions that the caller gives are those of each sequence
+        rows = (("b",), ("s",)) if t.regime.context_parallel is not None else (("s",),)
+        freqs = local("freqs", ops.constant(t, "mul.Tensor", frequencies, shape=(*rows, (half,))))
+        emb = local("emb", ops.constant(t, "cat.default", freqs, shape=(*rows, (d,))) if doubled else freqs)
         tables = []
         for name in ("cos", "sin"):
             raw = ops.constant(t, f"{name}.default", emb)

@@ -16,7 +16,7 @@ from simulator.decoder import BuiltLayers, batch
 from simulator.graph import Tensor
 from simulator.implementations import megatron_mla, megatron_moe
 from simulator.model import AttentionSpec, ExpertsSpec, FeedForwardSpec, LatentAttentionSpec, LayerSpec, ModelSpec
-from simulator.ops import megatron
+from simulator.ops import megatron, sharded_attention
 from simulator.sizes import Dim, round_up
 from simulator.tensor_parallel import AXIS
 from simulator.trace import Trace
@@ -174,11 +174,17 @@ def _attention(t: Trace, x: Tensor, freqs: Tensor | None, spec: AttentionSpec) -
         if _transformer_engine(t):  # `get_qkv_layout` of pytorch/attention/dot_product_attention/utils.py
             parts = {"query": query, "key": key, "v": value}
             query, key, value = (local(name, ops.contiguous(t, part)) for name, part in parts.items())
-        query, key, value = (ops.transpose(t, part, 0, 1) for part in (query, key, value))
-        out = blocks.causal_flash(t, query, key, value, spec)
-        out = ops.transpose(t, out, 0, 1)
+        out = _core_attention(t, query, key, value, spec)
         out = local("core_attn_out", ops.reshape(t, out, (*out.shape[:-2], heads + d)))
         return _row(t, "linear_proj", out, bias=spec.bias)
+
+
+def _core_attention(t: Trace, query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec) -> Tensor:
+    """Causal attention on ``[s, b, heads, d]``."""
+    if t.regime.context_parallel is not None:
+        return sharded_attention.attention(t, query, key, value)
+    query, key, value = (ops.transpose(t, part, 0, 1) for part in (query, key, value))
+    return ops.transpose(t, blocks.causal_flash(t, query, key, value, spec), 0, 1)
 
 
 def _query_key_value(t: Trace, x: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor, Tensor]:

@@ -92,6 +92,7 @@ from simulator.ops.recurrence import repeat_turn as repeat_turn
 from simulator.ops.recurrence import solve_triangular as solve_triangular
 from simulator.ops.recurrence import unread as unread
 from simulator.ops.recurrence import write_row as write_row
+from simulator.ops.ring_attention import ring_attention as ring_attention
 from simulator.ops.scan import after_zeros as after_zeros
 from simulator.ops.scan import convolution as convolution
 from simulator.ops.scan import cumsum as cumsum

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hardware.dtypes import BF16, BOOL, FP16, FP32, INT64, UINT64
 from simulator.autograd import Autograd
-from simulator.graph import Op, Tensor, flat
+from simulator.graph import Op, Shape, Tensor, flat
 from simulator.ops.dropout import dropout
 from simulator.ops.elementwise import add, autocast, constant, mul_scalar, to
 from simulator.ops.matmul import matmul
@@ -139,7 +139,7 @@ def _flash(t: Trace, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     random = [t.fresh(f"{name}.rng_state", ((2,),), UINT64), t.fresh(f"{name}.unused", (), UINT64)]
     outputs = [out, logsumexp, *random]
     inputs = [query, key, value]
-    _flash_dims(t, query)
+    flash_dims(t, query)
     t.emit(f"{name}.default", inputs, outputs, saves=[*inputs, *outputs], backward=_flash_backward)
     return out
 
@@ -155,7 +155,7 @@ def flash_attention_2(t: Trace, query: Tensor, key: Tensor, value: Tensor) -> Te
     logsumexp = t.fresh("flash_attn_func.logsumexp", (batch, heads, sequence), FP32)
     outputs = [out, logsumexp, t.fresh("flash_attn_func.rng_state", ((2,),), UINT64)]
     inputs = [query, key, value]
-    _flash_dims(t, query)
+    flash_dims(t, query)
     t.emit("flash_attn_func", inputs, outputs, saves=[*inputs, *outputs], backward=_flash_2_backward)
     return out
 
@@ -178,12 +178,12 @@ def _flex_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients:
     return _attention_backward(engine, op, gradients)
 
 
-def _flash_dims(t: Trace, query: Tensor) -> None:
-    """Name the rounded lengths of the backward's workspace."""
+def flash_dims(t: Trace, query: Tensor, queries: Axis = ("s",)) -> None:
+    """Name the rounded lengths of the backward's workspace: of the head dimension and of the `queries`."""
     sizes = t.dimensions.bindings
     head_dim = product(query.shape[3], sizes)
     block = FLASH_DIM_BLOCKS[head_dim > 128]
-    t.dim("s_pad128", round_up(sizes["s"], FLASH_QUERY_BLOCK))
+    t.dim(_padded_queries(queries), round_up(product(queries, sizes), FLASH_QUERY_BLOCK))
     t.dim(_padded_name(query), round_up(head_dim, block))
 
 
@@ -191,25 +191,46 @@ def _padded_name(query: Tensor) -> str:
     return "*".join(map(str, query.shape[3])) + "_pad"
 
 
+def _padded_queries(queries: Axis) -> str:
+    return "*".join(map(str, queries)) + "_pad128"
+
+
 def _flash_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients:
     query, key = op.inputs[:2]
-    _flash_workspace(engine, query, query.shape[1], key.shape[1])
+    flash_workspace(engine, query, query.shape[1], key.shape[1])
     return _attention_backward(engine, op, gradients)
 
 
 def _flash_2_backward(engine: Autograd, op: Op, gradients: Gradients) -> Gradients:
     query, key = op.inputs[:2]
-    _flash_workspace(engine, query, query.shape[2], key.shape[2])
+    flash_workspace(engine, query, query.shape[2], key.shape[2])
     return _attention_backward(engine, op, gradients)
 
 
-def _flash_workspace(engine: Autograd, query: Tensor, heads: Axis, key_heads: Axis) -> None:
-    """Inside the kernel: fp32 accumulators, and dk and dv of every query head (flash_api.cpp `mha_bwd`)."""
-    batch = query.shape[0]
-    engine.workspace("softmax_d", (batch, heads, ("s_pad128",)), FP32)
-    engine.workspace("dq_accum", (batch, ("s_pad128",), heads, (_padded_name(query),)), FP32)
+def flash_workspace(
+    engine: Autograd,
+    query: Tensor,
+    heads: Axis,
+    key_heads: Axis,
+    *,
+    batch: Axis | None = None,
+    queries: Axis = ("s",),
+    expanded: Shape | None = None,
+) -> list[Tensor]:
+    """Inside the kernel: fp32 accumulators, and dk and dv of every query head (flash_api.cpp `mha_bwd`).
+
+    Args:
+        batch: the batch axis where it is not the first of `query`.
+        queries: the tokens of a sequence that the kernel works on.
+        expanded: the shape of keys with as many heads as queries, where that is not the shape of `query`.
+    """
+    batch = query.shape[0] if batch is None else batch
+    rows = (_padded_queries(queries),)
+    made = engine.workspace("softmax_d", (batch, heads, rows), FP32)
+    made += engine.workspace("dq_accum", (batch, rows, heads, (_padded_name(query),)), FP32)
     for name in ("dk_expanded", "dv_expanded") if key_heads != heads else ():
-        engine.workspace(name, query.shape, query.dtype)
+        made += engine.workspace(name, expanded or query.shape, query.dtype)
+    return made
 
 
 def _efficient(t: Trace, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:

@@ -118,6 +118,7 @@ def command(
     ] = None,
     pp_split: Annotated[Text, typer.Option(help="Layers of each stage, e.g. 7,8,8,7; else torchtitan's split.")] = None,
     cp: Annotated[Number, typer.Option(help="Context-parallel degree.")] = None,
+    cp_comm: Annotated[Text, typer.Option(help="What ranks along cp exchange: p2p, a2a or all_gather.")] = None,
     ep: Annotated[Number, typer.Option(help="Expert-parallel degree.")] = None,
     dp_replicate: Annotated[Number, typer.Option(help="Data-parallel replicas (HSDP, DDP); else what is left.")] = None,
     dp_shard: Annotated[Number, typer.Option(help="Data-parallel shards; else what is left.")] = None,

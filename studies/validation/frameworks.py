@@ -143,6 +143,7 @@ MEGATRON = Framework(
         "strategy_options.zero_stage": _exactly(1),
         "strategy_options.dp_group_for_sharding": _ANY,
         "strategy_options.layers_per_stage": _ANY,
+        "strategy_options.cp_comm_type": _exactly(None, "p2p", "a2a", "all_gather"),
         "strategy_options.overlap_grad_reduce": _exactly(False, True),
         # gathers are in place in the buffer of weights
         "strategy_options.overlap_param_gather": _exactly(False, True),

@@ -16,6 +16,7 @@ from simulator.model import ModelSpec
 from simulator.plan import Strategy
 from simulator.workload import Optimizer, Training
 from strategies.checkpointing import FullCheckpointing
+from strategies.context_parallel import ContextParallel
 from strategies.megatron import MegatronDistributedOptimizer
 from strategies.tensor_parallel import TensorParallel
 from studies.options import TASKS
@@ -43,7 +44,7 @@ _RANK = re.compile(r"(?:max over ranks \()?rank (\d+)\b.*")
 #: How the moments begin at which a peak was read -> whether the first step was left out of it.
 _PHASES = {"whole run": False, "train stage": False, "steady step": True}
 #: Axes of the mesh that are simulated.
-_AXES = ("dp_replicate", "dp_shard", "tp", "ep")
+_AXES = ("dp_replicate", "dp_shard", "cp", "tp", "ep")
 _FIELDS = {"model", "config", "framework", "torch_version", "task", "num_gpus", "mesh", "strategy", "strategy_options"}
 _FIELDS |= {"sequence_parallel", "pp_schedule", "param_dtype", "compute_dtype", "grad_dtype", "reduce_dtype"}
 _FIELDS |= {"optimizer_state_dtype", "master_weights", "optimizer", "optimizer_impl", "micro_batch", "seq_len"}
@@ -161,7 +162,9 @@ def _parallel(row: Mapping[str, Any], mesh: Mesh) -> tuple[Strategy, ...]:
     options = row.get("strategy_options") or {}
     sequence = row.get("sequence_parallel") or False
     _one_of("sequence_parallel", sequence, (False, True) if mesh.tp > 1 else (False,))
-    shards = (TensorParallel(sequence_parallel=sequence),) if mesh.tp > 1 else ()
+    shards: tuple[Strategy, ...] = (TensorParallel(sequence_parallel=sequence),) if mesh.tp > 1 else ()
+    if mesh.cp > 1:
+        shards += (ContextParallel(communication=options.get("cp_comm_type") or "p2p"),)
     if row.get("strategy") != "megatron_distopt":
         return shards
     taken = ("overlap_grad_reduce", "gradient_accumulation_fusion")
@@ -221,7 +224,7 @@ def _torch(text: Any) -> tuple[tuple[int, int], list[str]]:
 
 
 def _rank(rank: Any, mesh: Mesh) -> int:
-    """The data-parallel rank of a global one; tensor-parallel ranks lie next to each other."""
+    """The rank along data and context of a global one; tensor-parallel ranks lie next to each other."""
     match = _RANK.fullmatch(rank) if isinstance(rank, str) else None
     number = int(match[1]) if match else rank
     if type(number) is not int or not 0 <= number < mesh.world:
