@@ -67,6 +67,14 @@ class Report:
         return count_parameters(self.plan)
 
     @cached_property
+    def predictor_parameters(self) -> int:
+        """Those in modules that predict further tokens, which share embeddings and head with the model."""
+        depth, bindings = self.plan.model.depth, self.plan.dimensions.bindings
+        theirs = {slot for slot, place in enumerate(self.plan.layout.places) if place.base + place.offset >= depth}
+        weights = [tensor.storage for tensor in self.plan.graph.parameters if tensor.storage.slot in theirs]
+        return sum(weight.size.elements(bindings) for weight in weights)
+
+    @cached_property
     def host_bytes(self) -> int:
         """What offloaded checkpoints keep in host memory when backward begins: their tensors, as they are."""
         plan = self.plan

@@ -180,7 +180,8 @@ def _savings(model: ModelSpec, resolved: Resolved, after: Report) -> list[Saving
 
 def _model_dict(report: Report) -> dict[str, Any]:
     model = report.model
-    sizes = {"layers": len(model.layers), "hidden": model.hidden, "vocab": model.vocab}
+    sizes = {"layers": model.depth, "mtp_modules": len(model.layers) - model.depth}
+    sizes |= {"mtp_params": report.predictor_parameters, "hidden": model.hidden, "vocab": model.vocab}
     return {"id": model.name, "family": model.family, "params": report.parameters, **sizes}
 
 

@@ -85,6 +85,9 @@ def command(
     multiprocessors: Annotated[
         int | None, typer.Option(help="Streaming multiprocessors of the GPU, for Liger's rms_norm.")
     ] = None,
+    mtp: Annotated[
+        Text, typer.Option(help="Modules that predict further tokens (multi-token prediction): a number, or config.")
+    ] = None,
     items_in_batch: Annotated[
         bool, typer.Option("--items-in-batch", help="num_items_in_batch is passed, as transformers' Trainer does.")
     ] = False,
@@ -173,7 +176,8 @@ def _summary(result: Estimate) -> Table:
         ("where", _where(result)),
         ("cold step", f"{gib(report.cold.nbytes)}, in {report.cold.phase.value}"),
         ("steady step", f"{gib(report.steady.nbytes)}, in {report.steady.phase.value}"),
-        ("model", f"{report.model.name}: {report.parameters:,} parameters, {len(report.model.layers)} layers"),
+        ("model", f"{report.model.name}: {report.parameters:,} parameters, {report.model.depth} layers"),
+        *([("", f"{report.predictor_parameters:,} of them for further tokens")] if report.predictor_parameters else []),
         ("workload", result.workload),
         *_routing(result),
     ]
