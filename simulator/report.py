@@ -8,6 +8,7 @@ from typing import Any
 import attrs
 
 from simulator.fold import Folder, Location, Peak
+from simulator.host import HostMemory, total
 from simulator.lowering import TrainingProgram
 from simulator.model import ModelSpec
 from simulator.plan import Plan
@@ -73,6 +74,13 @@ class Report:
         theirs = {slot for slot, place in enumerate(self.plan.layout.places) if place.base + place.offset >= depth}
         weights = [tensor.storage for tensor in self.plan.graph.parameters if tensor.storage.slot in theirs]
         return sum(weight.size.elements(bindings) for weight in weights)
+
+    @cached_property
+    def host(self) -> HostMemory:
+        """What a rank keeps beside its device: what strategies offload, and offloaded checkpoints, which are pinned."""
+        hosts = [getattr(hooks, "host", None) for hooks in self.plan.hooks]
+        parts = [host(self.plan) for host in hosts if host is not None]
+        return total([HostMemory(pinned=self.host_bytes), *parts])
 
     @cached_property
     def host_bytes(self) -> int:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import attrs
 import typer
 
+from simulator.host import HostMemory
 from studies.cli.output import Table, show, show_json, size
 
 if TYPE_CHECKING:
@@ -171,7 +172,7 @@ def _summary(result: Estimate) -> Table:
         ("", METRIC_NOTE),
         ("capacity", f"{span} ({result.cluster.gpu.name}; {capacity.evidence})"),
         ("headroom", both(result.headroom)),
-        *([("host", f"{both(report.host_bytes)} of checkpoints")] if report.host_bytes else []),
+        *_host(report.host),
         ("verdict", result.verdict.text),
         ("where", _where(result)),
         ("cold step", f"{gib(report.cold.nbytes)}, in {report.cold.phase.value}"),
@@ -182,6 +183,14 @@ def _summary(result: Estimate) -> Table:
         *_routing(result),
     ]
     return Table(f"{report.model.name} on {result.cluster}", rows)
+
+
+def _host(host: HostMemory) -> list[tuple[str, str]]:
+    """What each rank keeps beside its device."""
+    from hardware.units import both, gib
+
+    rows = [("host, per rank", f"{both(host.nbytes)}, of which {gib(host.pinned)} pinned")] if host.nbytes else []
+    return [*rows, ("NVMe, per rank", both(host.nvme))] if host.nvme else rows
 
 
 def _routing(result: Estimate) -> list[tuple[str, str]]:
