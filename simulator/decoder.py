@@ -21,7 +21,8 @@ from simulator.blocks import (
 from simulator.context_parallel import AXIS, WHOLE
 from simulator.graph import ForwardGraph, Tensor, flat
 from simulator.masks import causal_mask, positions, recurrent_mask
-from simulator.model import AttentionSpec, LayerSpec, ModelSpec
+from simulator.model import AttentionSpec, LayerSpec, ModelSpec, PredictorSpec
+from simulator.prediction import Prediction, check_predictable
 from simulator.sizes import maximum
 from simulator.trace import Frame, Trace
 
@@ -64,6 +65,8 @@ def rotary_decoder(
         scale_logits: what happens to the logits before they are soft-capped.
         positions_to_layers: whether layers are called with the positions, too.
     """
+    predictors = [(slot, each) for slot, each in layers if isinstance(each, PredictorSpec)]
+    layers = layers[: len(layers) - len(predictors)]
     ids, labels = batch(t)
     vocabulary = vocabulary_table(t, "model.embed_tokens") if t.stage.first else None
     with t.call("model") as local:
@@ -89,7 +92,19 @@ def rotary_decoder(
                 hidden = local("hidden", layer(t, hidden, own, mask, one))
         if t.stage.last:
             hidden = local("hidden", norm(t, "norm", hidden))
-    if t.stage.last:
+    if predictors and vocabulary:
+        check_predictable(spec, like_llama=not (scale_logits or spec.final_softcap or tables_by_kind or chunked))
+        prediction = Prediction(
+            layers=predictors,
+            embed=embed,
+            norm=norm,
+            layer=layer,
+            make_tables=make_tables,
+            loss=causal_lm_loss,
+            positions_to_layers=positions_to_layers,
+        )
+        leave_with(t, *prediction.head(t, hidden, ids, labels, spec, vocabulary))
+    elif t.stage.last:
         language_head(t, hidden, labels, spec, vocabulary, scale_logits)
     else:
         t.send(hidden)
@@ -278,8 +293,8 @@ def cross_entropy_outside(t: Trace, logits: Tensor, labels: Tensor) -> None:
 
 def causal_lm_loss(t: Trace, logits: Tensor, labels: Tensor) -> Tensor:
     """`ForCausalLMLoss` (loss/loss_utils.py): fp32 logits, padded and shifted labels, mean cross-entropy."""
-    with t.call("loss_function", logits) as local:
-        logits = local("logits", ops.to(t, logits, FP32))
+    with t.call("loss_function") as local:
+        logits = local("logits", ops.to(t, local("logits", logits), FP32))
         shifted = shifted_labels(t, labels, local)
         flat = ops.reshape(t, logits, (("b", "s"), logits.shape[-1]))
         if t.regime.liger.cross_entropy:

@@ -288,6 +288,14 @@ class LayerSpec:
 
 
 @attrs.frozen
+class PredictorSpec(LayerSpec):
+    """The layer of a module that predicts a further token (DeepSeek-V3, arXiv:2412.19437, section 2.2)."""
+
+    number: int = 0
+    """Which of these modules it is part of: no layer stands for two of them, each having a loss of its own."""
+
+
+@attrs.frozen
 class ClassifierSpec:
     """A head that sorts whole sequences into classes."""
 
@@ -335,10 +343,23 @@ class ModelSpec:
     """Kinds of tokens (first and second sentence) with embeddings of their own; None without them."""
     classifier: ClassifierSpec | None = attrs.field(default=None, validator=optional(instance_of(ClassifierSpec)))
     """The head of a sequence classifier; None for a language model's."""
+    predictors: int = 0
+    """Modules that predict further tokens, as the config says; how many are trained is the workload's."""
     parts: tuple[Part, ...] = ()
     """What the checkpoint holds beside the simulated decoder."""
     assumptions: tuple[str, ...] = ()
     """One line for each value that the config did not give and a class default filled in."""
+
+    @property
+    def depth(self) -> int:
+        """Layers without those of modules that predict further tokens."""
+        return sum(1 for layer in self.layers if not isinstance(layer, PredictorSpec))
+
+    def with_predictors(self, count: int) -> ModelSpec:
+        """The model with `count` modules that predict further tokens, each with a layer of the last one's kind."""
+        last = self.layers[-1]
+        further = [PredictorSpec(last.token_mixer, last.channel_mixer, number) for number in range(count)]
+        return attrs.evolve(self, layers=(*self.layers, *further))
 
     def __attrs_post_init__(self) -> None:
         if not is_count(len(self.layers), LARGEST_LAYERS):

@@ -10,6 +10,7 @@ import attrs
 
 from hardware.dtypes import DType
 from hardware.errors import UnsupportedError, UsageError
+from simulator.blocks import PREDICTOR
 from simulator.context_parallel import ContextParallelism
 from simulator.decoder import items_of
 from simulator.families import families
@@ -114,7 +115,8 @@ class Plan:
     def _looks_around(self) -> bool:
         """Whether what runs in a layer may depend on which layers are around it, or on how many went before."""
         between = self.hooks or self.layer_kinds or self.together > 1 or self.alternate_op
-        return bool(between or self.reentrant or self.pipeline or self._steps_in_backward)
+        loops = self.model.load_balancing or self.model.depth < len(self.model.layers)
+        return bool(between or loops or self.reentrant or self.pipeline or self._steps_in_backward)
 
     @property
     def _steps_in_backward(self) -> bool:
@@ -153,6 +155,7 @@ class Plan:
             self._build_stages(trace, self.pipeline, recipe)
         trace.end_autocast()
         _check_items(trace)
+        _check_predictors(self, trace)
         if self.compiled:
             compile_layers(trace)
         trace.dim(TRAINABLE_TENSORS, _trainable_tensors(trace.graph, self.layout))
@@ -237,7 +240,14 @@ def make_plan(
     Raises:
         UnsupportedError: a workload that the model's recipe cannot build.
     """
-    return Plan(model, training, mesh or Mesh(), rank, unrolled=unrolled)
+    assumptions: tuple[str, ...] = ()
+    if training.mtp:
+        model = model.with_predictors(training.mtp)
+        assumptions = (
+            f"mtp {training.mtp}: each module is two norms, a projection, a layer of the last one's kind and a norm; "
+            "embeddings and head are the model's own, which a published checkpoint may store, and count, once more",
+        )
+    return Plan(model, training, mesh or Mesh(), rank, unrolled=unrolled, assumptions=assumptions)
 
 
 def _hooks_embeddings(plan: Plan) -> bool:
@@ -307,6 +317,25 @@ def _check_items(trace: Trace) -> None:
     """Refuse ``num_items_in_batch`` where the model's loss does not take it."""
     if trace.regime.items_in_batch and not any(x in op.inputs for op in trace.graph.ops for x in items_of(trace.graph)):
         raise UnsupportedError("'items_in_batch' is not taken by the loss of this model: leave it out")
+
+
+def _check_predictors(plan: Plan, trace: Trace) -> None:
+    """Refuse modules that predict further tokens where the recipe has none, or amid what was not compared."""
+    if not plan.training.mtp:
+        return
+    if not any(op.module.startswith(PREDICTOR) for op in trace.graph.ops):
+        raise UnsupportedError(f"'mtp' is not modelled for {plan.model.family}: set it to 0")
+    amid = {
+        "tensor_parallel": plan.tensor_parallel is not None,
+        "pipeline": plan.pipeline is not None,
+        "float8": plan.float8 is not None,
+        "compile": plan.compiled,
+        "frozen weights": bool(plan.frozen or plan.frozen_layers),
+        **{_name(hooks): True for hooks in plan.hooks},
+    }
+    found = [what for what, given in amid.items() if given]
+    if found:
+        raise UnsupportedError(f"'mtp' is not modelled together with {', '.join(found)} yet: leave one out")
 
 
 def _regime(plan: Plan) -> Regime:

@@ -82,7 +82,8 @@ def _spec(family: Family, config: Mapping[str, Any], name: str, *, complete: boo
         raise UsageError(f"{reader.name}: {error} (correct the config of this {family.name} model)") from error
     reader.raise_problems()
     beside = (*_predictions(reader), *_beside(family, spec))
-    return attrs.evolve(spec, assumptions=(*packed, *reader.assumptions, *beside))
+    predictors = sum(_predicted(reader).values())
+    return attrs.evolve(spec, predictors=predictors, assumptions=(*packed, *reader.assumptions, *beside))
 
 
 def _packed(config: ConfigReader) -> list[str]:
@@ -95,13 +96,18 @@ def _packed(config: ConfigReader) -> list[str]:
     return []
 
 
-def _predictions(config: ConfigReader) -> list[str]:
-    """Modules that predict further tokens (DeepSeek-V3, arXiv:2412.19437, section 2.2): transformers trains none."""
+def _predicted(config: ConfigReader) -> dict[str, int]:
+    """The keys that give a number of modules that predict further tokens (DeepSeek-V3, arXiv:2412.19437, 2.2)."""
     keys = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_modules", "num_mtp_layers")
     counts = {key: config.values.get(key) for key in keys}
-    given = {key: count for key, count in counts.items() if isinstance(count, int) and count > 0}
+    return {key: count for key, count in counts.items() if isinstance(count, int) and count > 0}
+
+
+def _predictions(config: ConfigReader) -> list[str]:
+    """What is said of them: transformers trains none."""
     return [
-        f"{key} {count}: transformers' model has no such modules; they are left out" for key, count in given.items()
+        f"{key} {count}: transformers' model has no such modules; they are left out unless --mtp trains some"
+        for key, count in _predicted(config).items()
     ]
 
 

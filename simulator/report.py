@@ -8,6 +8,7 @@ from functools import cached_property
 import attrs
 
 from simulator.fold import Folder, Location, Peak, Top
+from simulator.host import HostMemory, total
 from simulator.lowering import TrainingProgram
 from simulator.model import ModelSpec
 from simulator.plan import Plan
@@ -70,6 +71,21 @@ class Report:
     def parameters(self) -> int:
         """Parameters of the whole model, each tied weight once."""
         return count_parameters(self.plan)
+
+    @cached_property
+    def predictor_parameters(self) -> int:
+        """Those in modules that predict further tokens, which share embeddings and head with the model."""
+        depth, bindings = self.plan.model.depth, self.plan.dimensions.bindings
+        theirs = {slot for slot, place in enumerate(self.plan.layout.places) if place.base + place.offset >= depth}
+        weights = [tensor.storage for tensor in self.plan.graph.parameters if tensor.storage.slot in theirs]
+        return sum(weight.size.elements(bindings) for weight in weights)
+
+    @cached_property
+    def host(self) -> HostMemory:
+        """What a rank keeps beside its device: what strategies offload, and offloaded checkpoints, which are pinned."""
+        hosts = [getattr(hooks, "host", None) for hooks in self.plan.hooks]
+        parts = [host(self.plan) for host in hosts if host is not None]
+        return total([HostMemory(pinned=self.host_bytes), *parts])
 
     @cached_property
     def host_bytes(self) -> int:

@@ -200,8 +200,11 @@ class Trace:
         return tensor
 
     def buffer(self, name: str, *dims: Dim, dtype: DType) -> Tensor:
-        """A module's buffer: alive before and after, without a gradient."""
+        """A module's buffer: alive before and after, without a gradient; one, however often its module is run."""
         tensor = self._leaf(name, dims, dtype, Role.BUFFER)
+        for known in self.graph.buffers:
+            if (known.storage.label, known.storage.slot) == (tensor.storage.label, self.slot):
+                return known
         self.graph.buffers.append(tensor)
         return tensor
 

@@ -34,6 +34,7 @@ LOSSES |= dict.fromkeys(("chunked", "chunked_compiled"), ("torchtune",))
 LARGEST_MICRO_BATCH = 2**20
 LARGEST_SEQ_LEN = 2**24
 LARGEST_ACCUMULATION = 2**20
+LARGEST_MTP = 2**4
 
 
 @attrs.frozen(kw_only=True)
@@ -95,6 +96,8 @@ class Training:
     """Kernels of Liger-Kernel that the model runs in place of PyTorch's ops."""
     items_in_batch: bool = False
     """Whether ``num_items_in_batch`` is passed (transformers' Trainer since 4.46): the summed loss is divided by it."""
+    mtp: int = 0
+    """Modules that predict further tokens (multi-token prediction) and are trained with the model."""
     kernel_workspace: bool = True
     """Count what kernels allocate for themselves (flash attention's backward accumulators)."""
 
@@ -102,6 +105,7 @@ class Training:
         check_count("micro_batch", self.micro_batch, LARGEST_MICRO_BATCH)
         check_count("seq_len", self.seq_len, LARGEST_SEQ_LEN)
         check_count("gradient_accumulation", self.gradient_accumulation, LARGEST_ACCUMULATION)
+        self._check_mtp()
         check_name("attention", self.attention, ATTENTIONS)
         check_name("experts", self.experts, EXPERTS)
         if not 1 <= self.expert_imbalance < float("inf"):
@@ -136,6 +140,18 @@ class Training:
             raise UsageError(f"'capacity_factor' goes with implementation megatron_te, not {self.implementation}")
         if self.expert_imbalance > 1:
             raise UsageError("'expert_imbalance' changes no size with 'capacity_factor': leave one of the two out")
+
+    def _check_mtp(self) -> None:
+        if self.mtp == 0:
+            return
+        check_count("mtp", self.mtp, LARGEST_MTP)
+        amid = {
+            f"implementation {self.implementation}": self.implementation != "transformers",
+            "liger": bool(self.liger.kernels),
+            "items_in_batch": self.items_in_batch,
+        }
+        for what in (what for what, given in amid.items() if given):
+            raise UnsupportedError(f"'mtp' with {what} is not modelled: leave one out")
 
     def _check_grad_scaler(self) -> None:
         """What `GradScaler` refuses (torch/amp/grad_scaler.py `_unscale_grads_`), and what is not modelled of it."""

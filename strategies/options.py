@@ -39,13 +39,14 @@ def choice(*names: str) -> Validator:
     return rule
 
 
-def later(modelled: str, *others: str) -> Validator:
-    """A name of which only `modelled` can be had so far; the `others` exist, too."""
-    known = choice(modelled, *others)
+def later(modelled: str | tuple[str, ...], *others: str) -> Validator:
+    """A name of which only those `modelled` can be had so far; the `others` exist, too."""
+    had = (modelled,) if isinstance(modelled, str) else modelled
+    known = choice(*had, *others)
 
     def rule(instance: object, attribute: attrs.Attribute[str], value: str) -> None:
         known(instance, attribute, value)
-        if value != modelled:
+        if value not in had:
             raise UnsupportedError(f"{attribute.name!r} {value} is not modelled yet; leave it out")
 
     return rule

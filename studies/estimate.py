@@ -143,7 +143,9 @@ class Estimate:
             "peak": _step_dict(self.peak, self.report),
             "cold": _step_dict(self.report.cold, self.report),
             "steady": _step_dict(self.report.steady, self.report),
-            "host_bytes": self.report.host_bytes,
+            "host_bytes": self.report.host.nbytes,
+            "host_pinned_bytes": self.report.host.pinned,
+            "nvme_bytes": self.report.host.nvme,
             "headroom_bytes": self.headroom,
             "min_headroom_bytes": self.min_headroom,
             "fits": self.verdict in (Verdict.FITS, Verdict.TOO_LITTLE_HEADROOM),
@@ -212,7 +214,8 @@ def _savings(model: ModelSpec, resolved: Resolved, after: Report) -> list[Saving
 
 def _model_dict(report: Report) -> dict[str, Any]:
     model = report.whole_model
-    sizes = {"layers": len(model.layers), "hidden": model.hidden, "vocab": model.vocab}
+    sizes = {"layers": model.depth, "mtp_modules": len(model.layers) - model.depth}
+    sizes |= {"mtp_params": report.predictor_parameters, "hidden": model.hidden, "vocab": model.vocab}
     return {"id": model.name, "family": model.family, "params": report.parameters, **sizes}
 
 

@@ -98,6 +98,8 @@ class TrainingOptions:
     multiprocessors: int | None = None
     """Of the GPU; the backward of Liger's norm allocates by them."""
     items_in_batch: bool = False
+    mtp: str | None = None
+    """How many modules that predict further tokens are trained; ``config`` for as many as the model's config has."""
     float8: str | None = None
     compile: str | None = None
     prune: Sequence[str] = ()
@@ -177,6 +179,7 @@ def resolve(options: TrainingOptions, model: ModelSpec, world: int = 1) -> Resol
         loss=chosen["loss"],
         liger=_liger(options, model.family),
         items_in_batch=options.items_in_batch,
+        mtp=_predictors(options.mtp, model),
     )
     prunings = parse_prunings(options.prune)
     low = (Float8(recipe=str(options.float8)),) if options.float8 not in (None, "none") else ()
@@ -279,6 +282,17 @@ class _Chosen:
         if name == "attention" and self._family in _DEFAULT_ATTENTION:
             return f" ({self._family}'s own default: transformers refuses sdpa for it)"
         return ""
+
+
+def _predictors(given: str | None, model: ModelSpec) -> int:
+    """How many modules that predict further tokens ``--mtp`` asks for."""
+    if given == "config":
+        if not model.predictors:
+            raise UsageError("'mtp' config: this config names no modules that predict further tokens; give a number")
+        return model.predictors
+    if given is not None and not given.isdecimal():
+        raise UsageError(f"'mtp' must be config or a whole number, not {given!r}")
+    return int(given or 0)
 
 
 def _as_typed(name: str) -> str:

@@ -59,6 +59,9 @@ from simulator.blocks.norms import layer_norm_1p as layer_norm_1p
 from simulator.blocks.norms import llama4_norm as llama4_norm
 from simulator.blocks.norms import llama_rms_norm as llama_rms_norm
 from simulator.blocks.norms import unit_norm as unit_norm
+from simulator.blocks.predictor import PREDICTOR as PREDICTOR
+from simulator.blocks.predictor import predictor as predictor
+from simulator.blocks.predictor import roll as roll
 from simulator.blocks.rotary import apply_rotary as apply_rotary
 from simulator.blocks.rotary import cut_rotated as cut_rotated
 from simulator.blocks.rotary import grid_rotary_tables as grid_rotary_tables
@@ -81,6 +84,7 @@ from simulator.blocks.sinks import attention_with_sinks as attention_with_sinks
 from simulator.blocks.state_space import STATE_SPACE as STATE_SPACE
 from simulator.blocks.state_space import mamba2_mixer as mamba2_mixer
 from simulator.blocks.tempered_attention import tempered_attention as tempered_attention
+from simulator.blocks.vocabulary import head_weight as head_weight
 from simulator.blocks.vocabulary import look_up as look_up
 from simulator.blocks.vocabulary import scaled_embeddings as scaled_embeddings
 from simulator.blocks.vocabulary import token_embeddings as token_embeddings

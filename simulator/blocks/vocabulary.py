@@ -48,6 +48,11 @@ def scaled_embeddings(t: Trace, table: Tensor, ids: Tensor, *, buffer: bool = Tr
         return t.embedded(ops.mul(t, embeds, t.buffer("embed_scale", dtype=t.regime.weights)))
 
 
+def head_weight(t: Trace, name: str) -> Tensor:
+    """The weight of the head `name`, which was run before."""
+    return next(weight for weight in t.graph.parameters if weight.storage.label == f"{name}.weight")
+
+
 def vocabulary_head(t: Trace, name: str, x: Tensor, tied: Tensor | None, *, bias: bool = False) -> Tensor:
     """The `nn.Linear` from hidden states to logits, with the embedding's weight where it is `tied`."""
     parallel = t.regime.tensor_parallel if t.style(name) is Style.HEAD else None

@@ -104,6 +104,8 @@ class Flush:
     """Whether it is the first with gradients of the rank's own partition, whose buffer is then allocated."""
     releases: bool
     """Whether a gradient too large for the bucket is let go."""
+    own: int
+    """Elements of the rank's own partition in the weight that has most of them."""
 
 
 @attrs.frozen
@@ -141,7 +143,9 @@ class Bucket:
         opens = any(own) and not self._opened
         self._opened = self._opened or any(own)
         oversized = held[0].elements > self._size
-        return Flush(self._copies(held), opens, oversized and (own[0] or not self._keeps_foreign))
+        shares = [elements for weight in held for rank, elements in self._flat.slices(weight) if rank == self._rank]
+        releases = oversized and (own[0] or not self._keeps_foreign)
+        return Flush(self._copies(held), opens, releases, max(shares, default=0))
 
     def _copies(self, held: Sequence[Member]) -> tuple[int, ...]:
         """`average_tensor`, `allreduce_and_scatter`: slices of one partition are merged, several are flattened."""

@@ -6,21 +6,19 @@ Behaviour: DeepSpeed 0.19.8 deepspeed/runtime/zero/stage_1_and_2.py (function na
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import ClassVar
 
 import attrs
 
-from hardware.dtypes import BF16, FP32, FP64, DType
+from hardware.dtypes import BF16, FP32, DType
 from hardware.errors import UnsupportedError, UsageError
-from simulator.graph import COMPUTE, Storage
-from simulator.optimizers.step import OptimizerStep, Parameter
+from simulator.host import HostMemory
 from simulator.plan import Plan, RankClass
-from simulator.roles import Role
-from simulator.runtime import Job, Runtime, Turn, buffer
-from simulator.sizes import size_of
+from simulator.runtime import Job, Runtime
 from strategies.deepspeed.bf16_optimizer import Bf16OptimizerRuntime
-from strategies.deepspeed.partition import Arrival, Bucket, FlatBuffer, Flush, flat_size, layer_kinds, partition_dim
+from strategies.deepspeed.partition import Arrival, Bucket, FlatBuffer, Flush, layer_kinds
+from strategies.deepspeed.zero12_offload import OffloadedZeroRuntime, check_offload, offloaded
+from strategies.deepspeed.zero12_runtime import ZeroRuntime
 from strategies.flat import Member
 from strategies.options import count, flag, later, option, training_dtype
 from strategies.rules import refuse_second_owner
@@ -31,11 +29,10 @@ BUCKET_ELEMENTS = 500_000_000
 OFFLOAD = "deepspeed/runtime/zero/offload_config.py"
 #: Optimizers that work on one flat parameter as on any other.
 OPTIMIZERS = ("adam", "adamw", "sgd")
-REDUCTION = "reduction"
 
 
 @attrs.frozen(kw_only=True)
-class _ZeroOneTwo:
+class ZeroOptions:
     """What both stages have in common: options with the defaults of `DeepSpeedZeroConfig`, and their checks."""
 
     reduce_bucket_size: int = option(BUCKET_ELEMENTS, count(1), "elements that are reduced at once; a bucket's size")
@@ -46,7 +43,8 @@ class _ZeroOneTwo:
         BUCKET_ELEMENTS, count(0), "nothing where torch has all_gather_into_tensor: weights are gathered in place"
     )
     round_robin_gradients: bool = option(False, flag, "order weights so that ranks take turns in the reduction")
-    offload_optimizer: str = option("none", later("none", "cpu", "nvme"), "where optimizer state is kept", OFFLOAD)
+    offload_optimizer: str = option("none", later(("none", "cpu"), "nvme"), "where optimizer state is kept", OFFLOAD)
+    pin_memory: bool = option(True, flag, "what is offloaded is in page-locked host memory", OFFLOAD)
     axis: ClassVar[str] = "dp_shard"
     stage: ClassVar[int]
     name: str = attrs.field(init=False)
@@ -57,6 +55,8 @@ class _ZeroOneTwo:
         if self.round_robin_gradients or not self.contiguous_gradients:
             wrong = "round_robin_gradients" if self.round_robin_gradients else "contiguous_gradients"
             raise UnsupportedError(f"{wrong!r} {str(getattr(self, wrong)).lower()} is not modelled; leave it out")
+        if self.offload_optimizer == "cpu":
+            check_offload(plan, self.name)
         kinds = layer_kinds(plan, self.reduction(FlatBuffer(plan), plan)[0])
         return attrs.evolve(plan, hooks=(*plan.hooks, self), layer_kinds=kinds)
 
@@ -82,11 +82,19 @@ class _ZeroOneTwo:
 
     def start(self, job: Job) -> Runtime:
         """Flatten the weights, and copy the rank's partition to fp32."""
-        return ZeroRuntime(job, self)
+        return ZeroRuntime(job, self) if self.offload_optimizer == "none" else OffloadedZeroRuntime(job, self)
+
+    def host(self, plan: Plan) -> HostMemory:
+        """What a rank keeps in host memory."""
+        return (
+            HostMemory()
+            if self.offload_optimizer == "none"
+            else offloaded(plan, pinned=self.pin_memory, sums=self.stage == 2)
+        )
 
 
 @attrs.frozen(kw_only=True)
-class DeepSpeedZero1(_ZeroOneTwo):
+class DeepSpeedZero1(ZeroOptions):
     """`DeepSpeedZeroOptimizer` with ``stage: 1``: gradients are reduced when all of them are there."""
 
     grad_accum_dtype: DType | None = option(
@@ -102,6 +110,8 @@ class DeepSpeedZero1(_ZeroOneTwo):
             return super().__call__(plan)
         if (weights, wanted) != (BF16, FP32):
             raise UnsupportedError(f"'grad_accum_dtype' {wanted} with {weights} weights is not modelled; leave it out")
+        if self.offload_optimizer != "none":
+            raise UnsupportedError("'offload_optimizer' with 'grad_accum_dtype' fp32 is not modelled: leave one out")
         check(plan, self.name)
         return attrs.evolve(plan, hooks=(*plan.hooks, self))
 
@@ -118,7 +128,7 @@ class DeepSpeedZero1(_ZeroOneTwo):
 
 
 @attrs.frozen(kw_only=True)
-class DeepSpeedZero2(_ZeroOneTwo):
+class DeepSpeedZero2(ZeroOptions):
     """`DeepSpeedZeroOptimizer` with ``stage: 2``: gradients are reduced as backward makes them, and partitioned."""
 
     stage: ClassVar[int] = 2
@@ -151,187 +161,3 @@ def classes(plan: Plan) -> list[RankClass]:
     for rank in range(flat.ranks):
         by_elements.setdefault(sum(member.elements for member in flat.own(rank)), []).append(rank)
     return [RankClass.of(ranks) for _, ranks in sorted(by_elements.items(), reverse=True)]
-
-
-@attrs.define(eq=False)
-class _Kept:
-    """Buffers that outlive a micro-batch."""
-
-    buckets: list[Storage] = attrs.field(factory=list)
-    partition: Storage | None = None
-
-
-class ZeroRuntime(Runtime):
-    """`DeepSpeedZeroOptimizer`."""
-
-    clips = True
-
-    def __init__(self, job: Job, options: _ZeroOneTwo) -> None:
-        super().__init__(job)
-        self.options = options
-        training = job.plan.training
-        self._dtype = training.weights
-        self._stream = REDUCTION if options.overlap_comm else COMPUTE
-        self._waits = options.stage == 1
-        self.last_differs = self._waits and training.gradient_accumulation > 1
-        self._flat = FlatBuffer(job.plan)
-        arrivals, self._end = options.reduction(self._flat, job.plan)
-        self._arrivals = self._of_built(arrivals)
-        self._kept = _Kept()
-        self._oversized: list[Storage] = []
-        self._foreign: list[Storage] = []
-        self._last = True
-        self._opened: Storage | None = None
-        self._partition = partition_dim(job)
-        size = size_of((self._partition,), FP32.bits)
-        self._gradient = buffer("fp32 gradient partition", size, FP32, Role.GRADIENT)
-        self._master = self._persistent("fp32 partition", FP32, Role.MASTER_WEIGHT, partition=True)
-        job.keep_instead([self._persistent("flat parameters", self._dtype, Role.PARAMETER), self._master])
-
-    def _of_built(self, arrivals: dict[Member, Arrival]) -> dict[Storage, Arrival]:
-        """The arrival of each built weight, in the order of arrival: layers that one stands for are all alike."""
-        slots, found = self.job.plan.layout.slots(), {}
-        for member, arrival in arrivals.items():
-            storage = member.tensor.storage
-            assert member.layer is None or slots[member.layer] == storage.slot
-            found[storage] = arrival
-        return found
-
-    def _persistent(self, label: str, dtype: DType, role: Role, *, partition: bool = False) -> Storage:
-        made = buffer(label, flat_size(self.job, dtype.bits, partition=partition), dtype, role)
-        made.persistent = True
-        return made
-
-    # reduction -----------------------------------------------------------------------------------------------------
-
-    def begin_backward(self, turn: Turn) -> None:
-        """Stage 1 reduces at the last micro-batch of a step only."""
-        self._last = turn.last or not self._waits
-
-    def accumulated(self, parameter: Storage) -> None:
-        """`process_gradients`."""
-        self._setup_buckets()
-        if self.options.reduces_in_backward and self._last:
-            self._arrive(parameter)
-
-    def _setup_buckets(self) -> None:
-        """`setup_buckets`: one in full, however small the model; two with `overlap_comm`."""
-        if self._kept.buckets:
-            return
-        size = size_of((self.options.reduce_bucket_size,), self._dtype.bits)
-        for number in range(2 if self.options.overlap_comm else 1):
-            self._kept.buckets.append(buffer(f"ipg_bucket.{number}", size, self._dtype, Role.BUCKET))
-            self.job.allocate("setup_buckets", self._kept.buckets[-1])
-
-    def _arrive(self, parameter: Storage) -> None:
-        """`reduce_independent_p_g_buckets_and_remove_grads`: into the bucket, after flushing it if it is full."""
-        arrival = self._arrivals[parameter]
-        if arrival.flush is not None:
-            self._flush(arrival.flush)
-        gradient = self.job.gradients.pop(parameter)
-        if arrival.oversized:
-            self._oversized.append(gradient)
-        else:
-            self.job.free(gradient)
-
-    def _flush(self, flush: Flush) -> None:
-        """`reduce_ipg_grads`: reduce, keep the rank's own gradients, let go of the others."""
-        slot = self.job.recorder.slot
-        for number, elements in enumerate(flush.copies):
-            size = size_of((elements,), self._dtype.bits)
-            copy = buffer(f"allreduce_bucket.{number}", size, self._dtype, Role.REDUCE, slot, self._stream)
-            self.job.allocate("cat", copy)
-            self.job.free(copy)
-        if flush.opens_partition:
-            self._open_partition()
-        if flush.releases:
-            self.job.free(*self._oversized)
-        else:
-            self._foreign += self._oversized
-        self._oversized.clear()
-
-    def _open_partition(self) -> None:
-        """`copy_grads_in_partition`: a buffer for every weight, whole, that touches the rank's partition."""
-        elements = sum(member.elements for member in self._flat.own(self.job.plan.rank))
-        label = "gradient partition" if self._kept.partition is None else "gradient partition.more"
-        self._opened = buffer(label, size_of((elements,), self._dtype.bits), self._dtype, Role.GRADIENT)
-        self.job.allocate("copy_grads_in_partition", self._opened)
-
-    def end_backward(self) -> None:
-        """`reduce_gradients`, `independent_gradient_partition_epilogue`."""
-        recorder = self.job.recorder
-        recorder.module, recorder.slot = "reduction", None
-        if not self._last:
-            return
-        if not self.options.reduces_in_backward:
-            self._reduce_all()
-        recorder.slot = None
-        recorder.note("epilogue")
-        if self._end is not None:
-            self._flush(self._end)
-        self._keep_partition()
-        self.job.free(*self._foreign, *self._kept.buckets)
-        self._foreign.clear()
-        self._kept.buckets.clear()
-
-    def _reduce_all(self) -> None:
-        """`reduce_gradients`: every gradient in turn, in the order of ``model.parameters()``."""
-        for parameter in self._arrivals:
-            self.job.recorder.slot = parameter.slot
-            self.job.recorder.note("reduce_gradients")
-            self._arrive(parameter)
-
-    def _keep_partition(self) -> None:
-        """The first partition of gradients stays for the step, later ones are added to it."""
-        if self._opened is None:
-            return
-        if self._kept.partition is None:
-            self._kept.partition = self._opened
-        else:
-            self.job.free(self._opened)
-        self._opened = None
-
-    # optimizer -----------------------------------------------------------------------------------------------------
-
-    def trainable(self, parameters: Sequence[Parameter]) -> list[Parameter]:
-        """One flat parameter: the rank's fp32 partition."""
-        return [Parameter(self._master, self._flat_gradient(), ((self._partition,),))]
-
-    def _flat_gradient(self) -> Storage:
-        """What the optimizer gets: a single piece in fp32 is neither joined nor cast, it stays where it is."""
-        kept = self._kept.partition
-        alone = self._dtype == FP32 and len(self._flat.pieces(self.job.plan.rank)) == 1
-        return kept if alone and kept is not None else self._gradient
-
-    def before_step(self, step: OptimizerStep) -> None:
-        """`step`: the norm, then the partition's gradients in one fp32 tensor; a single piece need not be joined."""
-        rank, kept = self.job.plan.rank, self._kept.partition
-        pieces, weights = self._flat.pieces(rank), len(self._flat.own(rank))
-        held = [] if kept is None or kept is self._flat_gradient() else [kept]
-        for elements in pieces[weights:]:
-            held.append(buffer("padding", size_of((elements,), self._dtype.bits), self._dtype, Role.GRADIENT))
-            step.allocate("zeros", held[-1])
-        self._norm(step, max(pieces[:weights], default=0))
-        self._join(step, len(pieces))
-        step.free(held)
-
-    def _join(self, step: OptimizerStep, pieces: int) -> None:
-        """`flatten`, which returns a single piece as it is; then the cast to fp32."""
-        copy = buffer("flat gradient", size_of((self._partition,), self._dtype.bits), self._dtype, Role.GRADIENT)
-        if self._dtype == FP32:
-            if pieces > 1:
-                step.allocate("flatten", self._gradient)
-            return
-        if pieces > 1:
-            step.allocate("flatten", copy)
-        step.allocate("_to_copy", self._gradient)
-        if pieces > 1:
-            step.free([copy])
-
-    @staticmethod
-    def _norm(step: OptimizerStep, elements: int) -> None:
-        """`get_grad_norm_direct`: what the rank owns of each gradient in fp64, one at a time; here the largest."""
-        if elements:
-            copy = buffer("norm", size_of((elements,), FP64.bits), FP64, Role.OPTIMIZER)
-            step.allocate("vector_norm", copy)
-            step.free([copy])

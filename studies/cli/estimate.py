@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import attrs
 import typer
 
+from simulator.host import HostMemory
 from studies.cli.output import Table, show, show_json, size
 
 if TYPE_CHECKING:
@@ -88,6 +89,9 @@ def command(
     ] = None,
     multiprocessors: Annotated[
         int | None, typer.Option(help="Streaming multiprocessors of the GPU, for Liger's rms_norm.")
+    ] = None,
+    mtp: Annotated[
+        Text, typer.Option(help="Modules that predict further tokens (multi-token prediction): a number, or config.")
     ] = None,
     items_in_batch: Annotated[
         bool, typer.Option("--items-in-batch", help="num_items_in_batch is passed, as transformers' Trainer does.")
@@ -180,13 +184,14 @@ def _summary(result: Estimate) -> Table:
         ("", METRIC_NOTE),
         ("capacity", f"{span} ({result.cluster.gpu.name}; {capacity.evidence})"),
         ("headroom", both(result.headroom)),
-        *([("host", f"{both(report.host_bytes)} of checkpoints")] if report.host_bytes else []),
+        *_host(report.host),
         ("verdict", result.verdict.text),
         *([("highest rank", _highest(result))] if result.pipeline is not None else []),
         ("where", _where(result)),
         ("cold step", f"{gib(report.cold.nbytes)}, in {report.cold.phase.value}"),
         ("steady step", f"{gib(report.steady.nbytes)}, in {report.steady.phase.value}"),
-        ("model", f"{report.model.name}: {report.parameters:,} parameters, {len(report.whole_model.layers)} layers"),
+        ("model", f"{report.model.name}: {report.parameters:,} parameters, {report.whole_model.depth} layers"),
+        *([("", f"{report.predictor_parameters:,} of them for further tokens")] if report.predictor_parameters else []),
         ("workload", result.workload),
         *_routing(result),
     ]
@@ -199,6 +204,14 @@ def _highest(result: Estimate) -> str:
     plural = "s" if len(stages.stages) > 1 else ""
     names = ", ".join(map(str, stages.stages))
     return f"{stages.rank} of {result.report.plan.mesh.pp} (stage{plural} {names}, {stages.layer_count} layers)"
+
+
+def _host(host: HostMemory) -> list[tuple[str, str]]:
+    """What each rank keeps beside its device."""
+    from hardware.units import both, gib
+
+    rows = [("host, per rank", f"{both(host.nbytes)}, of which {gib(host.pinned)} pinned")] if host.nbytes else []
+    return [*rows, ("NVMe, per rank", both(host.nvme))] if host.nvme else rows
 
 
 def _routing(result: Estimate) -> list[tuple[str, str]]:

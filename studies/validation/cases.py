@@ -42,7 +42,7 @@ _SWITCHES = (
 _MASKS = {"null": "none", "false": "none", "true": "full", '"padded"': "padded"}
 _SIMULATED = {"dtype", "autocast", "attn", "sdpa_backend", "experts", "batch", "seq", "grad_accum", "optimizer", "clip"}
 _SIMULATED |= {"attention_mask", "expert_imbalance", "zero_grad", "liger", "checkpointing", "freeze", "prune", "float8"}
-_SIMULATED |= set(_SWITCHES)
+_SIMULATED |= {"mtp", *_SWITCHES}
 #: Options that leave dense training as it is: where to record, inference, the model's name (its line has it).
 _HARMLESS = {"timeline", "layers", "logits_to_keep_prefill", "new_tokens"}
 _HARMLESS |= {"model", "config_override", "config_class", "config", "tags", "id"}
@@ -170,6 +170,7 @@ def _training(case: Mapping[str, Any], family: str) -> Training:
         zero_grad=case.get("zero_grad", "none"),
         liger=liger_of(case.get("liger"), family),
         items_in_batch=bool(case.get("items_in_batch")),
+        mtp=case.get("mtp", 0),
         # the oracle runs a CPU build of torch: it has no fused silu_backward for fakes, and cannot see inside kernels
         fused_activation_backward=not case.get("fake", True),
         kernel_workspace=False,
