@@ -47,7 +47,7 @@ class HandOver:
         self._gradients: dict[int, list[Storage]] = {slot: [] for slot in range(1, len(self._repeats))}
         entered = [graph.entered[slot] for slot in range(len(self._repeats))]
         self.given = entered[0].storage if self._repeats[0] > 1 else None
-        handed = [*(entered if self.given else entered[1:]), *self._left(graph)]
+        handed = [*(entered if self.given else entered[1:]), self._left(graph)]
         if any(op.turn is not None for op in graph.ops):
             raise Unlike
         if len(set(map(_form, handed))) > 1:
@@ -57,11 +57,12 @@ class HandOver:
         if self.given:
             self.given.slot = BEFORE
 
-    def _left(self, graph: ForwardGraph) -> list[Tensor]:
-        """The hidden states that the last layer returns: what the op that follows the stack has of it."""
+    def _left(self, graph: ForwardGraph) -> Tensor:
+        """The hidden states that the last layer returns: what is read of it first behind the stack."""
         last = len(self._repeats) - 1
         end = next(index for index in reversed(range(len(graph.ops))) if graph.ops[index].slot == last)
-        return [tensor for tensor in graph.ops[end + 1].inputs if tensor.storage.slot == last]
+        read = (tensor for op in graph.ops[end + 1 :] for tensor in op.inputs if tensor.storage.slot == last)
+        return next(read)
 
     def see(self, steps: Sequence[Step]) -> None:
         """Name what `steps` free of other layers' storages.

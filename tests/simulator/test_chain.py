@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import attrs
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -45,3 +47,13 @@ def test_what_is_built_has_the_timeline_of_the_model(model, strategies, micro_ba
 
 def test_a_shipped_hybrid_is_built_by_kind():
     assert len(make_plan(MODELS[0], Training()).layout.places) == len(set(MODELS[0].layers))
+
+
+def test_what_the_last_layer_hands_on_is_found_behind_other_ops(tmp_path):
+    """Nemotron's last norm adds one to its weight before it reads hidden states."""
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 3, "vocab_size": 8}
+    heads = {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 8}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "nemotron", **sizes, **heads}))
+    plan = make_plan(read_model(str(tmp_path)), Training(seq_len=64))
+    report = Report(plan, lower(plan))
+    assert sum(live.nbytes for live in report.live()) == report.peak.nbytes
