@@ -235,10 +235,12 @@ class Autograd:
             saved, early = ([s for s in kept if s not in self._overwritten] for kept in (saved, early))
             self._overwritten.clear()
         self._release_made()
+        read = [gradient.storage for gradient in gradients if gradient is not None]
+        if op.attributes.get("in_python"):  # `PyNode::apply` hands over what it was given
+            early, read = [*early, *read], []
         self._release(early)
         results = [g and self._validate(g, t) for g, t in zip(results, op.inputs, strict=True)]
         self._fusing = False
-        read = [gradient.storage for gradient in gradients if gradient is not None]
         if op.fused:
             self._kernels.hold_sources(results, [*read, *saved])
         self._release([*read, *saved])
@@ -358,8 +360,9 @@ class Autograd:
             self.recorder.release(gradient.storage)
         else:
             self._keep_gradient(parameter, gradient)
-        for runtime in self._runtimes:
-            runtime.accumulated(parameter)
+        if parameter.role is not Role.RECEIVED:  # no framework wraps what another stage sent
+            for runtime in self._runtimes:
+                runtime.accumulated(parameter)
 
     def _keep_gradient(self, parameter: Storage, gradient: Tensor) -> None:
         gradient = gradient if self._weights_are_views else self._owned(gradient)

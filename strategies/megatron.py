@@ -9,7 +9,9 @@ method).
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import ClassVar
 
 import attrs
@@ -122,6 +124,8 @@ class _Piece:
     label: str
     slot: int | None
     dims: tuple[Dim, ...]
+    chunk: int
+    """The model chunk it is part of."""
 
 
 class MegatronRuntime(Runtime):
@@ -136,14 +140,14 @@ class MegatronRuntime(Runtime):
         self._distributed = options.use_distributed_optimizer
         self._shards = job.plan.mesh.dp_shard
         self._multiple = job.plan.dimensions.bind("bucket_multiple", self._bucket_multiple())
-        self._buckets = self._assign(job.weights())
-        self._grad_data = self._buffer("grad_data", self._gradients, Role.BUCKET)
+        self._chunks = [self._assign(weights, number) for number, weights in enumerate(self._weights_of_chunks())]
+        self._grad_data = self._buffers("grad_data", self._gradients, Role.BUCKET)
         self._trained = [self._parameter(piece) for piece in self._pieces()]
         copies = [p.storage for p in self._trained] if self._holds_main_weights else []
-        self._main_gradients = [p.gradient for p in self._trained if p.gradient is not self._grad_data]
+        self._main_gradients = [p.gradient for p in self._trained if p.gradient not in self._grad_data]
         self.first_differs = self.cold_differs = bool(self._main_gradients)
         self._fused = self._fused_weights() if options.gradient_accumulation_fusion else frozenset()
-        job.resident = [*self._model_weights(), self._grad_data, *copies, *self._dummies()]
+        job.resident = [*self._model_weights(), *self._grad_data, *copies, *self._dummies()]
 
     # buffers -------------------------------------------------------------------------------------------------------
 
@@ -156,8 +160,29 @@ class MegatronRuntime(Runtime):
     def _alignment(self) -> int:
         return PARAMETER_ALIGNMENT if self._distributed else 1
 
-    def _assign(self, weights: Sequence[tuple[Tensor, int | None]]) -> list[list[Member]]:
+    def _weights_of_chunks(self) -> list[list[tuple[Tensor, int | None]]]:
+        """Each model chunk of a pipeline's rank is wrapped by itself."""
+        weights, pipeline = self.job.weights(), self.job.plan.pipeline
+        if pipeline is None:
+            return [weights]
+        ends = list(accumulate(len(chunk.layers) for chunk in pipeline.chunks))
+        chunks: list[list[tuple[Tensor, int | None]]] = [[] for _ in ends]
+        started = False
+        for tensor, layer in weights:  # embeddings belong to the first chunk, the last norm and the head to the last
+            started = started or layer is not None
+            outside = len(ends) - 1 if started else 0
+            chunks[outside if layer is None else bisect_right(ends, layer)].append((tensor, layer))
+        return chunks
+
+    def _is_bucketed(self, chunk: int) -> bool:
+        """Only the first chunk of a pipeline's first rank has several buckets (`DistributedDataParallel.__init__`)."""
+        pipeline = self.job.plan.pipeline
+        first = chunk == 0 and (pipeline is None or pipeline.chunks[0].stage == 0)
+        return self.options.overlap_grad_reduce and first
+
+    def _assign(self, weights: Sequence[tuple[Tensor, int | None]], chunk: int) -> list[list[Member]]:
         """`_compute_per_buffer_param_layout`: in the order of backward, a bucket is closed by what fills it."""
+        bucketed = self._is_bucketed(chunk)
         bindings, ranks = self.job.plan.dimensions.bindings, self.job.plan.mesh.dp
         limit = self.options.bucket_size or max(BUCKET_ELEMENTS, BUCKET_ELEMENTS_PER_RANK * ranks)
         buckets: list[list[Member]] = [[]]
@@ -166,15 +191,19 @@ class MegatronRuntime(Runtime):
             start = end + -end % self._alignment
             end = start + int(tensor.storage.size.elements(bindings))
             buckets[-1].append(Member(tensor, layer, start, end))
-            if self.options.overlap_grad_reduce and end >= limit:
+            if bucketed and end >= limit:
                 buckets.append([])
                 end = 0
         return [bucket for bucket in buckets if bucket]
 
-    def _buffer(self, label: str, dtype: DType, role: Role) -> Storage:
-        """All buckets, one after the other."""
-        made = buffer(label, JoinedSize(tuple(self._size(bucket, dtype) for bucket in self._buckets)), dtype, role)
-        made.persistent = True
+    def _buffers(self, label: str, dtype: DType, role: Role) -> list[Storage]:
+        """Of each model chunk all buckets, one after the other."""
+        made = []
+        for number, buckets in enumerate(self._chunks):
+            name = label if len(self._chunks) == 1 else f"chunk{number}.{label}"
+            size = JoinedSize(tuple(self._size(bucket, dtype) for bucket in buckets))
+            made.append(buffer(name, size, dtype, role))
+            made[-1].persistent = True
         return made
 
     def _size(self, bucket: Sequence[Member], dtype: DType) -> FlatSize:
@@ -187,7 +216,7 @@ class MegatronRuntime(Runtime):
     def _model_weights(self) -> list[Storage]:
         """In one buffer with a distributed optimizer, whose gather is in place; else where they were."""
         if self._distributed:
-            return [self._buffer("param_data", self._weights, Role.PARAMETER)]
+            return self._buffers("param_data", self._weights, Role.PARAMETER)
         return self.job.resident
 
     def _fused_weights(self) -> frozenset[Storage]:
@@ -220,14 +249,16 @@ class MegatronRuntime(Runtime):
     def _pieces(self) -> Iterator[_Piece]:
         """`_build_model_gbuf_range`: the rank's equal part of every bucket; else every weight."""
         if not self._distributed:
+            chunks = {tensor.storage: n for n, found in enumerate(self._weights_of_chunks()) for tensor, _ in found}
             for tensor in self.job.graph.parameters:
-                yield _Piece(tensor, tensor.storage.label, tensor.storage.slot, tensor.dims)
+                storage = tensor.storage
+                yield _Piece(tensor, storage.label, storage.slot, tensor.dims, chunks[storage])
             return
         dimensions, rank = self.job.plan.dimensions, self.job.plan.rank % self._shards
-        for bucket in self._buckets:
+        for chunk, bucket in ((n, bucket) for n, buckets in enumerate(self._chunks) for bucket in buckets):
             share = self._size(bucket, self._weights).elements(dimensions.bindings) // self._shards
             for tensor, label, dims in rank_pieces(bucket, rank * share, (rank + 1) * share, dimensions):
-                yield _Piece(tensor, label, None, dims)
+                yield _Piece(tensor, label, None, dims, chunk)
 
     def _parameter(self, piece: _Piece) -> Parameter:
         """The main weight and its gradient: a view of the buffer, or an fp32 copy of that (`.float()`).
@@ -238,7 +269,7 @@ class MegatronRuntime(Runtime):
         role = Role.MASTER_WEIGHT if self._holds_main_weights else Role.PARAMETER
         size = size_of(piece.dims, dtype.bits)
         storage = Storage(f"{piece.label}.main", size, dtype, role, piece.slot, persistent=True)
-        gradient = self._grad_data
+        gradient = self._grad_data[piece.chunk]
         if self._holds_main_weights and self._gradients != FP32:
             gradient = Storage(f"{piece.label}.main_grad", size, FP32, Role.GRADIENT, piece.slot)
         shape = piece.tensor.shape if piece.dims == piece.tensor.dims else (piece.dims,)

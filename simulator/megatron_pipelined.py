@@ -1,0 +1,74 @@
+"""Lowering the step of a rank in Megatron-LM's pipeline: its loop's parts, and what stays between steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hardware.errors import UnsupportedError
+from simulator.megatron_loops import Interleaved, without_interleaving
+from simulator.megatron_parts import MegatronParts
+from simulator.pipeline import MegatronLoop, Pipeline
+from simulator.plan import Plan
+from simulator.program import Node, Occurrence, TreeBuilder
+from simulator.runtime import Job, Runtime
+
+
+class MegatronPipelinedSteps:
+    """The micro-batches of an optimizer step on one rank of Megatron-LM's pipeline.
+
+    Args:
+        job: the rank.
+        pipeline: its chunks and the order of its actions.
+        loop: how its loop runs them.
+        builder: makes trees of recorded steps.
+        runtimes: what wraps the chunks.
+    """
+
+    def __init__(
+        self, job: Job, pipeline: Pipeline, loop: MegatronLoop, builder: TreeBuilder, runtimes: Sequence[Runtime]
+    ) -> None:
+        _check(job.plan)
+        self._pipeline = pipeline
+        self._loop = loop
+        self._micro_batches = job.plan.training.gradient_accumulation
+        self._run = MegatronParts(job, loop, builder, runtimes)
+        self._steps = 0
+
+    def step(self, *, cold: bool) -> Sequence[Node]:
+        """Zeroed gradients and all micro-batches; inputs of the last ones stay in their blocks, with gradients."""
+        self._run.begin_step(cold=cold)
+        chunks = len(self._pipeline.chunks)
+        if chunks == 1:
+            without_interleaving(self._run, self._loop, self._micro_batches)
+        else:
+            Interleaved(self._run, self._loop, self._pipeline.order, chunks).run()
+        self._run.variables.drop("total_num_tokens")
+        return self._numbered()
+
+    def end_step(self) -> Sequence[Node]:
+        """``train_step`` returns after the optimizer, and with it go the losses it was given."""
+        self._run.parts = []
+        self._run.variables.drop(*(("forward_data_store", number) for number in range(self._micro_batches)))
+        return self._numbered()
+
+    def _numbered(self) -> list[Node]:
+        return [Occurrence(number, part) for number, part in enumerate(self._run.parts)]
+
+
+def _check(plan: Plan) -> None:
+    """Refuse what was not compared with recordings of Megatron's pipelines."""
+    training = plan.training
+    others = {
+        "checkpoints": plan.recomputed,
+        "frozen weights": plan.frozen or plan.frozen_layers,
+        "compiled layers": plan.compiled,
+        "float8": plan.float8,
+        "'liger'": training.liger.kernels,
+        "'items_in_batch'": training.items_in_batch,
+        "'grad_scaler'": training.grad_scaler,
+        "'optimizer_in_backward'": training.optimizer_in_backward,
+        "'keep_outputs'": training.keep_outputs,
+    }
+    for name, given in others.items():
+        if given:
+            raise UnsupportedError(f"Megatron's pipeline with {name} is not modelled yet: leave one out")
