@@ -235,10 +235,8 @@ class Autograd:
             saved, early = ([s for s in kept if s not in self._overwritten] for kept in (saved, early))
             self._overwritten.clear()
         self._release_made()
-        read = [gradient.storage for gradient in gradients if gradient is not None]
-        if op.attributes.get("in_python"):  # `PyNode::apply` hands over what it was given
-            early, read = [*early, *read], []
-        self._release(early)
+        read, given = self._read(op, gradients)
+        self._release([*early, *given])
         results = [g and self._validate(g, t) for g, t in zip(results, op.inputs, strict=True)]
         self._fusing = False
         if op.fused:
@@ -247,6 +245,12 @@ class Autograd:
         for gradient, tensor in zip(results, op.inputs, strict=True):
             if gradient is not None:
                 self._send(self._written(op, gradient, tensor), tensor)
+
+    @staticmethod
+    def _read(op: Op, gradients: Sequence[Tensor | None]) -> tuple[list[Storage], list[Storage]]:
+        """Gradients that the node has till its end, and those that a function in Python has till it returns."""
+        read = [gradient.storage for gradient in gradients if gradient is not None]
+        return ([], read) if op.attributes.get("in_python") else (read, [])
 
     def _seen(self, op: Op) -> Op:
         """`op` as its rule sees it: inputs whose gradients nobody asks for require none."""
@@ -360,9 +364,8 @@ class Autograd:
             self.recorder.release(gradient.storage)
         else:
             self._keep_gradient(parameter, gradient)
-        if parameter.role is not Role.RECEIVED:  # no framework wraps what another stage sent
-            for runtime in self._runtimes:
-                runtime.accumulated(parameter)
+        for runtime in self._runtimes if parameter in self.gradients else ():
+            runtime.accumulated(parameter)
 
     def _keep_gradient(self, parameter: Storage, gradient: Tensor) -> None:
         gradient = gradient if self._weights_are_views else self._owned(gradient)

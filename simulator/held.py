@@ -74,3 +74,34 @@ class Variables:
         old, thing.storages = thing.storages, [storage]
         for each in old:
             self._free(each)
+
+
+class HeldList:
+    """A list that holds what is in it; nothing, too, has a place in it."""
+
+    def __init__(self, variables: Variables) -> None:
+        self._variables = variables
+        self._items: list[Thing | None] = []
+        self._popped = 0
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def append(self, item: Thing | None) -> None:
+        """``list.append(item)``."""
+        if item is not None:
+            self._variables.hold(item)
+        self._items.append(item)
+
+    def at(self, index: int) -> Thing | None:
+        """The item that was appended as the `index`-th."""
+        return self._items[index - self._popped]
+
+    def pop_into(self, name: str) -> Thing | None:
+        """``name = list.pop(0)``."""
+        item = self._items.pop(0)
+        self._popped += 1
+        self._variables.bind(name, item)
+        if item is not None:
+            self._variables.release(item)
+        return item

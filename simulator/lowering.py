@@ -64,18 +64,16 @@ class _Lowering:
         self._second_differs = any(runtime.second_differs for runtime in self.runtimes)
         self._first_differs = any(runtime.first_differs for runtime in self.runtimes)
         self._last_differs = any(runtime.last_differs for runtime in self.runtimes)
-        self._pipelined = self._pipelined_steps()
+        self._megatron = self._megatron_steps()
+        ours = plan.pipeline if self._megatron is None else None
+        self._pipelined = PipelinedSteps(self.job, ours, self.builder) if ours else None
         self._micro_batch = MicroBatch(self.job, self.runtimes)
         self._forwards: dict[tuple[bool, ...], tuple[Node, AfterForward]] = {}
         self._turns: dict[tuple[bool, ...], Node] = {}
 
-    def _pipelined_steps(self) -> PipelinedSteps | MegatronPipelinedSteps | None:
-        pipeline = self.plan.pipeline
-        if pipeline is None:
-            return None
-        if pipeline.megatron is None:
-            return PipelinedSteps(self.job, pipeline, self.builder)
-        return MegatronPipelinedSteps(self.job, pipeline, pipeline.megatron, self.builder, self.runtimes)
+    def _megatron_steps(self) -> MegatronPipelinedSteps | None:
+        loop = self.plan.pipeline and self.plan.pipeline.megatron
+        return MegatronPipelinedSteps(self.job, loop, self.builder, self.runtimes) if loop else None
 
     def program(self) -> TrainingProgram:
         cold, steady = (self._step(cold=cold) for cold in (True, False))
@@ -90,7 +88,9 @@ class _Lowering:
     def _step(self, *, cold: bool) -> Node:
         """First micro-batch, the second and the last where they differ, those between them; then the optimizer."""
         if self._pipelined is not None:
-            return Seq((*self._pipelined.step(cold=cold), *self._optimizer(), *self._pipelined.end_step()))
+            return Seq((*self._pipelined.step(cold=cold), *self._optimizer()))
+        if self._megatron is not None:
+            return Seq((*self._megatron.step(cold=cold), *self._optimizer(), *self._megatron.end_step()))
         count = self.training.gradient_accumulation
         parts = [self._turn(Turn(cold, first=True, last=count == 1))]
         if count > 1 and cold and self._second_differs:

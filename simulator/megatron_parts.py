@@ -13,26 +13,26 @@ import attrs
 from hardware.dtypes import FP32, INT32, DType
 from simulator.graph import Storage
 from simulator.held import Thing, Variables
+from simulator.megatron_chunk import ChunkBackward, ChunkForward, ChunkMicroBatch
 from simulator.pipeline import MegatronLoop
 from simulator.program import Node, TreeBuilder
 from simulator.recorder import Recorder, Step
 from simulator.roles import Phase, Role
 from simulator.runtime import Job, Runtime, Turn, buffer
 from simulator.sizes import AnySize, size_of
-from simulator.stage_micro_batch import StageBackward, StageForward, StageMicroBatch
 
 
 @attrs.frozen(eq=False)
 class _Forward:
     model: Node
     loss: Node | None
-    recorded: StageForward
+    recorded: ChunkForward
 
 
 @attrs.frozen(eq=False)
 class _Backward:
     node: Node
-    recorded: StageBackward
+    recorded: ChunkBackward
 
 
 class MegatronParts:
@@ -57,7 +57,7 @@ class MegatronParts:
         self._builder = builder
         self._runtimes = runtimes
         self._stages = job.graph.stages
-        self._micro_batch = StageMicroBatch(job, runtimes)
+        self._micro_batch = ChunkMicroBatch(job, runtimes)
         self._forwards: dict[int, _Forward] = {}
         self._backwards: dict[tuple[int, bool], _Backward] = {}
         self._made: dict[tuple[str, int | None], Storage] = {}
@@ -74,7 +74,7 @@ class MegatronParts:
             runtime.begin_forward(Turn(cold, first=True, last=False))
         if self._job.recorder.steps:
             self.parts.append(self._builder.tree(self._job.recorder.steps))
-        tokens = self._storage("total_num_tokens", None, size_of((), INT32.bits), INT32, Role.INPUT)
+        tokens = self._storage("total_num_tokens", None, size_of((), INT32.bits), INT32, Role.LOSS_HEAD)
         self.variables.bind("total_num_tokens", self._allocate(tokens, Phase.FORWARD))
 
     # memory of the loop's own --------------------------------------------------------------------------------------
@@ -148,7 +148,7 @@ class MegatronParts:
         return output
 
     def _lower_forward(self, number: int) -> _Forward:
-        recorded = self._micro_batch.forward_stage(number)
+        recorded = self._micro_batch.forward_chunk(number)
         loss = self._builder.tree(recorded.loss) if recorded.loss else None
         return _Forward(self._builder.tree(recorded.model), loss, recorded)
 
@@ -172,10 +172,10 @@ class MegatronParts:
         self.variables.keep(received, gradient)
         return gradient
 
-    def _run_backward(self, number: int) -> StageBackward:
+    def _run_backward(self, number: int) -> ChunkBackward:
         key = number, self._new[number]
         if key not in self._backwards:
-            recorded = self._micro_batch.backward_stage(number, self._forwards[number].recorded.after)
+            recorded = self._micro_batch.backward_chunk(number, self._forwards[number].recorded.after)
             self._backwards[key] = _Backward(self._builder.tree(recorded.steps), recorded)
         self._new[number] = False
         self.parts.append(self._backwards[key].node)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from hardware.errors import UnsupportedError
-from simulator.megatron_loops import Interleaved, without_interleaving
+from simulator.megatron_interleaved import Interleaved
+from simulator.megatron_one_chunk import without_interleaving
 from simulator.megatron_parts import MegatronParts
-from simulator.pipeline import MegatronLoop, Pipeline
+from simulator.pipeline import MegatronLoop
 from simulator.plan import Plan
 from simulator.program import Node, Occurrence, TreeBuilder
 from simulator.runtime import Job, Runtime
@@ -18,30 +19,24 @@ class MegatronPipelinedSteps:
 
     Args:
         job: the rank.
-        pipeline: its chunks and the order of its actions.
-        loop: how its loop runs them.
+        loop: the order of its actions, and how they are run.
         builder: makes trees of recorded steps.
         runtimes: what wraps the chunks.
     """
 
-    def __init__(
-        self, job: Job, pipeline: Pipeline, loop: MegatronLoop, builder: TreeBuilder, runtimes: Sequence[Runtime]
-    ) -> None:
+    def __init__(self, job: Job, loop: MegatronLoop, builder: TreeBuilder, runtimes: Sequence[Runtime]) -> None:
         _check(job.plan)
-        self._pipeline = pipeline
         self._loop = loop
         self._micro_batches = job.plan.training.gradient_accumulation
         self._run = MegatronParts(job, loop, builder, runtimes)
-        self._steps = 0
 
     def step(self, *, cold: bool) -> Sequence[Node]:
         """Zeroed gradients and all micro-batches; inputs of the last ones stay in their blocks, with gradients."""
         self._run.begin_step(cold=cold)
-        chunks = len(self._pipeline.chunks)
-        if chunks == 1:
+        if self._loop.chunks == 1:
             without_interleaving(self._run, self._loop, self._micro_batches)
         else:
-            Interleaved(self._run, self._loop, self._pipeline.order, chunks).run()
+            Interleaved(self._run, self._loop).run()
         self._run.variables.drop("total_num_tokens")
         return self._numbered()
 

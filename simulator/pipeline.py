@@ -55,6 +55,10 @@ class Chunk:
 class MegatronLoop:
     """How Megatron-LM's own loop runs the order (megatron/core/pipeline_parallel/schedules.py)."""
 
+    order: tuple[Action, ...]
+    """The rank's forwards and backwards."""
+    chunks: int
+    """How many of the model the rank has."""
     rank: int
     """The pipeline rank."""
     ranks: int

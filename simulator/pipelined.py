@@ -128,10 +128,6 @@ class PipelinedSteps:
             self._parts += [self._merged(stage.output) for stage in self._stages if stage.loss is not None]
         return [Occurrence(number, part) for number, part in enumerate(self._parts)]
 
-    def end_step(self) -> Sequence[Node]:
-        """What goes after the optimizer: nothing."""
-        return ()
-
     def _drop(self, *variables: str) -> None:
         """`variables` go, whatever the stage and micro-batch."""
         for name in [name for name in self._names if name[0] in variables]:

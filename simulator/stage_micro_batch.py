@@ -13,7 +13,7 @@ from simulator.graph import Op, Storage, Tensor
 from simulator.micro_batch import AfterForward, MicroBatch
 from simulator.recorder import Recorder, Step
 from simulator.roles import Phase
-from simulator.runtime import Job, Runtime
+from simulator.runtime import Job
 from simulator.split_backward import InputBackward, Split, WeightBackward
 
 Part = TypeVar("Part", InputBackward, WeightBackward)
@@ -49,23 +49,18 @@ class StageMicroBatch(MicroBatch):
     Source: torch 2.13 torch/distributed/pipelining/stage.py `forward_one_chunk`, `backward_one_chunk`.
     """
 
-    def __init__(self, job: Job, runtimes: Sequence[Runtime] = ()) -> None:
-        super().__init__(job, runtimes)
+    def __init__(self, job: Job) -> None:
+        super().__init__(job)
 
     def forward_stage(self, number: int) -> StageForward:
-        """The steps of forward through the rank's stage `number`; an end of the model takes the batch, if there is one."""
+        """The steps of forward through the rank's stage `number`."""
         stage = self.graph.stages[number]
         self.recorder = self._job.recorder = Recorder()
-        batch = [t.storage for t in self.graph.inputs] if stage.received is None or stage.loss is not None else []
-        if batch:
-            self._begin()
         self.recorder.phase = Phase.FORWARD
         assert stage.output is not None
         held = {stage.output.storage, stage.loss.storage if stage.loss else None}
         border = stage.end_op if stage.loss_op is None else stage.loss_op
         self._run_ops(range(stage.first_op, border), held)
-        for storage in batch:
-            self.recorder.release(storage)
         count = len(self.recorder.steps)
         self._run_ops(range(border, stage.end_op), held)
         steps = self.recorder.steps
@@ -74,7 +69,7 @@ class StageMicroBatch(MicroBatch):
     def backward_stage(self, number: int, after: AfterForward) -> StageBackward:
         """The steps of a full backward (`stage_backward`), from the loss or from the gradient that was received."""
         self._go_on(after)
-        engine = self._autograd(self._runtimes)
+        engine = self._autograd(())
         self._run_engine(engine, number)
         for storage in self._checkpoints.bound():
             self.recorder.release(storage)
@@ -99,7 +94,7 @@ class StageMicroBatch(MicroBatch):
 
     def _go_on(self, after: AfterForward) -> None:
         self.recorder = self._job.recorder = after.recorder.fork()
-        self._checkpoints.begin(self.recorder, self._runtimes)
+        self._checkpoints.begin(self.recorder, ())
         self.recorder.phase = Phase.BACKWARD
 
     def _run_engine(self, engine: Autograd, number: int) -> None:

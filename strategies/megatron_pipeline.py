@@ -61,7 +61,13 @@ class MegatronPipeline:
         parts = cut(attrs.evolve(plan, model=attrs.evolve(plan.model, tied_embeddings=False)))
         assert parts.pipeline is not None
         loop = MegatronLoop(
-            self.rank, ranks, made.group, self.overlap_p2p_comm and self.chunks > 1, self.deallocate_pipeline_outputs
+            order=tuple(order),
+            chunks=self.chunks,
+            rank=self.rank,
+            ranks=ranks,
+            group=made.group,
+            overlap_p2p_comm=self.overlap_p2p_comm,
+            deallocate_pipeline_outputs=self.deallocate_pipeline_outputs,
         )
         return attrs.evolve(parts, pipeline=attrs.evolve(parts.pipeline, whole=plan.model, megatron=loop))
 

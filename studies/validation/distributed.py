@@ -26,6 +26,7 @@ from strategies.tensor_parallel import TensorParallel
 from strategies.zero_redundancy import ZeroRedundancy
 from studies.validation.liger_switches import liger_of
 from studies.validation.recorded_ddp import RecordedDdp
+from studies.validation.recorded_megatron import recorded_megatron
 from studies.validation.recorded_pipeline import recorded_pipeline
 
 #: The oracle's names of models: layers, hidden, feed-forward width, heads, key heads, vocabulary, tied embeddings.
@@ -86,6 +87,8 @@ def distributed_case(line: Mapping[str, Any]) -> Case:
     """
     config = line["config"]
     kind = config.get("kind")
+    if kind == "megatron_pp":
+        return Case(*recorded_megatron(config))
     if kind not in _KINDS:
         raise UnsupportedError(f"kind {json.dumps(kind)} is not simulated yet, only {', '.join(_KINDS)}")
     known, parallelise = _KINDS[kind]

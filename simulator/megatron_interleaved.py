@@ -1,95 +1,17 @@
-"""Megatron-LM's loops over micro-batches, one Python variable after the other.
+"""Megatron-LM's loop over micro-batches on several chunks of the model, one Python variable after the other.
 
 Source: megatron-core 0.16 megatron/core/pipeline_parallel/schedules.py
-`forward_backward_pipelining_without_interleaving`, `forward_backward_pipelining_with_interleaving`.
-Technique: Narayanan et al., arXiv:2006.09503 and arXiv:2104.04473.
+`forward_backward_pipelining_with_interleaving`. Technique: Narayanan et al., arXiv:2104.04473.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from simulator.held import Thing
+from simulator.held import HeldList, Thing
 from simulator.megatron_parts import MegatronParts
-from simulator.pipeline import BACKWARD, FORWARD, Action, MegatronLoop
+from simulator.pipeline import BACKWARD, FORWARD, MegatronLoop
 
 #: Variables of `forward_backward_helper_wrapper`, which runs a forward, a backward or both.
 _FORWARD, _BACKWARD = "forward_output_tensor", "backward_input_tensor_grad"
-
-
-class _List:
-    """A list that holds what is in it; nothing, too, has a place in it."""
-
-    def __init__(self, run: MegatronParts) -> None:
-        self._variables = run.variables
-        self._items: list[Thing | None] = []
-        self.popped = 0
-
-    def __len__(self) -> int:
-        return len(self._items)
-
-    def append(self, item: Thing | None) -> None:
-        if item is not None:
-            self._variables.hold(item)
-        self._items.append(item)
-
-    def at(self, index: int) -> Thing | None:
-        """The item that was appended as the `index`-th."""
-        return self._items[index - self.popped]
-
-    def pop_into(self, name: str) -> Thing | None:
-        """``name = list.pop(0)``."""
-        item = self._items.pop(0)
-        self.popped += 1
-        self._variables.bind(name, item)
-        if item is not None:
-            self._variables.release(item)
-        return item
-
-
-def without_interleaving(run: MegatronParts, loop: MegatronLoop, micro_batches: int) -> None:
-    """1F1B on the rank's one chunk."""
-    bind, inputs, outputs = run.variables.bind, _List(run), _List(run)
-    ahead = min(loop.ranks - loop.rank - 1, micro_batches)
-
-    def receive() -> None:
-        bind("input_tensor", run.receive_forward(0))
-
-    def forward(micro_batch: int) -> Thing:
-        output = run.forward(0, micro_batch, run.variables.bound("input_tensor"))
-        bind("output_tensor", output)
-        return output
-
-    def remember(output: Thing) -> None:
-        inputs.append(run.variables.bound("input_tensor"))
-        outputs.append(output)
-        run.deallocate(0, output)
-
-    def backward() -> None:
-        received = run.variables.bound("input_tensor")
-        bind("input_tensor_grad", run.backward(0, received, scaled=False))
-
-    def pop() -> None:
-        inputs.pop_into("input_tensor")
-        outputs.pop_into("output_tensor")
-
-    for micro_batch in range(ahead):
-        receive()
-        remember(forward(micro_batch))
-    if micro_batches > ahead:
-        receive()
-    for micro_batch in range(ahead, micro_batches):
-        output = forward(micro_batch)
-        bind("output_tensor_grad", run.receive_backward(0))
-        remember(output)
-        pop()
-        backward()
-        bind("input_tensor", None if micro_batch == micro_batches - 1 else run.receive_forward(0))
-    for _ in range(ahead):
-        pop()
-        bind("output_tensor_grad", run.receive_backward(0))
-        backward()
-    run.variables.drop("input_tensor", "output_tensor", "output_tensor_grad", "input_tensor_grad")
 
 
 class Interleaved:
@@ -97,18 +19,18 @@ class Interleaved:
 
     Args:
         run: makes the parts.
-        loop: which rank it is, and how it communicates.
-        order: the rank's forwards and backwards (`get_schedule_table`).
-        chunks: how many the rank has.
+        loop: which rank it is, its order of forwards and backwards (`get_schedule_table`), how it communicates.
     """
 
-    def __init__(self, run: MegatronParts, loop: MegatronLoop, order: Sequence[Action], chunks: int) -> None:
+    def __init__(self, run: MegatronParts, loop: MegatronLoop) -> None:
         self._run = run
         self._loop = loop
-        self._chunks = chunks
-        self._forwards = [action for action in order if action.kind == FORWARD]
-        self._backwards = [action for action in order if action.kind == BACKWARD]
-        self._inputs, self._outputs, self._gradients = ([_List(run) for _ in range(chunks)] for _ in range(3))
+        self._chunks = chunks = loop.chunks
+        self._forwards = [action for action in loop.order if action.kind == FORWARD]
+        self._backwards = [action for action in loop.order if action.kind == BACKWARD]
+        self._inputs, self._outputs, self._gradients = (
+            [HeldList(run.variables) for _ in range(chunks)] for _ in range(3)
+        )
         ahead = (loop.ranks - loop.rank - 1) * 2 + (chunks - 1) * loop.group
         self._total = len(self._forwards)
         self._ahead = min(ahead, self._total)
