@@ -51,6 +51,7 @@ class Interleaved:
         """All three phases; then the variables go out of scope."""
         self._warm_up()
         for k in range(self._total - self._ahead):
+            self._run.turns.append(len(self._run.parts))
             (self._overlapped_turn if self._loop.overlap_p2p_comm else self._turn)(k)
         self._deallocate()
         self._cool_down()

@@ -43,6 +43,7 @@ def without_interleaving(run: MegatronParts, loop: MegatronLoop, micro_batches: 
     if micro_batches > ahead:
         receive()
     for micro_batch in range(ahead, micro_batches):
+        run.turns.append(len(run.parts))
         output = forward(micro_batch)
         bind("output_tensor_grad", run.receive_backward(0))
         remember(output)

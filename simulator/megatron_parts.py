@@ -47,11 +47,13 @@ class MegatronParts:
     Attributes:
         variables: what the loop and the model's chunks hold.
         parts: of the program, so far.
+        turns: where in `parts` the forward and the backward of one turn begin.
     """
 
     def __init__(self, job: Job, loop: MegatronLoop, builder: TreeBuilder, runtimes: Sequence[Runtime]) -> None:
         self.variables = Variables(self._free)
         self.parts: list[Node] = []
+        self.turns: list[int] = []
         self._job = job
         self._loop = loop
         self._builder = builder
@@ -66,7 +68,7 @@ class MegatronParts:
 
     def begin_step(self, *, cold: bool) -> None:
         """``zero_grad``; then the loop counts tokens on the device (``total_num_tokens``)."""
-        self.parts = []
+        self.parts, self.turns = [], []
         standing = not cold and self._job.plan.training.zero_grad == "zero"
         self._new = dict.fromkeys(range(len(self._stages)), not standing)
         self._job.recorder = Recorder()

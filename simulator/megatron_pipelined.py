@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from hardware.errors import UnsupportedError
 from simulator.megatron_interleaved import Interleaved
@@ -10,7 +11,7 @@ from simulator.megatron_one_chunk import without_interleaving
 from simulator.megatron_parts import MegatronParts
 from simulator.pipeline import MegatronLoop
 from simulator.plan import Plan
-from simulator.program import Node, Occurrence, TreeBuilder
+from simulator.program import Node, Occurrence, Seq, TreeBuilder
 from simulator.runtime import Job, Runtime
 
 
@@ -28,6 +29,7 @@ class MegatronPipelinedSteps:
         _check(job.plan)
         self._loop = loop
         self._micro_batches = job.plan.training.gradient_accumulation
+        self._rounds: dict[tuple[Node, ...], Seq] = {}
         self._run = MegatronParts(job, loop, builder, runtimes)
 
     def step(self, *, cold: bool) -> Sequence[Node]:
@@ -38,16 +40,27 @@ class MegatronPipelinedSteps:
         else:
             Interleaved(self._run, self._loop).run()
         self._run.variables.drop("total_num_tokens")
-        return self._numbered()
+        return self._in_rounds()
 
     def end_step(self) -> Sequence[Node]:
         """``train_step`` returns after the optimizer, and with it go the losses it was given."""
         self._run.parts = []
         self._run.variables.drop(*(("forward_data_store", number) for number in range(self._micro_batches)))
-        return self._numbered()
+        return _numbered(self._run.parts)
 
-    def _numbered(self) -> list[Node]:
-        return [Occurrence(number, part) for number, part in enumerate(self._run.parts)]
+    def _in_rounds(self) -> Sequence[Node]:
+        """The parts; a round of turns through all chunks that runs like another is the same node, folded once."""
+        parts, turns = self._run.parts, self._run.turns
+        starts = [0, *turns[:: self._loop.chunks * self._loop.group if self._loop.chunks > 1 else 1], len(parts)]
+        rounds = []
+        for start, end in pairwise(starts):
+            alike = tuple(parts[start:end])
+            rounds.append(self._rounds.setdefault(alike, Seq(tuple(_numbered(alike)))))
+        return _numbered(rounds)
+
+
+def _numbered(parts: Sequence[Node]) -> list[Node]:
+    return [Occurrence(number, part) for number, part in enumerate(parts)]
 
 
 def _check(plan: Plan) -> None:
