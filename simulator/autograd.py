@@ -364,8 +364,9 @@ class Autograd:
             self.recorder.release(gradient.storage)
         else:
             self._keep_gradient(parameter, gradient)
-        for runtime in self._runtimes if parameter in self.gradients else ():
-            runtime.accumulated(parameter)
+        if parameter.role is not Role.RECEIVED:  # no framework wraps what another stage sent
+            for runtime in self._runtimes:
+                runtime.accumulated(parameter)
 
     def _keep_gradient(self, parameter: Storage, gradient: Tensor) -> None:
         gradient = gradient if self._weights_are_views else self._owned(gradient)
