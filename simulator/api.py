@@ -6,12 +6,12 @@ import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from simulator.lowering import lower
+from simulator.lowering import lower, lower_ranks
 from simulator.mesh import Mesh
 from simulator.model import ModelSpec
 from simulator.plan import Strategy, apply, make_plan
 from simulator.reading import read_model
-from simulator.report import Report
+from simulator.report import Folding, Report
 from simulator.workload import Training
 
 
@@ -43,6 +43,30 @@ def simulate(
     with _paused_collection():
         plan = apply(make_plan(spec, training or Training(), mesh=mesh, rank=rank), strategies)
         return Report(plan, lower(plan))
+
+
+def simulate_ranks(
+    model: ModelSpec, training: Training, ranks: Sequence[Sequence[Strategy]], *, mesh: Mesh | None = None
+) -> list[Report]:
+    """Like `simulate`, for several ranks of a pipeline: what they have in common is lowered and folded once.
+
+    Args:
+        model: the whole model.
+        training: the workload.
+        ranks: of each rank, all strategies in order; those of pipelines differ.
+        mesh: degrees of parallelism.
+
+    Returns:
+        A report of each rank.
+    """
+    with _paused_collection():
+        plans = [apply(make_plan(model, training, mesh=mesh), strategies) for strategies in ranks]
+        foldings: dict[int, Folding] = {}
+        reports = []
+        for plan, program in zip(plans, lower_ranks(plans), strict=True):
+            # ranks whose parts are the same load the same
+            reports.append(Report(plan, program, foldings.setdefault(id(program.load), Folding())))
+        return reports
 
 
 @contextmanager

@@ -11,6 +11,7 @@ so depth and number of micro-batches cost nothing. Bytes enter last, as ints, ar
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -24,6 +25,8 @@ from simulator.roles import Role
 from simulator.sizes import AnySize, Bindings, Value
 
 Counts = npt.NDArray[np.int64]
+#: The largest bytes of some candidates, and which of them it is; without any, less than all others.
+Top = tuple[int | float, int]
 #: A column of a linear form.
 Column = tuple[Role, AnySize]
 
@@ -67,21 +70,30 @@ class Folded:
         Args:
             known: what parts of this program cost at these prices, found before; filled here.
         """
-        if any(hasattr(price, "free_symbols") for price in prices):
-            stacked = np.array(prices, dtype=object)
-        else:
-            stacked = np.stack(np.broadcast_arrays(*prices))
-            largest = int(stacked.max(initial=0)) * (int(np.abs(self.start).sum()) + self.rows.largest)
-            if largest > np.iinfo(np.int64).max:  # numpy would wrap around in silence
-                stacked = stacked.astype(object)
+        stacked = self._stacked(prices)
         return self.rows.bytes(stacked, {} if known is None else known) + _priced(self.start, stacked)
 
-    def peak(self, prices: list[Value], known: dict[int, Any] | None = None) -> Peak:
-        """The largest candidate for integer `prices`; the first one on a tie. See `bytes`."""
-        values = self.bytes(prices, known)
-        index = int(np.argmax(values))
-        location, counts = self.rows.candidate(index)
-        return Peak(int(values[index]), location, self._by_role(_widen(counts, len(self.start)) + self.start, prices))
+    def _stacked(self, prices: list[Value]) -> Any:
+        """Prices as one array, wide enough for what they are multiplied with."""
+        if any(hasattr(price, "free_symbols") for price in prices):
+            return np.array(prices, dtype=object)
+        stacked = np.stack(np.broadcast_arrays(*prices))
+        largest = int(stacked.max(initial=0)) * (int(np.abs(self.start).sum()) + self.rows.largest)
+        # numpy would wrap around in silence
+        return stacked.astype(object) if largest > np.iinfo(np.int64).max else stacked
+
+    def peak(self, prices: list[Value], known: dict[int, Top] | None = None) -> Peak:
+        """The largest candidate for integer `prices`; the first one on a tie.
+
+        Args:
+            known: the largest candidates of parts of this program at these prices, found before; filled here.
+        """
+        stacked = self._stacked(prices)
+        known = {} if known is None else known
+        value, _ = self.rows.top(stacked, known)
+        location, counts = self.rows.candidate(known)
+        nbytes = int(value) + int(_priced(self.start, stacked))
+        return Peak(nbytes, location, self._by_role(_widen(counts, len(self.start)) + self.start, prices))
 
     def left(self, prices: list[Value]) -> int:
         """Bytes left allocated at the end."""
@@ -129,8 +141,16 @@ class _Straight:
             found = known[id(self)] = _priced(self.table, prices)
         return found
 
-    def candidate(self, index: int) -> tuple[Location, Counts]:
-        """Where a candidate is, and its counts."""
+    def top(self, prices: Any, known: dict[int, Top]) -> Top:
+        """Bytes and number of the largest candidate; `known` has those of parts seen before."""
+        found = known.get(id(self))
+        if found is None:
+            found = known[id(self)] = _largest(_priced(self.table, prices))
+        return found
+
+    def candidate(self, known: dict[int, Top]) -> tuple[Location, Counts]:
+        """Where the largest candidate is, and its counts."""
+        index = known[id(self)][1]
         return Location(self.steps[index]), self.table[index]
 
 
@@ -144,8 +164,8 @@ class _Joined:
     """One row per part."""
     largest: int
     """No candidate counts more storages, allocated and freed ones together."""
-    iterations: tuple[int, ...] = ()
-    """Of a repeat, the iteration of each part."""
+    iterations: tuple[int | None, ...] = ()
+    """Of a repeat, the iteration of each part; of others, the part's number where it has one."""
 
     def __len__(self) -> int:
         return sum(map(len, self.parts))
@@ -160,16 +180,22 @@ class _Joined:
             found = known[id(self)] = np.concatenate([nothing, *priced])
         return found
 
-    def candidate(self, index: int) -> tuple[Location, Counts]:
-        """Where a candidate is, and its counts."""
-        for number, part in enumerate(self.parts):
-            if index < len(part):
-                location, counts = part.candidate(index)
-                if self.iterations:
-                    location = Location(location.step, (self.iterations[number], *location.iterations))
-                return location, _widen(counts, self.starts.shape[1]) + self.starts[number]
-            index -= len(part)
-        raise AssertionError("no such candidate")
+    def top(self, prices: Any, known: dict[int, Top]) -> Top:
+        """Bytes of the largest candidate and the number of its part; `known` has those of parts seen before."""
+        found = known.get(id(self))
+        if found is None:
+            tops = [part.top(prices, known)[0] for part in self.parts]
+            found = known[id(self)] = _largest(_priced(self.starts, prices), tops)
+        return found
+
+    def candidate(self, known: dict[int, Top]) -> tuple[Location, Counts]:
+        """Where the largest candidate is, and its counts."""
+        number = known[id(self)][1]
+        location, counts = self.parts[number].candidate(known)
+        iteration = self.iterations[number] if self.iterations else None
+        if iteration is not None:
+            location = Location(location.step, (iteration, *location.iterations))
+        return location, _widen(counts, self.starts.shape[1]) + self.starts[number]
 
 
 _Rows = _Straight | _Joined
@@ -198,11 +224,11 @@ class Folder:
     def _fold_inner(self, node: Seq | Repeat | Walk | Occurrence) -> _Rows:
         if isinstance(node, Repeat):
             return _repeat(self._fold(node.body), node.count)
-        if isinstance(node, Occurrence):
-            body = self._fold(node.body)
-            return _sequence([body], len(self._index), (node.number,))
-        if isinstance(node, Seq):
-            return _sequence([self._fold(part) for part in node.parts], len(self._index))
+        if isinstance(node, (Seq, Occurrence)):
+            parts = node.parts if isinstance(node, Seq) else (node,)
+            numbers = tuple([part.number if isinstance(part, Occurrence) else None for part in parts])
+            inside = [self._fold(part.body if isinstance(part, Occurrence) else part) for part in parts]
+            return _sequence(inside, len(self._index), numbers)
         bodies = [self._fold(leaf) for leaf, _ in node.parts]
         return _sequence(bodies, len(self._index), tuple(range(len(bodies))))
 
@@ -265,7 +291,16 @@ def _priced(counts: Counts, prices: Any) -> Any:
     return counts.dot(among) if among.ndim == 1 else np.tensordot(counts, among, axes=1)
 
 
-def _sequence(parts: Sequence[_Rows], width: int, iterations: tuple[int, ...] = ()) -> _Joined:
+def _largest(values: Any, more: Sequence[int | float] = ()) -> Top:
+    """The largest of `values` (each with so many `more`), the first on a tie."""
+    if not len(values):
+        return -math.inf, 0
+    added = [value + each for value, each in zip(values.tolist(), more, strict=True)] if more else values.tolist()
+    largest = max(added)
+    return largest, added.index(largest)
+
+
+def _sequence(parts: Sequence[_Rows], width: int, iterations: tuple[int | None, ...] = ()) -> _Joined:
     starts = np.zeros((len(parts) + 1, width), dtype=np.int64)
     for index, part in enumerate(parts):
         starts[index + 1, : len(part.net)] = part.net
@@ -273,7 +308,7 @@ def _sequence(parts: Sequence[_Rows], width: int, iterations: tuple[int, ...] = 
     return _joined(starts[-1], parts, starts[:-1], iterations)
 
 
-def _joined(net: Counts, parts: Sequence[_Rows], starts: Counts, iterations: tuple[int, ...]) -> _Joined:
+def _joined(net: Counts, parts: Sequence[_Rows], starts: Counts, iterations: tuple[int | None, ...]) -> _Joined:
     before: list[int] = np.abs(starts).sum(axis=1).tolist()
     largest = max([0, *(count + part.largest for count, part in zip(before, parts, strict=True))])
     return _Joined(net, tuple(parts), starts, largest, iterations)

@@ -16,13 +16,16 @@ from simulator.optimizer_in_backward import OptimizerInBackward
 from simulator.optimizers import optimizers
 from simulator.optimizers.clipping import clip_gradient_norm
 from simulator.optimizers.step import OptimizerStep, Parameter, Surroundings
+from simulator.pipeline import Pipeline
+from simulator.pipeline_limits import check_pipeline
 from simulator.pipelined import PipelinedSteps
 from simulator.plan import TRAINABLE_TENSORS, Plan
 from simulator.program import Node, Repeat, Seq, TreeBuilder
 from simulator.recorder import Step
 from simulator.roles import Phase
-from simulator.runtime import Job, Runtime, Turn
+from simulator.runtime import Job, Runtime, StageJob, Turn
 from simulator.sizes import Bindings
+from simulator.stage_parts import StageParts
 from simulator.workload import ONE_DEVICE, WHOLE_WEIGHTS
 
 
@@ -38,18 +41,55 @@ class TrainingProgram:
 
 def lower(plan: Plan) -> TrainingProgram:
     """The program of `plan`: load the model, one cold and one steady optimizer step."""
-    return _Lowering(plan).program()
+    return _Lowering(plan).program(plan.pipeline)
+
+
+def lower_ranks(plans: Sequence[Plan]) -> list[TrainingProgram]:
+    """The programs of a pipeline's ranks; those that differ in the order of their actions alone share their parts."""
+    known: list[_Lowering] = []
+    programs = []
+    for plan in plans:
+        lowering = next((each for each in known if _same_parts(each.plan, plan)), None)
+        if lowering is None:
+            lowering = _Lowering(plan)
+            known.append(lowering)
+        programs.append(lowering.program(plan.pipeline))
+    return programs
+
+
+def _same_parts(one: Plan, other: Plan) -> bool:
+    """Whether plans of two ranks are equal but for which stages they have, and when they run."""
+    if (
+        one.pipeline is None
+        or other.pipeline is None
+        or one.pipeline.megatron
+        or not one.pipeline.runs_like(other.pipeline)
+    ):
+        return False
+    return attrs.astuple(attrs.evolve(one, pipeline=None), recurse=False) == attrs.astuple(
+        attrs.evolve(other, pipeline=None), recurse=False
+    )
 
 
 class _Lowering:
     def __init__(self, plan: Plan) -> None:
+        by_torch = plan.pipeline is not None and plan.pipeline.megatron is None
+        if by_torch:
+            check_pipeline(plan)
         self.plan = plan
         self.training = plan.training
         self.builder = TreeBuilder(plan.layout)
         self.job = Job(plan)
         self._states: dict[tuple[Storage, str], Storage] = {}
         self._constructed: list[Step] = []
-        self.runtimes: list[Runtime] = [hooks.start(self.job) for hooks in plan.hooks]
+        stages = (
+            [StageJob(self.job, number) for number in range(len(self.job.graph.stages))]
+            if plan.hooks and by_torch
+            else []
+        )
+        by_stage = [[hooks.start(job) for hooks in plan.hooks] for job in stages]
+        in_stages = [runtime for each in by_stage for runtime in each]
+        self.runtimes: list[Runtime] = in_stages or [hooks.start(self.job) for hooks in plan.hooks]
         if self.training.optimizer_in_backward:
             if plan.hooks or plan.tensor_parallel:
                 raise UnsupportedError("'optimizer_in_backward' with a strategy is not modelled: leave one of them out")
@@ -65,8 +105,9 @@ class _Lowering:
         self._first_differs = any(runtime.first_differs for runtime in self.runtimes)
         self._last_differs = any(runtime.last_differs for runtime in self.runtimes)
         self._megatron = self._megatron_steps()
-        ours = plan.pipeline if self._megatron is None else None
-        self._pipelined = PipelinedSteps(self.job, ours, self.builder) if ours else None
+        self._stages = StageParts(self.job, self.builder, by_stage) if by_torch else None
+        self._optimizer_nodes: dict[bool, list[Node]] = {}
+        self._load_node: Node | None = None
         self._micro_batch = MicroBatch(self.job, self.runtimes)
         self._forwards: dict[tuple[bool, ...], tuple[Node, AfterForward]] = {}
         self._turns: dict[tuple[bool, ...], Node] = {}
@@ -75,10 +116,26 @@ class _Lowering:
         loop = self.plan.pipeline and self.plan.pipeline.megatron
         return MegatronPipelinedSteps(self.job, loop, self.builder, self.runtimes) if loop else None
 
-    def program(self) -> TrainingProgram:
-        cold, steady = (self._step(cold=cold) for cold in (True, False))
-        load = self.builder.tree([*self._load(), *self._constructed])  # an optimizer's constructor runs last
-        return TrainingProgram(load, cold, steady, self.plan.dimensions.bindings)
+    def program(self, pipeline: Pipeline | None) -> TrainingProgram:
+        """The program of the plan, or of one like it that has a `pipeline` of its own."""
+        cold: Node
+        steady: Node
+        if pipeline is not None and self._stages is not None:
+            steps = PipelinedSteps(self._stages, pipeline)
+            cold, steady = (Seq((*steps.step(cold=cold), *self._optimizer_of(cold=cold))) for cold in (True, False))
+        else:
+            cold, steady = (self._step(cold=cold) for cold in (True, False))
+        if self._load_node is None:
+            load = self.builder.tree([*self._load(), *self._constructed])  # an optimizer's constructor runs last
+            self._load_node = Seq((load, *self._stages.load)) if self._stages else load
+        return TrainingProgram(self._load_node, cold, steady, self.plan.dimensions.bindings)
+
+    def _optimizer_of(self, *, cold: bool) -> list[Node]:
+        if cold not in self._optimizer_nodes:
+            assert self._stages is not None
+            self.job.gradients = self._stages.gradients()
+            self._optimizer_nodes[cold] = self._optimizer()
+        return self._optimizer_nodes[cold]
 
     def _load(self) -> list[Step]:
         graph = self.job.graph
@@ -87,8 +144,6 @@ class _Lowering:
 
     def _step(self, *, cold: bool) -> Node:
         """First micro-batch, the second and the last where they differ, those between them; then the optimizer."""
-        if self._pipelined is not None:
-            return Seq((*self._pipelined.step(cold=cold), *self._optimizer()))
         if self._megatron is not None:
             return Seq((*self._megatron.step(cold=cold), *self._optimizer(), *self._megatron.end_step()))
         count = self.training.gradient_accumulation

@@ -14,6 +14,8 @@ from simulator.model import ModelSpec
 MICRO_BATCHES = "micro_batches"
 #: Forward, full backward, backward for the inputs alone, and later for the weights (torch's letters).
 FORWARD, BACKWARD, BACKWARD_INPUT, BACKWARD_WEIGHT = "F", "B", "I", "W"
+#: The weights of a stage are gathered, or freed again, where they are sharded.
+UNSHARD, RESHARD = "unshard", "reshard"
 
 
 @attrs.frozen
@@ -29,6 +31,31 @@ class Action:
     kind: str
     micro_batch: int
     chunk: int = 0
+
+    def later(self, micro_batches: int) -> Action:
+        """The same, so many micro-batches further on."""
+        return Action(self.kind, self.micro_batch + micro_batches, self.chunk) if micro_batches else self
+
+
+@attrs.frozen
+class Turns:
+    """Actions that a rank runs `count` times, one turn after the other; it goes on as after the first turn.
+
+    The micro-batches of the further turns have no numbers: what comes later is numbered as if they were not there.
+    """
+
+    actions: tuple[Action, ...]
+    count: int
+
+    @property
+    def balanced(self) -> bool:
+        """Whether as many micro-batches end in a turn as begin in it."""
+        kinds = [action.kind for action in self.actions]
+        return kinds.count(FORWARD) == kinds.count(BACKWARD) + kinds.count(BACKWARD_WEIGHT)
+
+    def later(self, micro_batches: int) -> Turns:
+        """The same, so many micro-batches further on."""
+        return Turns(tuple(action.later(micro_batches) for action in self.actions), self.count)
 
 
 @attrs.frozen
@@ -79,7 +106,7 @@ class Pipeline:
     stages: int
     """How many stages there are."""
     chunks: tuple[Chunk, ...]
-    order: tuple[Action, ...]
+    order: tuple[Action | Turns, ...]
     runtime: str
     """The loop of torch that runs the order, one of `RUNTIMES`."""
     return_outputs: bool = False
@@ -88,9 +115,35 @@ class Pipeline:
     """Megatron-LM's loop, where that runs the order instead of one of torch's."""
 
     @property
+    def actions(self) -> list[Action]:
+        """All actions that have numbers, in order."""
+        return [a for part in self.order for a in (part.actions if isinstance(part, Turns) else (part,))]
+
+    @property
+    def numbered(self) -> int:
+        """How many micro-batches have numbers in `order`."""
+        return 1 + max((action.micro_batch for action in self.actions), default=-1)
+
+    @property
+    def splits_backward(self) -> bool:
+        """Whether a backward for inputs alone is among the actions."""
+        return any(action.kind == BACKWARD_INPUT for action in self.actions)
+
+    @property
     def layers(self) -> list[int]:
         """The rank's layers, by their number in the whole model."""
         return [layer for chunk in self.chunks for layer in chunk.layers]
+
+    def runs_like(self, other: Pipeline) -> bool:
+        """Whether another rank's stages have the same parts and neighbours; their order and numbers may differ."""
+        chunks = range(len(self.chunks))
+        return len(chunks) == len(other.chunks) and all(
+            self.stage_of(chunk) == other.stage_of(chunk)
+            and self.previous_is_here(chunk) == other.previous_is_here(chunk)
+            and self.next_is_here(chunk) == other.next_is_here(chunk)
+            and len(self.chunks[chunk].layers) == len(other.chunks[chunk].layers)
+            for chunk in chunks
+        )
 
     def stage_of(self, chunk: int) -> Stage:
         """Which ends of the model a chunk has."""

@@ -7,20 +7,27 @@ Source: torch 2.13 torch/distributed/pipelining/schedules.py `ScheduleGPipe._ste
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import attrs
 
-from hardware.errors import UnsupportedError
-from simulator.graph import Storage, Tensor
-from simulator.pipeline import BACKWARD, BACKWARD_INPUT, BACKWARD_WEIGHT, FORWARD, MICRO_BATCHES, Action, Pipeline
-from simulator.plan import Plan
-from simulator.program import Node, Occurrence, TreeBuilder
-from simulator.recorder import Step
-from simulator.roles import Phase, Role
-from simulator.runtime import Job, buffer
-from simulator.sizes import size_of
-from simulator.stage_micro_batch import StageBackward, StageForward, StageMicroBatch
+from simulator.graph import Storage
+from simulator.pipeline import (
+    BACKWARD,
+    BACKWARD_INPUT,
+    BACKWARD_WEIGHT,
+    FORWARD,
+    RESHARD,
+    UNSHARD,
+    Action,
+    Pipeline,
+    Turns,
+)
+from simulator.pipeline_gathering import with_gathering
+from simulator.program import Node, Occurrence, Repeat, Seq
+from simulator.stage_micro_batch import StageBackward
+from simulator.stage_parts import END, StageParts
+from simulator.torch_stages import Gradients
 
 #: A storage of one optimizer step and, there, of one micro-batch.
 Kept = tuple[Storage, int, int]
@@ -28,81 +35,67 @@ Kept = tuple[Storage, int, int]
 Name = tuple[str, int, int]
 #: Locals of the loop: what the last forward returned, and the gradient that is being sent.
 OUTPUT, SENT = ("output", 0, 0), ("sent", 0, 0)
-
-
-@attrs.frozen(eq=False)
-class _Forward:
-    model: Node
-    loss: Node | None
-    recorded: StageForward
-
-
-@attrs.frozen(eq=False)
-class _Backward:
-    node: Node
-    recorded: StageBackward
+#: Lists of one entry for each micro-batch, which all go at once when the next step begins.
+PILED = frozenset(("returned", "received.grad", "loss"))
 
 
 class PipelinedSteps:
     """The micro-batches of an optimizer step on one rank of a pipeline.
 
     Args:
-        job: the rank, whose residents get the buffers to receive in.
+        parts: what its stages run.
         pipeline: the rank's stages and the order of its actions.
-        builder: makes trees of recorded steps.
     """
 
-    def __init__(self, job: Job, pipeline: Pipeline, builder: TreeBuilder) -> None:
-        _check(job.plan)
-        self._job = job
+    def __init__(self, parts: StageParts, pipeline: Pipeline) -> None:
+        self._made = parts
         self._pipeline = pipeline
-        self._builder = builder
-        self._stages = job.graph.stages
-        self._micro_batch = StageMicroBatch(job)
-        self._forwards: dict[int, _Forward] = {}
-        self._backwards: dict[tuple[str, int, bool], _Backward] = {}
-        self._frees: dict[Storage, Node] = {}
+        self._stages = parts.stages
         self._holders: Counter[Kept] = Counter()
         self._names: dict[Name, Kept] = {}
         self._parts: list[Node] = []
-        self._new: dict[int, bool] = {}
+        self._gradients: dict[int, Gradients] = {}
+        self._begun: Counter[int] = Counter()
+        self._ended: Counter[int] = Counter()
+        self._numbered = pipeline.numbered
+        gathers = parts.shards_stages and pipeline.runtime == "runtime"
+        self._order = with_gathering(pipeline.order) if gathers else pipeline.order
+        self._gathers = gathers
         self._step = 0
-        self._whole_output: Node | None = None
-        self._receive_buffers()
-
-    def _receive_buffers(self) -> None:
-        """`_setup_forward_recv_info`, `_create_grad_recv_info`: one buffer per micro-batch, kept from step to step."""
-        count = self._job.plan.training.gradient_accumulation
-        for number, stage in enumerate(self._stages):
-            if stage.received is not None:
-                self._allocate("activation", number, stage.received.storage, count)
-            if stage.loss is None:
-                self._allocate("gradient", number, stage.gradient_received().storage, count)
-
-    def _allocate(self, what: str, number: int, like: Storage, count: int) -> None:
-        made = buffer(f"stage{number}.received_{what}", like.size, like.dtype, Role.RECEIVED)
-        self._job.resident = [*self._job.resident, *[made] * count]
-        for micro_batch in range(count):
-            self._name((what, number, micro_batch), (made, self._step, micro_batch))
+        self._turns: Turns | None = None
+        """What runs now, if it runs several times."""
+        self._replaces = any(pipeline.next_is_here(number) is not None for number in range(len(self._stages)))
+        """Whether what a stage hands to another replaces a buffer, or what was handed over in the step before."""
+        self._alike: dict[Name, Turns] = {}
+        """Variables that stand for those of several micro-batches."""
+        self._run = {
+            FORWARD: self._forward,
+            BACKWARD: self._backward,
+            BACKWARD_INPUT: self._backward_input,
+            BACKWARD_WEIGHT: self._backward_weight,
+            UNSHARD: self._move_weights,
+            RESHARD: self._move_weights,
+        }
+        for (what, number), made in parts.received.items():
+            for micro_batch in range(self._numbered):
+                self._name((what, number, micro_batch), (made, self._step, micro_batch))
 
     # what Python holds ---------------------------------------------------------------------------------------------
 
     def _name(self, name: Name, kept: Kept | None) -> None:
         """Bind a variable of torch's to `kept`, and drop what it was bound to: the last holder frees it."""
         old = self._names.pop(name, None)
+        turns = self._alike.pop(name, None)
         if kept is not None:
             self._names[name] = kept
             self._holders[kept] += 1
+            if self._turns is not None and name[0] in PILED:
+                self._alike[name] = self._turns
         if old is not None:
             self._holders[old] -= 1
             if not self._holders[old]:
-                self._parts.append(self._free(old[0]))
-
-    def _free(self, storage: Storage) -> Node:
-        if storage not in self._frees:
-            step = Step("free", Phase.BACKWARD, "", None, [], [storage])
-            self._frees[storage] = self._builder.tree([step])
-        return self._frees[storage]
+                once = self._made.free(old[0])
+                self._parts.append(once if turns is None else Repeat(turns.count, once, whole=self._left_whole(turns)))
 
     # the schedule --------------------------------------------------------------------------------------------------
 
@@ -110,44 +103,48 @@ class PipelinedSteps:
         """All micro-batches of a step; the first has no gradients to add to unless they were set to zero."""
         self._parts = []
         self._step += 1
-        standing = not cold and self._job.plan.training.zero_grad == "zero"
-        self._new = dict.fromkeys(range(len(self._stages)), not standing)
-        self._drop(
-            "returned", "received.grad", "loss"
-        )  # `clear_runtime_states`; and the caller has a new list of losses
-        run = {
-            FORWARD: self._forward,
-            BACKWARD: self._backward,
-            BACKWARD_INPUT: self._backward_input,
-            BACKWARD_WEIGHT: self._backward_weight,
-        }
-        for action in self._pipeline.order:
-            run[action.kind](action)
+        standing = not cold and self._made.plan.training.zero_grad == "zero"
+        self._gradients = dict.fromkeys(range(len(self._stages)), (False, standing, False))
+        self._begun, self._ended = Counter(), Counter()
+        self._drop(*PILED)  # `clear_runtime_states`; and the caller has a new list of losses
+        for action in self._order:
+            if isinstance(action, Turns):
+                self._repeat(action)
+            else:
+                self._run[action.kind](action)
         self._drop("output", "sent")
         if self._pipeline.return_outputs:
-            self._parts += [self._merged(stage.output) for stage in self._stages if stage.loss is not None]
-        return [Occurrence(number, part) for number, part in enumerate(self._parts)]
+            self._parts += [self._made.merged(stage.output) for stage in self._stages if stage.loss is not None]
+        return _occurrences(self._parts)
+
+    def _left_whole(self, turns: Turns) -> bool:
+        """Whether no turn may be left out of a timeline: each leaves more than a loss, or replaces what is there."""
+        piles_up = self._pipeline.return_outputs or any(action.kind == BACKWARD_INPUT for action in turns.actions)
+        return self._replaces or piles_up or not turns.balanced
+
+    def _repeat(self, turns: Turns) -> None:
+        before, self._parts, self._turns = self._parts, [], turns
+        for action in turns.actions:
+            self._run[action.kind](action)
+        body = Seq(tuple(_occurrences(self._parts)))
+        whole = self._left_whole(turns)
+        self._parts, self._turns = [*before, Repeat(turns.count, body, whole=whole)], None
+
+    def _move_weights(self, action: Action) -> None:
+        if self._ended[action.chunk] == self._numbered:
+            return  # they went when the stage's gradients were reduced
+        self._parts += self._made.outside(action.kind, action.chunk, self._gradients[action.chunk])
 
     def _drop(self, *variables: str) -> None:
         """`variables` go, whatever the stage and micro-batch."""
         for name in [name for name in self._names if name[0] in variables]:
             self._name(name, None)
 
-    def _merged(self, output: Tensor | None) -> Node:
-        """`merge_chunks`, after the last backward: all outputs in one tensor, of which the caller makes no use."""
-        assert output is not None
-        if self._whole_output is None:
-            size = size_of((MICRO_BATCHES, *output.dims), output.dtype.bits)
-            merged = buffer("outputs", size, output.dtype, Role.BACKWARD)
-            self._whole_output = self._builder.tree([Step("cat.default", Phase.BACKWARD, "", None, [merged], [merged])])
-        return self._whole_output
-
     def _forward(self, action: Action) -> None:
         number, micro_batch = action.chunk, action.micro_batch
         stage = self._stages[number]
-        if number not in self._forwards:
-            self._forwards[number] = self._lower_forward(number)
-        forward = self._forwards[number]
+        forward = self._made.forward(number, first=not self._begun[number] and not self._gathers)
+        self._begun[number] += 1
         self._parts.append(forward.model)
         assert stage.output is not None
         output = stage.output.storage, self._step, micro_batch
@@ -164,21 +161,20 @@ class PipelinedSteps:
         if following is not None:  # `set_local_fwd_input`
             self._name(("activation", following, micro_batch), output)
 
-    def _lower_forward(self, number: int) -> _Forward:
-        recorded = self._micro_batch.forward_stage(number)
-        loss = self._builder.tree(recorded.loss) if recorded.loss else None
-        return _Forward(self._builder.tree(recorded.model), loss, recorded)
-
     def _backward(self, action: Action) -> None:
         number, micro_batch = action.chunk, action.micro_batch
         if self._pipeline.runtime == "gpipe":
             self._name(SENT, None)  # `ops` is bound to what the next backward receives
-        after = self._forwards[number].recorded.after
-        done = self._part(action, lambda: self._micro_batch.backward_stage(number, after))
-        self._new[number] = False
+        done = self._part(action)
         self._name(("forward cache", number, micro_batch), None)
         if done.gradient is not None:
             self._send(number, (done.gradient, self._step, micro_batch))
+        self._end(number)
+
+    def _end(self, number: int) -> None:
+        """`perform_reduce_grad`, after the last backward of a stage."""
+        if self._ended[number] == self._numbered:
+            self._parts += self._made.outside(END, number, self._gradients[number])
 
     def _backward_input(self, action: Action) -> None:
         """Of the first stage, whose input needs no gradient, nothing is computed until its weights' turn."""
@@ -186,8 +182,7 @@ class PipelinedSteps:
         stage = self._stages[number]
         if stage.received is None:
             return
-        after = self._forwards[number].recorded.after
-        done = self._part(action, lambda: self._micro_batch.backward_input(number, after))
+        done = self._part(action)
         if stage.loss is not None:  # `backward_state` keeps what the stage returned, of the last stage the loss
             self._name(("forward cache", number, micro_batch), None)
         assert done.gradient is not None
@@ -200,20 +195,19 @@ class PipelinedSteps:
         if self._stages[number].received is None:
             self._backward(attrs.evolve(action, kind=BACKWARD))
             return
-        first = self._backwards[BACKWARD_INPUT, number, False]
-        self._part(action, lambda: self._micro_batch.backward_weight(number, first.recorded))
-        self._new[number] = False
+        self._part(action)
         self._name(("forward cache", number, micro_batch), None)
+        self._end(number)
 
-    def _part(self, action: Action, lower: Callable[[], StageBackward]) -> StageBackward:
-        """Run a backward; those that run alike are lowered once."""
-        key = action.kind, action.chunk, action.kind != BACKWARD_INPUT and self._new[action.chunk]
-        if key not in self._backwards:
-            recorded = lower()
-            upward = action.kind == BACKWARD_WEIGHT  # weights have their turns in the order of ``parameters()``
-            self._backwards[key] = _Backward(self._builder.tree(recorded.steps, upward=upward), recorded)
-        self._parts.append(self._backwards[key].node)
-        return self._backwards[key].recorded
+    def _part(self, action: Action) -> StageBackward:
+        """Run a backward; what it does depends on the gradients that it finds."""
+        number, weights = action.chunk, action.kind != BACKWARD_INPUT
+        self._ended[number] += weights
+        last = weights and self._ended[number] == self._numbered
+        found = self._made.backward(action.kind, number, self._gradients[number], last=last)
+        self._gradients[number] = found.left
+        self._parts.append(found.node)
+        return found.recorded
 
     def _send(self, number: int, gradient: Kept) -> None:
         """`get_bwd_send_ops`, or `set_local_bwd_input` where the stage before is on this rank, too."""
@@ -226,22 +220,5 @@ class PipelinedSteps:
                 self._name(SENT, None)
 
 
-def _check(plan: Plan) -> None:
-    """Refuse what was not compared with recordings of pipelines."""
-    training = plan.training
-    others = {
-        "the strategies after it": plan.hooks or plan.tensor_parallel,
-        "frozen weights": plan.frozen or plan.frozen_layers,
-        "reentrant checkpoints": plan.reentrant,
-        "compiled layers": plan.compiled,
-        "float8": plan.float8,
-        "'liger'": training.liger.kernels,
-        "'items_in_batch'": training.items_in_batch,
-        "'autocast'": training.autocast,
-        "'grad_scaler'": training.grad_scaler,
-        "'optimizer_in_backward'": training.optimizer_in_backward,
-        "'keep_outputs'": training.keep_outputs,
-    }
-    for name, given in others.items():
-        if given:
-            raise UnsupportedError(f"a pipeline with {name} is not modelled yet: leave one out")
+def _occurrences(parts: Sequence[Node]) -> list[Node]:
+    return [Occurrence(number, part) for number, part in enumerate(parts)]

@@ -146,8 +146,8 @@ class Plan:
         """The stages of the rank, each with the layers that are its own."""
         trace.dim(MICRO_BATCHES, self.training.gradient_accumulation)
         layers = self.layout.built(self.model.layers)
-        for index, chunk in enumerate(pipeline.chunks):
-            name = f"stage{chunk.stage}" if len(pipeline.chunks) > 1 else ""
+        for index in range(len(pipeline.chunks)):
+            name = f"chunk{index}" if len(pipeline.chunks) > 1 else ""
             own = [(slot, layer) for slot, layer in layers if self._chunk_of(slot) == index]
             with trace.pipeline_stage(pipeline.stage_of(index), name):
                 recipe(trace, self.model, own)

@@ -86,6 +86,8 @@ class Repeat:
     body: Node
     first: int | None = None
     stride: int = 0
+    whole: bool = False
+    """Whether a timeline must not leave out iterations over micro-batches: something else undoes what they do."""
 
 
 @attrs.frozen(eq=False)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
 
 import attrs
 
-from simulator.fold import Folder, Location, Peak
+from simulator.fold import Folder, Location, Peak, Top
 from simulator.lowering import TrainingProgram
 from simulator.model import ModelSpec
 from simulator.plan import Plan
-from simulator.program import Node
+from simulator.program import Identity, Node
 from simulator.roles import Phase, Role
 from simulator.timeline import Live, Timeline, layer_at, live_at, timeline
 from simulator.workload import Training
@@ -41,15 +41,20 @@ class StepPeak:
 class Report:
     """The result of `simulate`."""
 
-    def __init__(self, plan: Plan, program: TrainingProgram) -> None:
+    def __init__(self, plan: Plan, program: TrainingProgram, folding: Folding | None = None) -> None:
         self.plan = plan
         self.program = program
-        self.cold, self.steady = _step_peaks(program)
+        self.cold, self.steady = (folding or Folding()).step_peaks(program)
 
     @property
     def model(self) -> ModelSpec:
         """The model that was simulated."""
         return self.plan.model
+
+    @property
+    def whole_model(self) -> ModelSpec:
+        """The model of which a rank of a pipeline has a part."""
+        return self.plan.model if self.plan.pipeline is None else self.plan.pipeline.whole
 
     @property
     def training(self) -> Training:
@@ -87,13 +92,17 @@ class Report:
         return layer if layer is None or self.plan.pipeline is None else self.plan.pipeline.layers[layer]
 
     def live(self, step: StepPeak | None = None) -> list[Live]:
-        """The storages alive at a peak (by default the highest), largest first."""
+        """The storages alive at a peak (by default the highest), largest first; layers as the whole model counts."""
         step = step or self.peak
         before: list[Node] = [self.program.load]
         if step.step == "steady":
             before.append(self.program.cold)
         node = self.program.steady if step.step == "steady" else self.program.cold
-        return live_at(before, node, step.location, self.program.bindings)
+        found = live_at(before, node, step.location, self.program.bindings)
+        if self.plan.pipeline is None:
+            return found
+        layers = self.plan.pipeline.layers
+        return [attrs.evolve(each, identity=_renumbered(each.identity, layers)) for each in found]
 
     def timeline(self, micro_batches: int | None = 2) -> Timeline:
         """Live bytes by role, step after step, of loading, the cold and the steady step.
@@ -103,6 +112,11 @@ class Report:
         """
         parts = {"load": self.program.load, "cold": self.program.cold, "steady": self.program.steady}
         return timeline(parts, self.program.bindings, micro_batches)
+
+
+def _renumbered(identity: Identity, layers: Sequence[int]) -> Identity:
+    label, layer = identity
+    return label, None if layer is None else layers[layer]
 
 
 def count_parameters(plan: Plan) -> int:
@@ -118,18 +132,25 @@ def count_parameters(plan: Plan) -> int:
     return total
 
 
-def _step_peaks(program: TrainingProgram) -> tuple[StepPeak, StepPeak]:
-    folder = Folder()
-    for node in (program.load, program.cold, program.steady):
-        folder.fold(node)  # so that the forms below share one set of columns
-    load = folder.fold(program.load)
-    cold = folder.fold(program.cold).after(load.net)
-    steady = folder.fold(program.steady).after(cold.net)
-    prices = steady.prices(program.bindings)
-    before, between, after = (folded.left(prices) for folded in (load, cold, steady))
-    known: dict[int, Any] = {}
-    first = _step_peak("cold", cold.peak(prices, known), before, between)
-    return first, _step_peak("steady", steady.peak(prices, known), between, after)
+class Folding:
+    """Folds programs that have parts in common, each part once."""
+
+    def __init__(self) -> None:
+        self._folder = Folder()
+        self._known: dict[int, Top] = {}
+
+    def step_peaks(self, program: TrainingProgram) -> tuple[StepPeak, StepPeak]:
+        """The peaks of the cold and the steady step; all programs must have the same sizes."""
+        folder, known = self._folder, self._known
+        for node in (program.load, program.cold, program.steady):
+            folder.fold(node)  # so that the forms below share one set of columns
+        load = folder.fold(program.load)
+        cold = folder.fold(program.cold).after(load.net)
+        steady = folder.fold(program.steady).after(cold.net)
+        prices = steady.prices(program.bindings)
+        before, between, after = (folded.left(prices) for folded in (load, cold, steady))
+        first = _step_peak("cold", cold.peak(prices, known), before, between)
+        return first, _step_peak("steady", steady.peak(prices, known), between, after)
 
 
 def _step_peak(name: str, peak: Peak, start: int, end: int) -> StepPeak:

@@ -87,6 +87,47 @@ class Job:
             self.recorder.let_go(storage)
 
 
+class StageJob(Job):
+    """One stage of a rank's pipeline as a framework sees it: a model of its own, on the same device.
+
+    Args:
+        job: the rank.
+        number: which of its stages.
+    """
+
+    def __init__(self, job: Job, number: int) -> None:
+        self._rank = job
+        self.plan = job.plan
+        stage, graph = job.graph.stages[number], job.graph
+        ops = graph.ops[stage.first_op : stage.end_op]
+        used = {storage for op in ops for storage in op.reads}
+        self.graph = attrs.evolve(
+            graph,
+            ops=ops,
+            parameters=[tensor for tensor in graph.parameters if tensor.storage in used],
+            outside=None if stage.loss_op is None else stage.loss_op - stage.first_op,
+        )
+        self.gradients = {}
+
+    @property
+    def recorder(self) -> Recorder:
+        """The rank's."""
+        return self._rank.recorder
+
+    @recorder.setter
+    def recorder(self, recorder: Recorder) -> None:
+        self._rank.recorder = recorder
+
+    @property
+    def resident(self) -> list[Storage]:
+        """The rank's."""
+        return self._rank.resident
+
+    @resident.setter
+    def resident(self, storages: list[Storage]) -> None:
+        self._rank.resident = storages
+
+
 class Runtime:
     """A framework at work. Every method is one moment; those that are not overridden do nothing."""
 
@@ -102,6 +143,8 @@ class Runtime:
     """Whether it clips gradients itself, instead of torch's ``clip_grad_norm_``."""
     unscales = False
     """Whether torch's ``GradScaler`` works on the gradients that it leaves."""
+    shards_stages = False
+    """Whether a pipeline's schedule tells it when to gather the weights of a stage."""
     weights_are_views = False
     """Whether autograd sees weights as views of something: their gradients go on to it, none becomes `.grad`."""
 
@@ -151,6 +194,19 @@ class Runtime:
     def end_backward(self) -> None:
         """All gradients are there; the engine runs its final callbacks."""
 
+    def put_by(self) -> dict[Storage, Storage]:
+        """Gradients that it keeps from one micro-batch to the next, besides the job's, by their parameters."""
+        return {}
+
+    def unshard_stage(self) -> None:
+        """The schedule gathers the weights of a stage of a pipeline, and waits for them."""
+
+    def reshard_stage(self) -> None:
+        """The schedule frees the gathered weights of a stage of a pipeline."""
+
+    def end_stage(self) -> None:
+        """All micro-batches went backward through a stage of a pipeline (`perform_reduce_grad`)."""
+
     def trainable(self, parameters: Sequence[Parameter]) -> list[Parameter]:
         """What the rank's optimizer is given, from what it would be given without this runtime."""
         return list(parameters)
@@ -177,7 +233,11 @@ class Runtime:
 
 
 class Hooks(Protocol):
-    """The frozen description of a runtime, as a plan holds it."""
+    """The frozen description of a runtime, as a plan holds it.
+
+    One that may act inside the stages of a pipeline has an attribute `in_stages` that is true, and one that may do so
+    where backward is split in two, `in_split_backward`.
+    """
 
     def start(self, job: Job) -> Runtime:
         """Set up the rank (its weights go to `job.resident`) and return what acts on it."""

@@ -97,6 +97,7 @@ class InputBackward(_PartialBackward):
 
     def __init__(self, split: Split, *arguments: Any, **options: Any) -> None:
         super().__init__(split, *arguments, **options)
+        self._tag = "input_grad"  # whatever gradients of weights there are: both parts call theirs the same
         self.captured: dict[Op, list[Tensor | None]] = {}
 
     def _wants(self, tensor: Tensor) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import attrs
 import numpy as np
@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from simulator.fold import Location
 from simulator.graph import Storage
-from simulator.program import Identity, Leaf, Node, Occurrence, Reference, Seq, Step, Walk, identity
+from simulator.program import Identity, Leaf, Node, Occurrence, Reference, Repeat, Seq, Step, Walk, identity
 from simulator.roles import Phase, Role
 from simulator.sizes import Bindings
 
@@ -60,7 +60,8 @@ def _visits(node: Node, base: int, iterations: tuple[int, ...], limit: int | Non
         for iteration, (leaf, layer) in enumerate(node.parts):
             yield Visit(leaf, layer, (*iterations, iteration))
     else:
-        for iteration in range(node.count if limit is None or node.first is not None else min(limit, node.count)):
+        every = limit is None or node.whole or node.first is not None
+        for iteration in range(node.count if every else min(limit or 0, node.count)):
             start = base if node.first is None else node.first + iteration * node.stride
             yield from _visits(node.body, start, (*iterations, iteration), limit)
 
@@ -135,6 +136,20 @@ class LiveSet:
             self._nets[leaf] = [reference for references in born.values() for reference in references], died
         return self._nets[leaf]
 
+    def counts(self) -> dict[Identity, int]:
+        """How many storages of each name are alive."""
+        return {name: len(alike) for name, alike in self._live.items()}
+
+    def change_again(self, before: dict[Identity, int], times: int) -> None:
+        """Repeat so many times what has changed since there were as many of each name as `before`."""
+        known = dict(self._live)
+        for name in {*before, *known}:
+            more = len(known.get(name, ())) - before.get(name, 0)
+            for _ in range(times * -more):
+                self._remove(name)
+            if more > 0:
+                known[name].extend(known[name][-1:] * (times * more))
+
     def storages(self, bindings: Bindings) -> list[Live]:
         """What is alive, largest first."""
         found = [Live(name, b, int(b.size.allocated(bindings))) for name, alike in self._live.items() for b in alike]
@@ -142,23 +157,77 @@ class LiveSet:
 
 
 def live_at(before: list[Node], node: Node, location: Location, bindings: Bindings) -> list[Live]:
-    """The storages alive at `location` in `node`, which runs after the nodes `before`.
-
-    Of repeats over micro-batches only the first iteration is run: it is where folding puts their peak.
-    """
+    """The storages alive at `location` in `node`, which runs after the nodes `before`."""
     live = LiveSet(concurrent=True)
     for earlier in before:
-        for visit in visits(earlier, micro_batches=1):
-            live.skip(visit)
-    for visit in visits(node, micro_batches=1):
-        if _holds(visit, location):
-            return _run_to(live, visit, location).storages(bindings)
-        live.skip(visit)
-    raise AssertionError(f"no step {location.step.name} at {location.iterations}")
+        _run(live, earlier, 0)
+    _run_until(live, node, location)
+    return live.storages(bindings)
 
 
-def _holds(visit: Visit, location: Location) -> bool:
-    return visit.iterations == location.iterations and any(step is location.step for step in visit.leaf.steps)
+def _run(live: LiveSet, node: Node, base: int, turns: int | None = None) -> None:
+    """Run `node`, of a repeat only so many turns; what one turn over a micro-batch leaves, the others leave as well."""
+    if isinstance(node, Leaf):
+        live.skip(Visit(node, base, ()))
+    elif isinstance(node, Repeat) and node.first is None:
+        turns = node.count if turns is None else turns
+        before = live.counts() if turns > 1 else {}
+        if turns:
+            _run(live, node.body, base)
+        if turns > 1:
+            live.change_again(before, turns - 1)
+    else:
+        for part, start in _parts(node, base)[:turns]:
+            _run(live, part, start)
+
+
+def _run_until(live: LiveSet, node: Node, location: Location) -> None:
+    """Run `node` up to the births of the step at `location`."""
+    base, place = 0, location.iterations
+    while not isinstance(node, Leaf):
+        if isinstance(node, Repeat) and node.first is None:
+            _run(live, node, base, place[0])
+            node, place = node.body, place[1:]
+            continue
+        parts = _parts(node, base)
+        index, place = _next(node, [part for part, _ in parts], location, place)
+        for part, start in parts[:index]:
+            _run(live, part, start)
+        node, base = parts[index]
+    _run_to(live, Visit(node, base, location.iterations), location)
+
+
+def _parts(node: Seq | Repeat | Walk | Occurrence, base: int) -> list[tuple[Node, int]]:
+    """What `node` runs one after the other, each with its base."""
+    if isinstance(node, Seq):
+        return [(part, base) for part in node.parts]
+    if isinstance(node, Occurrence):
+        return [(node.body, base)]
+    if isinstance(node, Walk):
+        return list(node.parts)
+    start = base if node.first is None else node.first
+    return [(node.body, start + turn * node.stride) for turn in range(node.count)]
+
+
+def _next(node: Node, parts: Sequence[Node], location: Location, place: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
+    """Which of the parts of `node` has `location`, and where in it, if `place` is where it is in `node`."""
+    if isinstance(node, Seq):
+        return next(i for i, part in enumerate(parts) if _contains(part, location, place)), place
+    return 0 if isinstance(node, Occurrence) else place[0], place[1:]
+
+
+def _contains(node: Node, location: Location, place: tuple[int, ...]) -> bool:
+    """Whether the step of `location` is at `place` in `node`."""
+    if isinstance(node, Leaf):
+        return not place and any(step is location.step for step in node.steps)
+    if isinstance(node, Seq):
+        return any(_contains(part, location, place) for part in node.parts)
+    if not place:
+        return False
+    if isinstance(node, Walk):
+        return place[0] < len(node.parts) and _contains(node.parts[place[0]][0], location, place[1:])
+    here = place[0] == node.number if isinstance(node, Occurrence) else place[0] < node.count
+    return here and _contains(node.body, location, place[1:])
 
 
 def _run_to(live: LiveSet, visit: Visit, location: Location) -> LiveSet:
@@ -172,8 +241,12 @@ def _run_to(live: LiveSet, visit: Visit, location: Location) -> LiveSet:
 
 def layer_at(node: Node, location: Location) -> int | None:
     """Real index of the layer at `location` in `node`; None outside the layers."""
-    found = next(visit for visit in visits(node, micro_batches=1) if _holds(visit, location))
-    return Moment(location.step, found.base, found.iterations).layer
+    base, place = 0, location.iterations
+    while not isinstance(node, Leaf):
+        parts = _parts(node, base)
+        index, place = _next(node, [part for part, _ in parts], location, place)
+        node, base = parts[index]
+    return Moment(location.step, base, location.iterations).layer
 
 
 @attrs.frozen(eq=False)

@@ -241,8 +241,11 @@ class Trace:
         self.module = ""
 
     def receive(self, *dims: Dim) -> Tensor:
-        """Hidden states, ``[b, s, h]`` unless said otherwise, that the stage before sent: a leaf with a gradient."""
-        tensor = self._leaf("received", dims or ("b", "s", "h"), self.regime.weights, Role.RECEIVED)
+        """The hidden states, ``[b, s, h]`` unless said otherwise, that the stage before sent: a leaf with a gradient.
+
+        With sequence parallelism they are this rank's part of the sequence, on both sides.
+        """
+        tensor = self._leaf("received", dims or ("b", *self.sequence(), "h"), self.regime.weights, Role.RECEIVED)
         tensor.requires_grad = self.regime.training
         self.graph.stages[-1].received = tensor
         return tensor

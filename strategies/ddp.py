@@ -18,7 +18,7 @@ from hardware.units import MIB
 from simulator.graph import Storage, Tensor
 from simulator.plan import Plan
 from simulator.roles import Role
-from simulator.runtime import Job, Runtime, buffer
+from simulator.runtime import Job, Runtime, Turn, buffer
 from simulator.sizes import FlatSize
 from simulator.workload import MEGATRON
 from strategies.options import choice, count, flag, option
@@ -50,6 +50,7 @@ class Ddp:
     name: str = attrs.field(default="ddp", init=False)
     axis: ClassVar[str] = "dp_replicate"
     around_liger: ClassVar[bool] = True
+    in_stages: ClassVar[bool] = True
 
     def __call__(self, plan: Plan) -> Plan:
         """The plan with buckets and their all-reduce."""
@@ -75,6 +76,10 @@ class DdpRuntime(Runtime):
     def __init__(self, job: Job, options: Ddp) -> None:
         super().__init__(job)
         self.options = options
+        # stage.py `backward_maybe_with_nosync`: all backwards but the last under ``no_sync``
+        self._staged = job.plan.pipeline is not None
+        self.last_differs = self._staged and options.gradient_as_bucket_view
+        self._last = False
         weights = [tensor for tensor, _ in job.weights()]
         groups = self.assign(weights)
         self.buckets = [self._bucket(number, group) for number, group in enumerate(groups)]
@@ -107,9 +112,15 @@ class DdpRuntime(Runtime):
         made.persistent = True
         return made
 
+    def begin_backward(self, turn: Turn) -> None:
+        """`prepare_for_backward`, or not."""
+        self._last = turn.last
+
     def accumulated(self, parameter: Storage) -> None:
         """`mark_variable_ready_dense`: the gradient is copied into its bucket, and replaced by its view there."""
         gradient = self.job.gradients[parameter]
+        if self._staged and not self._last:
+            return
         if self.options.gradient_as_bucket_view and not gradient.persistent:
             self.job.free(gradient)
             self.job.gradients[parameter] = self._views[parameter]

@@ -13,7 +13,7 @@ import attrs
 
 from hardware.dtypes import DType
 from hardware.errors import UnsupportedError, UsageError
-from simulator.graph import Storage, Tensor, flat
+from simulator.graph import COMPUTE, Storage, Tensor, flat
 from simulator.optimizers.step import Parameter
 from simulator.plan import Plan
 from simulator.roles import Role
@@ -57,6 +57,8 @@ class Fsdp2:
     name: str = attrs.field(default="fsdp2", init=False)
     axis: ClassVar[str] = "dp_shard"
     around_liger: ClassVar[bool] = True
+    in_stages: ClassVar[bool] = True
+    in_split_backward: ClassVar[bool] = True
 
     def __call__(self, plan: Plan) -> Plan:
         """The plan with every weight sharded."""
@@ -79,6 +81,7 @@ class Fsdp2:
                 f"use one of {', '.join(OPTIMIZERS)}"
             )
         refuse_second_owner(plan, self.name)
+        self._check_stages(plan)
         ranks = self.reshard_after_forward
         if ranks is not True and ranks is not False and (ranks < 2 or shards % ranks or ranks == shards):
             fitting = [n for n in range(2, shards) if shards % n == 0]
@@ -86,6 +89,24 @@ class Fsdp2:
                 f"'reshard_after_forward' must be true, false or a proper divisor of dp_shard {shards}: {ranks}; "
                 f"{'use one of ' + ', '.join(map(str, fitting)) if fitting else 'use true'}"
             )
+
+    def _check_stages(self, plan: Plan) -> None:
+        """In a pipeline as torchtitan's `apply_fsdp` has it; when gradients are reduced, its schedule says."""
+        if plan.pipeline is None:
+            return
+        asked = {
+            "reshard_after_forward": (self.reshard_after_forward, False),
+            "root_reshard_after_forward": (self.root_reshard_after_forward, False),
+            "sync": (self.sync, "last"),
+            "prefetch": (self.prefetch, 0),
+            "offload": (self.offload, False),
+        }
+        for name, (given, modelled) in asked.items():
+            if given != modelled:
+                way = f"use {str(modelled).lower()}"
+                raise UnsupportedError(f"{name!r} {str(given).lower()} of fsdp2 in a pipeline is not modelled: {way}")
+        if plan.mesh.dp_replicate > 1:
+            raise UnsupportedError("fsdp2 over 'dp_replicate' in a pipeline is not modelled: set it to 1")
 
     def start(self, job: Job) -> Fsdp2Runtime:
         """Shard the weights."""
@@ -102,19 +123,27 @@ class _Kept:
 
 
 class Fsdp2Runtime(UnitRuntime):
-    """`FSDPState` and `FSDPParamGroup` of every unit, and their `FSDPCommContext`."""
+    """`FSDPState` and `FSDPParamGroup` of every unit, and their `FSDPCommContext`.
+
+    In a stage of a pipeline weights stay gathered, and gradients are put by, until all micro-batches went backward
+    (torch/distributed/pipelining/stage.py `backward_maybe_with_nosync`, `perform_reduce_grad`).
+    """
+
+    shards_stages = True
 
     def __init__(self, job: Job, options: Fsdp2) -> None:
         super().__init__(job, wrapped_units(job.graph, options.wrap))
         self.options = options
         plan = job.plan
-        self.last_differs = options.sync == "last" and plan.training.gradient_accumulation > 1
+        self._staged = plan.pipeline is not None
+        self.last_differs = options.sync == "last" and plan.training.gradient_accumulation > 1 and not self._staged
         self._original = plan.training.weights
         self._compute = plan.compute or self._original
         self._reduce = options.reduce_dtype or self._compute
         self._casts = self._compute != self._original
         self._shards = plan.mesh.dp_shard
         self._replicas = plan.mesh.dp_replicate
+        self._gather_stream = COPY_IN
         self._kept = _Kept()
         self._shard_of = {t.storage: self._shard(t) for unit in self.units for t in unit.parameters}
         job.keep_instead([] if options.offload else list(self._shard_of.values()))
@@ -156,7 +185,7 @@ class Fsdp2Runtime(UnitRuntime):
         if unit in self._gathered or unit in self._unsharded or not unit.parameters or self._shards == 1:
             return
         copies = self._copy_in(unit)
-        output = self._flat(unit, "all_gather_output", self._compute, Role.GATHER, COPY_IN, whole=True)
+        output = self._flat(unit, "all_gather_output", self._compute, Role.GATHER, self._gather_stream, whole=True)
         self.job.allocate("all_gather_copy_in", output)
         self.job.free(*copies)
         self._gathered[unit] = output
@@ -275,7 +304,7 @@ class Fsdp2Runtime(UnitRuntime):
     def begin_backward(self, turn: Turn) -> None:
         """Whether gradients are reduced in this micro-batch (`set_requires_gradient_sync`)."""
         super().begin_backward(turn)
-        self._reduces = turn.last or not self.last_differs
+        self._reduces = not self._staged and (turn.last or not self.last_differs)
 
     def pre_backward(self, unit: Unit) -> None:
         """`_pre_backward`: unshard, then prefetch what backward needs next."""
@@ -300,7 +329,8 @@ class Fsdp2Runtime(UnitRuntime):
         weights = [tensor.storage for tensor in unit.parameters]
         made = self._with_gradient()
         gradients = [self._placed(weight, self._collect(unit, weight)) for weight in weights if weight in made]
-        self._reshard(unit)
+        if self._reduces or not self._staged:
+            self._reshard(unit)
         if not self._reduces:
             return
         self.job.free(*self._reduce_inputs)
@@ -375,9 +405,41 @@ class Fsdp2Runtime(UnitRuntime):
         else:
             self._kept.sharded[unit] = gradient
 
+    def put_by(self) -> dict[Storage, Storage]:
+        """Those in the reduce dtype (`unsharded_accumulated_grad`)."""
+        return self._kept.accumulated
+
+    def unshard_stage(self) -> None:
+        """`unshard` of every unit with ``async_op``, and `_assert_unsharded`, which waits for all of them."""
+        self._gather_stream = COMPUTE
+        for unit in self.units:
+            self._at(unit, self._unshard)
+        for unit in self.units:
+            self._at(unit, lambda unit: self._wait_for_unshard(unit, forward=False))
+        self._gather_stream = COPY_IN
+
+    def reshard_stage(self) -> None:
+        """`reshard` of every unit."""
+        for unit in self.units:
+            self._at(unit, self._reshard_alone)
+
+    def _reshard_alone(self, unit: Unit) -> None:
+        self.job.recorder.note("to_sharded")
+        self._reshard(unit)
+
+    def end_stage(self) -> None:
+        """`perform_reduce_grad`: every unit's gradients are reduced, in the order of ``modules()``."""
+        self._reduces = True
+        for unit in self.units:
+            self._at(unit, self.post_backward)
+        self._finish()
+
     def end_backward(self) -> None:
         """`_root_post_backward_final_callback`."""
         super().end_backward()
+        self._finish()
+
+    def _finish(self) -> None:
         recorder = self.job.recorder
         recorder.module, recorder.slot = "root", None
         self.job.free(*self._all_reduced, *self._gathered.values(), *self._reduce_inputs)
@@ -391,7 +453,7 @@ class Fsdp2Runtime(UnitRuntime):
         if self.options.offload:
             return []
         units = {tensor.storage: unit for unit in self.units for tensor in unit.parameters}
-        shards = []
+        shards = [each for each in parameters if each.storage not in units]  # those of other stages
         for tensor in self.job.graph.parameters:
             shape = ((self._shard_dims(tensor)[0],), *tensor.shape[1:])
             gradient = self._kept.sharded[units[tensor.storage]]

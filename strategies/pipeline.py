@@ -7,13 +7,23 @@ Behaviour: torch 2.13 torch/distributed/pipelining/stage.py and schedules.py.
 
 from __future__ import annotations
 
-from itertools import chain, pairwise
+from itertools import chain, pairwise, product
 from typing import ClassVar
 
 import attrs
 
 from hardware.errors import UnsupportedError, UsageError
-from simulator.pipeline import BACKWARD, BACKWARD_INPUT, BACKWARD_WEIGHT, FORWARD, RUNTIMES, Action, Chunk, Pipeline
+from simulator.pipeline import (
+    BACKWARD,
+    BACKWARD_INPUT,
+    BACKWARD_WEIGHT,
+    FORWARD,
+    RUNTIMES,
+    Action,
+    Chunk,
+    Pipeline,
+    Turns,
+)
 from simulator.plan import Plan
 
 
@@ -34,7 +44,7 @@ class PipelineParallel:
 
     cuts: tuple[int, ...]
     stages: tuple[int, ...]
-    order: tuple[Action, ...]
+    order: tuple[Action | Turns, ...]
     runtime: str = attrs.field(default="runtime", validator=attrs.validators.in_(RUNTIMES))
     return_outputs: bool = False
     name: str = attrs.field(default="pipeline", init=False)
@@ -49,14 +59,14 @@ class PipelineParallel:
         pipeline = Pipeline(
             plan.model, len(self.cuts) - 1, chunks, self.order, self.runtime, return_outputs=self.return_outputs
         )
-        model = attrs.evolve(plan.model, layers=tuple(layers))
+        # a tied weight is in two stages: each has, trains and keeps the state of a copy of its own
+        model = attrs.evolve(plan.model, layers=tuple(layers), tied_embeddings=False)
         return attrs.evolve(plan, model=model, layer_kinds=tuple(kinds), pipeline=pipeline)
 
     def _check(self, plan: Plan) -> None:
-        if plan.applied:
-            raise UnsupportedError(f"{self.name} goes first, not after {', '.join(plan.applied)}: change the order")
-        if plan.model.tied_embeddings:
-            raise UnsupportedError(f"{self.name} with tied embeddings is not modelled: untie them")
+        before = [name for name in plan.applied if not name.startswith("prune_")]
+        if before:
+            raise UnsupportedError(f"{self.name} goes first, not after {', '.join(before)}: change the order")
         self._check_cuts(len(plan.model.layers))
         self._check_order(plan.training.gradient_accumulation)
 
@@ -71,11 +81,16 @@ class PipelineParallel:
     def _check_order(self, micro_batches: int) -> None:
         """Every micro-batch goes forward and then backward through every chunk, in one part or in two."""
         done: dict[tuple[int, int], str] = {}
-        for action in self.order:
-            where = action.chunk, action.micro_batch
-            done[where] = done.get(where, "") + action.kind
-        wanted = {(chunk, number) for chunk in range(len(self.stages)) for number in range(micro_batches)}
+        forwards = [0] * len(self.stages)
+        for part in self.order:
+            actions, count = (part.actions, part.count) if isinstance(part, Turns) else ((part,), 1)
+            for action in actions:
+                where = action.chunk, action.micro_batch
+                done[where] = done.get(where, "") + action.kind
+                forwards[action.chunk] += count * (action.kind == FORWARD)
+        numbers = 1 + max((number for _, number in done), default=-1)
+        wanted = set(product(range(len(self.stages)), range(numbers)))
         legal = {FORWARD + BACKWARD, FORWARD + BACKWARD_INPUT + BACKWARD_WEIGHT}
-        if set(done) != wanted or not legal.issuperset(done.values()):
+        if set(done) != wanted or not legal.issuperset(done.values()) or {*forwards} != {micro_batches}:
             way = "F then B, or F, I and W"
             raise UsageError(f"'order' must run each of {micro_batches} micro-batches through each chunk once: {way}")

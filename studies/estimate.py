@@ -14,8 +14,10 @@ from simulator.model import ModelSpec
 from simulator.report import Report, StepPeak
 from simulator.timeline import Live
 from simulator.workload import Training
+from strategies.pipeline_schedule import PipelineSchedule
 from studies.breakdown import LayerGroup, by_place
 from studies.options import Resolved, TrainingOptions, parse_headroom, resolve
+from studies.pipelines import StagesOfRank, assumed
 from studies.pruning import Saving, savings
 from studies.ranks import SimulatedRanks, simulate_ranks
 from studies.routing import RoutingBand, routing_band
@@ -52,6 +54,7 @@ class Estimate:
         assumptions: tuple[str, ...],
         savings: Sequence[Saving] = (),
         routing: RoutingBand | None = None,
+        pipeline: PipelineSchedule | None = None,
     ) -> None:
         self.ranks = tuple(ranks)
         self.report = ranks[0].report
@@ -60,6 +63,7 @@ class Estimate:
         self.assumptions = assumptions
         self.savings = tuple(savings)
         self.routing = routing
+        self.pipeline = pipeline
 
     @property
     def peak(self) -> StepPeak:
@@ -92,7 +96,10 @@ class Estimate:
         accumulation = training.gradient_accumulation
         more = f", {accumulation} per step" if accumulation > 1 else ""
         mesh = self.report.plan.mesh
-        strategies = "".join(f", {name.replace('_', ' ')}" for name in self.report.plan.applied)
+        words = [name.replace("_", " ") for name in self.report.plan.applied]
+        if self.pipeline is not None:
+            words = [f"pipeline {self.pipeline.known_as}" if word == self.pipeline.name else word for word in words]
+        strategies = "".join(f", {word}" for word in words)
         strategies += f" on {mesh}" if mesh.world > 1 else ""
         attends = any(layer.attends for layer in self.report.model.layers)
         how = f"{training.attention} attention, " if attends else ""
@@ -148,9 +155,24 @@ class Estimate:
             "mesh": self.report.plan.mesh.degrees,
             "routing": None if self.routing is None else _routing_dict(self.routing),
             "pruning": [_saving_dict(each) for each in self.savings],
+            "pipeline": self._pipeline_dict(),
             "ranks": [_ranks_dict(each) for each in self.ranks],
             "strategies": list(self.report.plan.applied),
             "assumptions": list(self.assumptions),
+        }
+
+    def _pipeline_dict(self) -> dict[str, Any] | None:
+        if self.pipeline is None:
+            return None
+        made = self.pipeline.made_for(self.report.plan.mesh.pp, self.report.training.gradient_accumulation)
+        ranks = [each.stages for each in self.ranks if each.stages is not None]
+        split = dict(pair for stages in ranks for pair in stages.named)
+        return {
+            "schedule": made.name,
+            "virtual_stages": made.chunks,
+            "micro_batches": made.micro_batches,
+            "layers_of_stages": [len(split[stage]) for stage in sorted(split)],
+            "worst_rank": self.ranks[0].stages.rank if self.ranks[0].stages else None,
         }
 
 
@@ -165,9 +187,19 @@ def estimate(model: ModelSpec, gpus: str, options: TrainingOptions, min_headroom
     resolved: Resolved = resolve(options, model, cluster.count)
     headroom = parse_headroom(min_headroom, cluster.gpu.capacity.low)
     ranks = simulate_ranks(model, resolved)
-    assumptions = (*resolved.assumptions, *ranks[0].report.plan.assumptions)
+    assumptions = (*resolved.assumptions, *ranks[0].report.plan.assumptions, *_of_pipeline(options, resolved, ranks))
     saved = _savings(model, resolved, ranks[0].report)
-    return Estimate(ranks, cluster, headroom, assumptions, saved, routing_band(model, resolved))
+    return Estimate(ranks, cluster, headroom, assumptions, saved, routing_band(model, resolved), resolved.pipeline)
+
+
+def _of_pipeline(options: TrainingOptions, resolved: Resolved, ranks: Sequence[SimulatedRanks]) -> list[str]:
+    """What was assumed about a pipeline; nothing without one."""
+    if resolved.pipeline is None:
+        return []
+    given = [name for name in ("schedule", "pp_split") if getattr(options, name) is not None]
+    split = {number: len(layers) for each in ranks if each.stages for number, layers in each.stages.named}
+    tied = ranks[0].report.whole_model.tied_embeddings
+    return assumed(given, [split[stage] for stage in sorted(split)], tied=tied)
 
 
 def _savings(model: ModelSpec, resolved: Resolved, after: Report) -> list[Saving]:
@@ -179,7 +211,7 @@ def _savings(model: ModelSpec, resolved: Resolved, after: Report) -> list[Saving
 
 
 def _model_dict(report: Report) -> dict[str, Any]:
-    model = report.model
+    model = report.whole_model
     sizes = {"layers": len(model.layers), "hidden": model.hidden, "vocab": model.vocab}
     return {"id": model.name, "family": model.family, "params": report.parameters, **sizes}
 
@@ -209,10 +241,22 @@ def _ranks_dict(each: SimulatedRanks) -> dict[str, Any]:
     return {
         "ranks": each.ranks.name,
         "count": each.ranks.count,
+        **({} if each.stages is None else _stages_dict(each.stages)),
         "peak_bytes": peak.nbytes,
         "step": peak.step,
         "phase": peak.phase.value,
         "between_steps_bytes": each.report.steady.start_bytes,
+    }
+
+
+def _stages_dict(stages: StagesOfRank) -> dict[str, Any]:
+    return {
+        "pipeline_rank": stages.rank,
+        "stages": list(stages.stages),
+        "layers": [[layers.start, layers.stop - 1] for layers in stages.layers],
+        "in_flight": stages.in_flight.whole,
+        "in_flight_by_stage": list(stages.in_flight.by_chunk),
+        "awaiting_weights": stages.in_flight.awaiting_weights,
     }
 
 

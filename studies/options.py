@@ -22,9 +22,11 @@ from strategies.compilation import CompileLayers
 from strategies.float8 import Float8
 from strategies.freezing import Freezing
 from strategies.interval_checkpointing import IntervalCheckpointing
+from strategies.pipeline_schedule import PipelineSchedule
 from studies.optimizer_options import assume_grad_scaler, optimizer_assumptions
 from studies.optimizer_options import parse_optimizer as parse_optimizer
 from studies.parallelism import Degrees, parallelise, parse_strategy
+from studies.pipelines import pipeline_of
 from studies.pruning import parse_prunings
 
 #: ``--dtype``: element types of the weights and of autocast.
@@ -103,6 +105,10 @@ class TrainingOptions:
     """Each ``NAME[,option=value...]``, applied in order after checkpointing."""
     tp: int | None = None
     pp: int | None = None
+    schedule: str | None = None
+    virtual_stages: int | None = None
+    pp_split: str | None = None
+    """Layers of each stage, joined by commas."""
     cp: int | None = None
     ep: int | None = None
     dp_replicate: int | None = None
@@ -120,6 +126,14 @@ class Resolved:
     assumptions: tuple[str, ...]
     prunings: tuple[Strategy, ...] = ()
     """Those at the head of `strategies` that prune the model."""
+    pipeline: PipelineSchedule | None = None
+    """Its first rank; all others are to be simulated as well."""
+
+    def of_rank(self, rank: int) -> tuple[Strategy, ...]:
+        """All strategies of a rank of the pipeline, which cuts the model that pruning leaves."""
+        assert self.pipeline is not None
+        pruned = len(self.prunings)
+        return (*self.prunings, attrs.evolve(self.pipeline, rank=rank), *self.strategies[pruned:])
 
 
 def resolve(options: TrainingOptions, model: ModelSpec, world: int = 1) -> Resolved:
@@ -134,6 +148,7 @@ def resolve(options: TrainingOptions, model: ModelSpec, world: int = 1) -> Resol
     chosen.check_idle()
     weights, autocast = _look_up("dtype", chosen["dtype"], DTYPES)
     degrees = Degrees(**{field.name: getattr(options, field.name) for field in attrs.fields(Degrees)})
+    pipeline = pipeline_of(options.schedule, options.virtual_stages, options.pp_split, options.pp)
     mesh, strategies, assumed = parallelise(options.strategy, degrees, world)
     optimizer = parse_optimizer(chosen["optimizer"])
     scaled, why_scaled = assume_grad_scaler(options, autocast, optimizer, strategies)
@@ -165,7 +180,7 @@ def resolve(options: TrainingOptions, model: ModelSpec, world: int = 1) -> Resol
     compiled = _compiled(options.compile)
     regimes = (*low, *compiled, *_checkpointing(options, chosen["checkpointing"]), *_freezing(options.freeze))
     assumptions = (*chosen.assumed(training), *why_scaled, *assumed, *model.assumptions)
-    return Resolved(training, mesh, (*prunings, *regimes, *strategies), assumptions, prunings)
+    return Resolved(training, mesh, (*prunings, *regimes, *strategies), assumptions, prunings, pipeline)
 
 
 class _Chosen:

@@ -14,9 +14,10 @@ from hardware.errors import UnsupportedError, UsageError, unknown_name
 from simulator.mesh import Mesh
 from simulator.plan import Strategy
 from strategies import StrategyFactory, strategies
+from strategies.fsdp2 import Fsdp2
 
 #: Axes that cannot be used yet.
-UNMODELLED_AXES = ("pp", "cp", "ep")
+UNMODELLED_AXES = ("cp", "ep")
 #: The strategy that shards over axis ``tp``.
 TENSOR_PARALLEL = "tensor_parallel"
 
@@ -59,9 +60,23 @@ def parallelise(
     tp = degrees.tp or 1
     if tp > 1 and not any(strategy.name == TENSOR_PARALLEL for strategy in chosen):
         chosen.insert(0, strategies.get(TENSOR_PARALLEL)())
+    if (degrees.pp or 1) > 1:
+        chosen = [_in_stages(strategy, texts) for strategy in chosen]
     mesh = _mesh(degrees, world, chosen)
     _all_ranks_used(mesh, chosen)
     return mesh, tuple(chosen), tuple(_assumed(strategy, texts) for strategy in chosen if _fields(type(strategy)))
+
+
+#: What torchtitan's `apply_fsdp` gives `fully_shard` in a pipeline, and what torch's schedules do, unless given.
+_FSDP2_IN_STAGES: dict[str, Any] = {"wrap": "layer+embedding+head", "reshard_after_forward": False, "sync": "last"}
+
+
+def _in_stages(strategy: Strategy, texts: Sequence[str]) -> Strategy:
+    """`strategy` inside the stages of a pipeline: options that were not given are torchtitan's there."""
+    if not isinstance(strategy, Fsdp2):
+        return strategy
+    given = _given(strategy, texts)
+    return attrs.evolve(strategy, **{name: value for name, value in _FSDP2_IN_STAGES.items() if name not in given})
 
 
 def _once(chosen: Sequence[Strategy]) -> None:
@@ -79,10 +94,13 @@ def axis_of(strategy: Strategy) -> str | None:
 
 def _mesh(degrees: Degrees, world: int, chosen: Sequence[Strategy]) -> Mesh:
     """The degrees given, and the data-parallel one that is left for the strategy that uses it."""
-    tp = degrees.tp or 1
-    if world % tp:
-        raise UsageError(f"'tp' must divide the {world} GPUs: {tp}; {_nearest(tp, world)}")
-    left = world // tp
+    tp, pp = degrees.tp or 1, degrees.pp or 1
+    left = world
+    for axis, degree in (("tp", tp), ("pp", pp)):
+        if left % degree:
+            among = f"the {world} GPUs" if left == world else f"the {left} of {world} GPUs that are left"
+            raise UsageError(f"{axis!r} must divide {among}: {degree}; {_nearest(degree, left)}")
+        left //= degree
     shards = any(axis_of(strategy) == "dp_shard" for strategy in chosen)
     replicate, shard = degrees.dp_replicate, degrees.dp_shard
     if shards:
@@ -91,7 +109,7 @@ def _mesh(degrees: Degrees, world: int, chosen: Sequence[Strategy]) -> Mesh:
     else:
         shard = shard or 1
         replicate = replicate or max(1, left // shard)
-    mesh = Mesh(dp_replicate=replicate, dp_shard=shard, tp=tp)
+    mesh = Mesh(pp=pp, dp_replicate=replicate, dp_shard=shard, tp=tp)
     if mesh.world != world:
         factors = " x ".join(f"{axis} {degree}" for axis, degree in mesh.degrees.items())
         wrong = "dp_replicate" if degrees.dp_replicate else "dp_shard"
@@ -212,10 +230,15 @@ _FORMS: dict[Any, str] = {
 
 def _assumed(strategy: Strategy, texts: Sequence[str]) -> str:
     """The options of `strategy` that were left out, as one would type them."""
-    given = {setting.partition("=")[0] for text in texts for setting in text.split(",")[1:] if _names(text, strategy)}
+    given = _given(strategy, texts)
     left_out = [key for key in _fields(type(strategy)) if key not in given]
     shown = ",".join(f"{key}={as_typed(getattr(strategy, key))}" for key in left_out)
     return f"options of --strategy {strategy.name}: {shown or 'all given'}"
+
+
+def _given(strategy: Strategy, texts: Sequence[str]) -> set[str]:
+    """The options of `strategy` that were typed."""
+    return {setting.partition("=")[0] for text in texts for setting in text.split(",")[1:] if _names(text, strategy)}
 
 
 def _names(text: str, strategy: Strategy) -> bool:

@@ -143,6 +143,7 @@ def _by_layer(report: Report, simulated: int) -> tuple[int, int, list[str]]:
         *(["autocast keeps fp32 beside 16-bit copies"] if autocast else []),
         *(["a gated MLP"] if any(getattr(layer.channel_mixer, "gated", False) for layer in model.layers) else []),
         *(["no dropout"] if not model.residual_dropout else []),
+        *(["a rank of a pipeline holds several micro-batches"] if report.plan.pipeline is not None else []),
         *_few_alive(report),
     ]
     return says, simulated, reasons

@@ -27,6 +27,7 @@ from simulator.schedules.schedule import Schedule
 from simulator.units import WRAPS
 from simulator.workload import IMPLEMENTATIONS, OPTIONS, SCALE_TYPES, Optimizer, Training
 from strategies.fsdp2 import Fsdp2
+from strategies.pipeline_schedule import LOOPS, PipelineSchedule
 from tests.sketches import DROPOUT_KEYS, FLAG_KEYS, HEAD_STEPS, SKETCHES
 
 DENSE = ("cohere2", "exaone4", "gemma", "gemma3_text", "granite", "mistral", "nemotron", "olmo2", "phi3")
@@ -411,3 +412,17 @@ def schedules(draw: st.DrawFn, names: tuple[str, ...] = tuple(SCHEDULES)) -> Sch
         return schedule(name, pp, micro_batches, chunks, micro_batches)
     whole = [g for g in range(pp, micro_batches + 1) if micro_batches % g == 0 or micro_batches % g >= pp]
     return schedule(name, pp, micro_batches, chunks, draw(st.sampled_from(whole)))
+
+
+@st.composite
+def pipeline_ranks(draw: st.DrawFn, layers: int, most: int = 64) -> tuple[PipelineSchedule, int, int]:
+    """A rank of a pipeline that torch runs, its ranks, and its micro-batches; at most `layers` stages."""
+    name = draw(st.sampled_from(sorted(LOOPS)))
+    single = name in ("gpipe", "1f1b")
+    pp = draw(st.integers(2, layers if single else layers // 2))
+    chunks = 2 if single or name in ("zbv", "dualpipev") else draw(st.integers(2, layers // pp))
+    micro_batches = draw(st.integers(2 * pp if name == "dualpipev" else pp, most))
+    if name in ("interleaved_1f1b", "zb_h1"):
+        micro_batches -= micro_batches % (micro_batches // pp)
+    virtual = None if single else chunks
+    return PipelineSchedule(schedule=name, virtual_stages=virtual, rank=draw(st.integers(0, pp - 1))), pp, micro_batches

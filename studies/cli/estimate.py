@@ -105,7 +105,14 @@ def command(
         list[str] | None, typer.Option(help="NAME[,option=value...] (see vramsim strategies); may be repeated.")
     ] = None,
     tp: Annotated[Number, typer.Option(help="Tensor-parallel degree.")] = None,
-    pp: Annotated[Number, typer.Option(help="Pipeline stages.")] = None,
+    pp: Annotated[Number, typer.Option(help="Ranks of the pipeline (torch.distributed.pipelining).")] = None,
+    schedule: Annotated[
+        Text, typer.Option(help="Of the pipeline: gpipe, 1f1b, interleaved_1f1b, zb_h1, zbv or dualpipev.")
+    ] = None,
+    virtual_stages: Annotated[
+        Number, typer.Option(help="Stages of each rank (interleaved_1f1b, zb_h1): 2 unless given.")
+    ] = None,
+    pp_split: Annotated[Text, typer.Option(help="Layers of each stage, e.g. 7,8,8,7; else torchtitan's split.")] = None,
     cp: Annotated[Number, typer.Option(help="Context-parallel degree.")] = None,
     ep: Annotated[Number, typer.Option(help="Expert-parallel degree.")] = None,
     dp_replicate: Annotated[Number, typer.Option(help="Data-parallel replicas (HSDP, DDP); else what is left.")] = None,
@@ -170,14 +177,23 @@ def _summary(result: Estimate) -> Table:
         ("headroom", both(result.headroom)),
         *([("host", f"{both(report.host_bytes)} of checkpoints")] if report.host_bytes else []),
         ("verdict", result.verdict.text),
+        *([("highest rank", _highest(result))] if result.pipeline is not None else []),
         ("where", _where(result)),
         ("cold step", f"{gib(report.cold.nbytes)}, in {report.cold.phase.value}"),
         ("steady step", f"{gib(report.steady.nbytes)}, in {report.steady.phase.value}"),
-        ("model", f"{report.model.name}: {report.parameters:,} parameters, {len(report.model.layers)} layers"),
+        ("model", f"{report.model.name}: {report.parameters:,} parameters, {len(report.whole_model.layers)} layers"),
         ("workload", result.workload),
         *_routing(result),
     ]
     return Table(f"{report.model.name} on {result.cluster}", rows)
+
+
+def _highest(result: Estimate) -> str:
+    stages = result.ranks[0].stages
+    assert stages is not None
+    plural = "s" if len(stages.stages) > 1 else ""
+    names = ", ".join(map(str, stages.stages))
+    return f"{stages.rank} of {result.report.plan.mesh.pp} (stage{plural} {names}, {stages.layer_count} layers)"
 
 
 def _routing(result: Estimate) -> list[tuple[str, str]]:
@@ -206,6 +222,8 @@ def _where(result: Estimate) -> str:
 
 
 def _by_rank(result: Estimate) -> Table:
+    if result.pipeline is not None:
+        return _by_pipeline_rank(result)
     rows, left = [], result.cluster.count
     for each in result.ranks:
         peak, left = each.report.peak, left - each.ranks.count
@@ -215,6 +233,24 @@ def _by_rank(result: Estimate) -> Table:
         rows.append(("the others, between these", str(left), "", "", ""))
     header = ("ranks", "count", "peak", "in", "between steps")
     return Table("by rank", rows, header, right=frozenset({1, 2, 4}))
+
+
+def _by_pipeline_rank(result: Estimate) -> Table:
+    rows = []
+    for each in sorted(result.ranks, key=lambda each: each.stages.rank if each.stages else 0):
+        peak, stages = each.report.peak, each.stages
+        assert stages is not None
+        names = ", ".join(map(str, stages.stages))
+        layers = ", ".join(f"{layers.start}-{layers.stop - 1}" for layers in stages.layers)
+        held = str(stages.in_flight.whole)
+        between = size(each.report.steady.start_bytes)
+        worst = "highest" if each is result.ranks[0] else ""
+        rows.append((str(stages.rank), names, layers, held, size(peak.nbytes), peak.phase.value, between, worst))
+    header = ("rank", "stages", "layers", "in flight", "peak", "in", "between steps", "")
+    each_rank = result.ranks[0].ranks.count
+    alike = f"; each stands for {each_rank} GPUs" if each_rank > 1 else ""
+    title = f"by rank of the pipeline (in flight: most micro-batches held at once, for each stage{alike})"
+    return Table(title, rows, header, right=frozenset({0, 3, 4, 6}))
 
 
 def _by_role(result: Estimate) -> Table:

@@ -97,13 +97,13 @@ def distributed_case(line: Mapping[str, Any]) -> Case:
         raise UnsupportedError(f"case option {unknown[0]!r} is not known for kind {kind}")
     mesh, strategies = parallelise(config)
     if kind == "pp":
-        strategies = (recorded_pipeline(line),)
+        strategies = (recorded_pipeline(line), *strategies)
         config = {"impl": "titan", **config, "grad_accum": config.get("microbatches", 1)}
     checkpointing: tuple[Strategy, ...] = (FullCheckpointing(),) if config.get("ac") else ()
     model = _model(config)
     training = attrs.evolve(_training(config), liger=liger_of(config.get("liger"), model.family))
-    before, after = (strategies, checkpointing) if kind == "pp" else (checkpointing, strategies)
-    return Case(model, training, (*before, *after), mesh, config.get("rank", 0))
+    first, others = (strategies[:1], strategies[1:]) if kind == "pp" else ((), strategies)
+    return Case(model, training, (*first, *checkpointing, *others), mesh, config.get("rank", 0))
 
 
 def _model(config: Mapping[str, Any]) -> ModelSpec:
@@ -236,7 +236,21 @@ def _flat_sharded(config: Mapping[str, Any]) -> _Parallel:
 
 
 def _pipelined(config: Mapping[str, Any]) -> _Parallel:
-    return Mesh(pp=config.get("pp", 1)), ()
+    """What shares the work of each stage: `dp` ranks of torchtitan's `fully_shard` or of DDP, and `tp` ranks."""
+    pp, dp, data = config.get("pp", 1), config.get("dp", 1), config.get("data")
+    if data not in (None, "fsdp2", "ddp"):
+        raise UnsupportedError(f"'data' {json.dumps(data)} is not simulated in a pipeline, only fsdp2 and ddp")
+    shards, replicas = (dp, 1) if data == "fsdp2" else (1, dp)
+    mesh = Mesh(pp=pp, dp_shard=shards, dp_replicate=replicas, tp=config.get("tp", 1))
+    found: list[Strategy] = []
+    if mesh.tp > 1:
+        found.append(TensorParallel(sequence_parallel=bool(config.get("sp"))))
+    if data == "fsdp2":
+        usual = {"wrap": "titan", "reshard_after_forward": False}
+        found.append(_fsdp2({**usual, **config}))
+    elif data == "ddp":
+        found += _replicated(config)[1]
+    return mesh, tuple(found)
 
 
 def _megatron(config: Mapping[str, Any]) -> _Parallel:
@@ -250,6 +264,15 @@ _FSDP1 = {"sharding", "param_dtype", "reduce_dtype", "backward_prefetch", "forwa
 _FSDP1 |= {"sync_every", "replicate", "keep_low_precision_grads"}
 _FSDP2 = {"reshard_after_forward", "root_raf", "param_dtype", "reduce_dtype", "wrap", "explicit_prefetch"}
 _FSDP2 |= {"sync_every", "cpu_offload", "replicate"}
+_PIPELINE = {"pp", "microbatches", "schedule", "stage", "virtual", "return_outputs", "cuts", "dp", "data", "tp", "sp"}
+_PIPELINE |= {
+    "param_dtype",
+    "reduce_dtype",
+    "wrap",
+    "reshard_after_forward",
+    "gradient_as_bucket_view",
+    "bucket_cap_mb",
+}
 _DDP = {"gradient_as_bucket_view", "bucket_cap_mb", "static_graph"}
 #: Kind of a case -> the options it takes, and what makes mesh and strategies of them.
 _KINDS: dict[str, tuple[set[str], Callable[[Mapping[str, Any]], _Parallel]]] = {
@@ -259,7 +282,7 @@ _KINDS: dict[str, tuple[set[str], Callable[[Mapping[str, Any]], _Parallel]]] = {
     "fsdp1": (_FSDP1, _flat_sharded),
     "fsdp2": (_FSDP2, _fully_sharded),
     "megatron": (_MEGATRON, _megatron),
-    "pp": ({"pp", "microbatches", "schedule", "stage", "virtual", "return_outputs"}, _pipelined),
+    "pp": (_PIPELINE, _pipelined),
     "hsdp": (_FSDP2, _fully_sharded),
     "tp": (_FSDP2 | {"tp", "sp", "loss_parallel"}, _tensor_parallel),
 }

@@ -29,8 +29,9 @@ class _RecordedRuntime(DdpRuntime):
 
     def __init__(self, job: Job, options: Ddp) -> None:
         super().__init__(job, options)
-        job.resident = [storage for storage in job.resident if storage not in self.buckets]
         self._unseen = False
+        if job.plan.pipeline is None:  # of pipelines the first step is not compared
+            job.resident = [storage for storage in job.resident if storage not in self.buckets]
 
     def assign(self, weights: Sequence[Tensor]) -> list[list[Tensor]]:
         """All in one."""
@@ -38,6 +39,7 @@ class _RecordedRuntime(DdpRuntime):
 
     def begin_backward(self, turn: Turn) -> None:
         """In the first of all micro-batches the bucket has not been seen yet."""
+        super().begin_backward(turn)
         self._unseen = turn.cold and turn.first
 
     def accumulated(self, parameter: Storage) -> None:

@@ -16,6 +16,7 @@ _RUNTIMES = {
     "Interleaved1F1B": "runtime",
     "InterleavedZeroBubble": "runtime",
     "ZBVZeroBubble": "runtime",
+    "DualPipeV": "runtime",
 }
 
 

@@ -21,6 +21,8 @@ from simulator.roles import Role
 from simulator.timeline import LiveSet, moments, timeline
 from strategies.checkpointing import FullCheckpointing
 from strategies.ddp import Ddp
+from strategies.fsdp1 import Fsdp1
+from strategies.fsdp2 import Fsdp2
 from strategies.pipeline import PipelineParallel
 from studies.validation import read_cases, validate_oracle
 from studies.validation.distributed import distributed_case
@@ -120,6 +122,14 @@ def test_parameters_are_those_of_the_whole_model():
     assert run(rank(0)).parameters == simulate(MODEL, TRAINING).parameters
 
 
+def test_a_tied_weight_is_in_both_stages():
+    """Each end has a copy of its own, as in a model whose weights are not tied; the model has it once."""
+    tied = attrs.evolve(MODEL, tied_embeddings=True)
+    for stage in (0, 2):
+        assert run(rank(stage), model=tied).steady == run(rank(stage)).steady
+    assert run(rank(0)).parameters - run(rank(0), model=tied).parameters == MODEL.vocab * MODEL.hidden
+
+
 def test_layers_have_their_numbers_in_the_whole_model():
     assert run(rank(1)).layer_of() in range(2, 5)
 
@@ -144,11 +154,16 @@ def test_wrong_options(change, message):
 
 
 def test_what_is_not_modelled_is_refused():
-    with pytest.raises(UnsupportedError, match="tied embeddings"):
-        run(rank(0), model=attrs.evolve(MODEL, tied_embeddings=True))
     with pytest.raises(UnsupportedError, match="pipeline goes first"):
         run(FullCheckpointing(), rank(0))
-    with pytest.raises(UnsupportedError, match="a pipeline with the strategies after it"):
-        run(rank(0), Ddp())
+    with pytest.raises(UnsupportedError, match="a pipeline with fsdp1 in its stages"):
+        run(rank(0), Fsdp1())
+    split = tuple(Action(kind, number) for number in range(4) for kind in "FIW")
+    with pytest.raises(UnsupportedError, match="ddp is not told of weights' gradients"):
+        run(rank(1, split, "runtime"), Ddp())
+    with pytest.raises(UnsupportedError, match="checkpoints in a backward split in two"):
+        run(rank(1, split, "runtime"), FullCheckpointing())
+    with pytest.raises(UnsupportedError, match="'reshard_after_forward' true of fsdp2 in a pipeline"):
+        run(rank(0), Fsdp2())
     with pytest.raises(UnsupportedError, match="not cut into pipeline stages"):
         run(rank(0), training=attrs.evolve(TRAINING, implementation="torchtune"))

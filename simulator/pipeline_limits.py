@@ -1,0 +1,46 @@
+"""What was not compared with recordings of pipelines, and is refused in them."""
+
+from __future__ import annotations
+
+from hardware.errors import UnsupportedError
+from simulator.plan import Plan
+
+
+def check_pipeline(plan: Plan) -> None:
+    """Refuse what was not compared with recordings of pipelines.
+
+    Raises:
+        UnsupportedError: the option, and a way out.
+    """
+    training, split = plan.training, plan.pipeline is not None and plan.pipeline.splits_backward
+    names = {str(getattr(hooks, "name", type(hooks).__name__)): hooks for hooks in plan.hooks}
+    for name, hooks in names.items():
+        if not getattr(hooks, "in_stages", False):
+            raise UnsupportedError(f"a pipeline with {name} in its stages is not modelled: use fsdp2 or ddp")
+        if split and not getattr(hooks, "in_split_backward", False):
+            raise UnsupportedError(
+                f"{name} is not told of weights' gradients where backward is split in two, and would not reduce them: "
+                "use fsdp2, or schedule interleaved_1f1b"
+            )
+    if split and plan.recomputed:
+        raise UnsupportedError("checkpoints in a backward split in two are not modelled: take another schedule")
+    if plan.tensor_parallel and training.implementation != "torchtitan":
+        raise UnsupportedError("'tp' in a pipeline is modelled for implementation torchtitan alone: use it, or tp 1")
+    others = {
+        "checkpoints of several layers, some of which other ranks have": plan.together > 1,
+        "checkpoints of modules and a strategy in its stages": bool(names) and bool(plan.recomputed_modules),
+        "'zero_grad' zero and a strategy in its stages": bool(names) and training.zero_grad == "zero",
+        "frozen weights": plan.frozen or plan.frozen_layers,
+        "reentrant checkpoints": plan.reentrant,
+        "compiled layers": plan.compiled,
+        "float8": plan.float8,
+        "'liger'": training.liger.kernels,
+        "'items_in_batch'": training.items_in_batch,
+        "'autocast' (torchtitan leaves it to fsdp2's param_dtype)": training.autocast,
+        "'grad_scaler'": training.grad_scaler,
+        "'optimizer_in_backward'": training.optimizer_in_backward,
+        "'keep_outputs'": training.keep_outputs,
+    }
+    for name, given in others.items():
+        if given:
+            raise UnsupportedError(f"a pipeline with {name} is not modelled yet: leave one out")
