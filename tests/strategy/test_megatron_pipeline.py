@@ -119,6 +119,16 @@ def test_a_tied_embedding_is_on_both_ends():
     assert tied[0].parameters < untied[0].parameters
 
 
+def test_stages_may_differ_in_their_layers():
+    """A layer more on a stage costs more there, and the same weights are on all ranks together."""
+    even, uneven = (
+        [run(MegatronPipeline(rank=rank, split=split), MegatronDistributedOptimizer()) for rank in (0, 1)]
+        for split in (None, (3, 5))
+    )
+    assert uneven[0].peak.nbytes < even[0].peak.nbytes
+    assert uneven[1].peak.nbytes > even[1].peak.nbytes
+
+
 def test_a_received_activation_lives_as_long_as_its_micro_batch():
     report = run(MegatronPipeline(rank=1, chunks=2))
     assert report.steady.by_role.get(Role.RECEIVED, 0) > 0
@@ -129,7 +139,8 @@ def test_a_received_activation_lives_as_long_as_its_micro_batch():
     [
         (MegatronPipeline(rank=2), 2, "'rank' must be from 0 to 1"),
         (MegatronPipeline(), 1, "'pp' must be at least 2"),
-        (MegatronPipeline(), 3, "8 layers do not make equal stages"),
+        (MegatronPipeline(), 3, "8 layers do not make 3 equal stages"),
+        (MegatronPipeline(split=(3, 4)), 2, "2 numbers of layers that add up to 8: 3,4"),
         (MegatronPipeline(chunks=2, group=7), 2, "'micro_batches'"),
     ],
 )
