@@ -430,6 +430,8 @@ class Fsdp2Runtime(UnitRuntime):
         self._reduces = True
         for unit in self.units:
             self._at(unit, self.post_backward)
+        self.job.recorder.module, self.job.recorder.slot = "root", None
+        self.job.recorder.note("finalize_backward")
         self._finish()
 
     def end_backward(self) -> None:
