@@ -238,16 +238,22 @@ class Autograd:
             saved, early = ([s for s in kept if s not in self._overwritten] for kept in (saved, early))
             self._overwritten.clear()
         self._release_made()
-        self._release(early)
+        read, given = self._read(op, gradients)
+        self._release([*early, *given])
         results = [g and self._validate(g, t) for g, t in zip(results, op.inputs, strict=True)]
         self._fusing = False
-        read = [gradient.storage for gradient in gradients if gradient is not None]
         if op.fused:
             self._kernels.hold_sources(results, [*read, *saved])
         self._release([*read, *saved])
         for gradient, tensor in zip(results, op.inputs, strict=True):
             if gradient is not None:
                 self._send(self._written(op, gradient, tensor), tensor)
+
+    @staticmethod
+    def _read(op: Op, gradients: Sequence[Tensor | None]) -> tuple[list[Storage], list[Storage]]:
+        """Gradients that the node has till its end, and those that a function in Python has till it returns."""
+        read = [gradient.storage for gradient in gradients if gradient is not None]
+        return ([], read) if op.attributes.get("in_python") else (read, [])
 
     def _seen(self, op: Op) -> Op:
         """`op` as its rule sees it: inputs whose gradients nobody asks for require none."""

@@ -11,6 +11,7 @@ from simulator.grad_scaler import GradScaler
 from simulator.graph import Storage
 from simulator.hand_over import Unlike
 from simulator.layout import Sharing
+from simulator.megatron_pipelined import MegatronPipelinedSteps
 from simulator.micro_batch import AfterForward, MicroBatch
 from simulator.model import AttentionSpec, ModelSpec
 from simulator.optimizer_in_backward import OptimizerInBackward
@@ -66,7 +67,12 @@ def lower_ranks(plans: Sequence[Plan]) -> list[TrainingProgram]:
 
 def _same_parts(one: Plan, other: Plan) -> bool:
     """Whether plans of two ranks are equal but for which stages they have, and when they run."""
-    if one.pipeline is None or other.pipeline is None or not one.pipeline.runs_like(other.pipeline):
+    if (
+        one.pipeline is None
+        or other.pipeline is None
+        or one.pipeline.megatron
+        or not one.pipeline.runs_like(other.pipeline)
+    ):
         return False
     return attrs.astuple(attrs.evolve(one, pipeline=None), recurse=False) == attrs.astuple(
         attrs.evolve(other, pipeline=None), recurse=False
@@ -75,7 +81,8 @@ def _same_parts(one: Plan, other: Plan) -> bool:
 
 class _Lowering:
     def __init__(self, plan: Plan) -> None:
-        if plan.pipeline is not None:
+        by_torch = plan.pipeline is not None and plan.pipeline.megatron is None
+        if by_torch:
             check_pipeline(plan)
         self.plan = plan
         self.training = plan.training
@@ -83,7 +90,11 @@ class _Lowering:
         self.job = Job(plan)
         self._states: dict[tuple[Storage, str], Storage] = {}
         self._constructed: list[Step] = []
-        stages = [StageJob(self.job, number) for number in range(len(self.job.graph.stages))] if plan.hooks else []
+        stages = (
+            [StageJob(self.job, number) for number in range(len(self.job.graph.stages))]
+            if plan.hooks and by_torch
+            else []
+        )
         by_stage = [[hooks.start(job) for hooks in plan.hooks] for job in stages]
         in_stages = [runtime for each in by_stage for runtime in each]
         self.runtimes: list[Runtime] = in_stages or [hooks.start(self.job) for hooks in plan.hooks]
@@ -101,12 +112,17 @@ class _Lowering:
         self._second_differs = any(runtime.second_differs for runtime in self.runtimes)
         self._first_differs = any(runtime.first_differs for runtime in self.runtimes)
         self._last_differs = any(runtime.last_differs for runtime in self.runtimes)
-        self._stages = StageParts(self.job, self.builder, by_stage) if plan.pipeline else None
+        self._megatron = self._megatron_steps()
+        self._stages = StageParts(self.job, self.builder, by_stage) if by_torch else None
         self._optimizer_nodes: dict[bool, list[Node]] = {}
         self._load_node: Node | None = None
         self._micro_batch = MicroBatch(self.job, self.runtimes)
         self._forwards: dict[tuple[bool, ...], tuple[Node, AfterForward]] = {}
         self._turns: dict[tuple[bool, ...], Node] = {}
+
+    def _megatron_steps(self) -> MegatronPipelinedSteps | None:
+        loop = self.plan.pipeline and self.plan.pipeline.megatron
+        return MegatronPipelinedSteps(self.job, loop, self.builder, self.runtimes) if loop else None
 
     def program(self, pipeline: Pipeline | None) -> TrainingProgram:
         """The program of the plan, or of one like it that has a `pipeline` of its own."""
@@ -137,6 +153,8 @@ class _Lowering:
 
     def _step(self, *, cold: bool) -> Node:
         """First micro-batch, the second and the last where they differ, those between them; then the optimizer."""
+        if self._megatron is not None:
+            return Seq((*self._megatron.step(cold=cold), *self._optimizer(), *self._megatron.end_step()))
         count = self.training.gradient_accumulation
         parts = [self._turn(Turn(cold, first=True, last=count == 1))]
         if count > 1 and cold and self._second_differs:

@@ -79,6 +79,25 @@ class Chunk:
 
 
 @attrs.frozen
+class MegatronLoop:
+    """How Megatron-LM's own loop runs the order (megatron/core/pipeline_parallel/schedules.py)."""
+
+    order: tuple[Action, ...]
+    """The rank's forwards and backwards."""
+    chunks: int
+    """How many of the model the rank has."""
+    rank: int
+    """The pipeline rank."""
+    ranks: int
+    group: int
+    """Micro-batches that run through one chunk before the next (``microbatch_group_size_per_vp_stage``)."""
+    overlap_p2p_comm: bool
+    """Whether sends and receives overlap with computation; only where chunks are interleaved."""
+    deallocate_pipeline_outputs: bool
+    """Whether an output that was sent keeps one element only."""
+
+
+@attrs.frozen
 class Pipeline:
     """What one rank of a pipeline has and does."""
 
@@ -92,6 +111,8 @@ class Pipeline:
     """The loop of torch that runs the order, one of `RUNTIMES`."""
     return_outputs: bool = False
     """Whether the last stage's outputs are kept and merged (``step(return_outputs=True)``)."""
+    megatron: MegatronLoop | None = None
+    """Megatron-LM's loop, where that runs the order instead of one of torch's."""
 
     @property
     def actions(self) -> list[Action]:

@@ -30,6 +30,7 @@ def check_pipeline(plan: Plan) -> None:
         "checkpoints of several layers, some of which other ranks have": plan.together > 1,
         "checkpoints of modules and a strategy in its stages": bool(names) and bool(plan.recomputed_modules),
         "'zero_grad' zero and a strategy in its stages": bool(names) and training.zero_grad == "zero",
+        "context parallelism": plan.context_parallel,
         "frozen weights": plan.frozen or plan.frozen_layers,
         "reentrant checkpoints": plan.reentrant,
         "compiled layers": plan.compiled,

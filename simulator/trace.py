@@ -28,6 +28,7 @@ from simulator.regime import Regime as Regime
 from simulator.roles import Role
 from simulator.sizes import Dim, Dimensions, Value, product, size_of
 from simulator.tensor_parallel import AXIS, DTENSOR, Style
+from simulator.workload import MEGATRON
 
 
 class Trace:
@@ -210,7 +211,7 @@ class Trace:
 
     def input(self, name: str, *dims: Dim, dtype: DType) -> Tensor:
         """A tensor of the batch, made anew for each micro-batch and kept until it ends."""
-        if self.regime.pipelined:
+        if self.regime.pipelined and self.regime.implementation not in MEGATRON:
             return self._part_of_batch(name, dims, dtype)
         tensor = self._leaf(name, dims, dtype, Role.INPUT)
         tensor.storage.persistent = self.regime.keep_inputs
@@ -248,12 +249,12 @@ class Trace:
             graph.loss_op, graph.loss, (graph.output, *_) = self.graph.outside, self.graph.loss, self.graph.outputs
         self.module = ""
 
-    def receive(self) -> Tensor:
-        """The hidden states ``[b, s, h]`` that the stage before sent: a leaf that requires a gradient.
+    def receive(self, *dims: Dim) -> Tensor:
+        """The hidden states, ``[b, s, h]`` unless said otherwise, that the stage before sent: a leaf with a gradient.
 
         With sequence parallelism they are this rank's part of the sequence, on both sides.
         """
-        tensor = self._leaf("received", ("b", *self.sequence(), "h"), self.regime.weights, Role.RECEIVED)
+        tensor = self._leaf("received", dims or ("b", *self.sequence(), "h"), self.regime.weights, Role.RECEIVED)
         tensor.requires_grad = self.regime.training
         self.graph.stages[-1].received = tensor
         return tensor

@@ -105,8 +105,6 @@ class Fsdp2:
             if given != modelled:
                 way = f"use {str(modelled).lower()}"
                 raise UnsupportedError(f"{name!r} {str(given).lower()} of fsdp2 in a pipeline is not modelled: {way}")
-        if plan.mesh.dp_replicate > 1:
-            raise UnsupportedError("fsdp2 over 'dp_replicate' in a pipeline is not modelled: set it to 1")
 
     def start(self, job: Job) -> Fsdp2Runtime:
         """Shard the weights."""
@@ -432,6 +430,8 @@ class Fsdp2Runtime(UnitRuntime):
         self._reduces = True
         for unit in self.units:
             self._at(unit, self.post_backward)
+        self.job.recorder.module, self.job.recorder.slot = "root", None
+        self.job.recorder.note("finalize_backward")
         self._finish()
 
     def end_backward(self) -> None:

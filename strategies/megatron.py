@@ -9,7 +9,9 @@ method).
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import ClassVar
 
 import attrs
@@ -150,7 +152,7 @@ class MegatronRuntime(Runtime):
         self._narrow = self._weights.bits < FP32.bits
         self._gradients = FP32 if options.grad_reduce_in_fp32 or not self._narrow else self._weights
         self._distributed = options.use_distributed_optimizer
-        self._parts = self._split(job.weights())
+        self._parts = self._split()
         self._grad_data = {part: self._buffer(part, "grad_data", self._gradients, Role.BUCKET) for part in self._parts}
         self._trained = [self._parameter(piece) for piece in self._pieces()]
         copies = [p.storage for p in self._trained] if self._holds_main_weights else []
@@ -162,22 +164,24 @@ class MegatronRuntime(Runtime):
 
     # buffers -------------------------------------------------------------------------------------------------------
 
-    def _split(self, weights: Sequence[tuple[Tensor, int | None]]) -> list[_Part]:
-        """`DistributedDataParallel.__init__`: weights of experts have buffers of their own.
+    def _split(self) -> list[_Part]:
+        """`DistributedDataParallel.__init__`: weights of experts have buffers of their own, in each model chunk.
 
         Ranks with different experts are neighbours (megatron/core/parallel_state.py, order "tp-cp-ep-dp-pp").
         """
         mesh, experts = self.job.plan.mesh, self.job.graph.expert_parallel
-        rank = self.job.plan.rank % mesh.dp_shard_cp
+        rank, chunks = self.job.plan.rank % mesh.dp_shard_cp, self._weights_of_chunks()
         parts = []
-        for prefix, shards, own, inside in (
-            ("", mesh.dp_shard_cp, rank, False),
-            ("expert_", mesh.expert_shards, rank // mesh.ep, True),
-        ):
-            among = [(tensor, layer) for tensor, layer in weights if (tensor.storage in experts) == inside]
-            if among:
-                multiple = self.job.plan.dimensions.bind(f"{prefix}bucket_multiple", self._bucket_multiple(shards))
-                parts.append(_Part(self._assign(among), shards, own, multiple, prefix))
+        for number, weights in enumerate(chunks):
+            chunk = f"chunk{number}." if len(chunks) > 1 else ""
+            for prefix, shards, own, inside in (
+                ("", mesh.dp_shard_cp, rank, False),
+                ("expert_", mesh.expert_shards, rank // mesh.ep, True),
+            ):
+                among = [(tensor, layer) for tensor, layer in weights if (tensor.storage in experts) == inside]
+                if among:
+                    multiple = self.job.plan.dimensions.bind(f"{prefix}bucket_multiple", self._bucket_multiple(shards))
+                    parts.append(_Part(self._assign(among, number), shards, own, multiple, chunk + prefix))
         return parts
 
     def _bucket_multiple(self, shards: int) -> int:
@@ -189,8 +193,29 @@ class MegatronRuntime(Runtime):
     def _alignment(self) -> int:
         return PARAMETER_ALIGNMENT if self._distributed else 1
 
-    def _assign(self, weights: Sequence[tuple[Tensor, int | None]]) -> list[list[Member]]:
+    def _weights_of_chunks(self) -> list[list[tuple[Tensor, int | None]]]:
+        """Each model chunk of a pipeline's rank is wrapped by itself."""
+        weights, pipeline = self.job.weights(), self.job.plan.pipeline
+        if pipeline is None:
+            return [weights]
+        ends = list(accumulate(len(chunk.layers) for chunk in pipeline.chunks))
+        chunks: list[list[tuple[Tensor, int | None]]] = [[] for _ in ends]
+        started = False
+        for tensor, layer in weights:  # embeddings belong to the first chunk, the last norm and the head to the last
+            started = started or layer is not None
+            outside = len(ends) - 1 if started else 0
+            chunks[outside if layer is None else bisect_right(ends, layer)].append((tensor, layer))
+        return chunks
+
+    def _is_bucketed(self, chunk: int) -> bool:
+        """Only the first chunk of a pipeline's first rank has several buckets (`DistributedDataParallel.__init__`)."""
+        pipeline = self.job.plan.pipeline
+        first = chunk == 0 and (pipeline is None or pipeline.chunks[0].stage == 0)
+        return self.options.overlap_grad_reduce and first
+
+    def _assign(self, weights: Sequence[tuple[Tensor, int | None]], chunk: int) -> list[list[Member]]:
         """`_compute_per_buffer_param_layout`: in the order of backward, a bucket is closed by what fills it."""
+        bucketed = self._is_bucketed(chunk)
         bindings, ranks = self.job.plan.dimensions.bindings, self.job.plan.mesh.dp
         limit = self.options.bucket_size or max(BUCKET_ELEMENTS, BUCKET_ELEMENTS_PER_RANK * ranks)
         buckets: list[list[Member]] = [[]]
@@ -199,7 +224,7 @@ class MegatronRuntime(Runtime):
             start = end + -end % self._alignment
             end = start + int(tensor.storage.size.elements(bindings))
             buckets[-1].append(Member(tensor, layer, start, end))
-            if self.options.overlap_grad_reduce and end >= limit:
+            if bucketed and end >= limit:
                 buckets.append([])
                 end = 0
         return [bucket for bucket in buckets if bucket]
@@ -254,9 +279,10 @@ class MegatronRuntime(Runtime):
     def _pieces(self) -> Iterator[_Piece]:
         """`_build_model_gbuf_range`: the rank's equal part of every bucket; else every weight."""
         if not self._distributed:
-            experts = self.job.graph.expert_parallel
+            members = ((part, member) for part in self._parts for bucket in part.buckets for member in bucket)
+            owners = {member.tensor.storage: part for part, member in members}
             for tensor in self.job.graph.parameters:
-                part = self._parts[-1 if tensor.storage in experts else 0]
+                part = owners[tensor.storage]
                 yield _Piece(part, tensor, tensor.storage.label, tensor.storage.slot, tensor.dims)
             return
         dimensions = self.job.plan.dimensions

@@ -85,9 +85,7 @@ class PipelineSchedule:
         name = self.known_as
         if pp < 2:
             raise UsageError(f"'pp' of a pipeline must be at least 2: {pp}; give --pp, or leave the schedule out")
-        if name == "1f1b" and micro_batches < pp:
-            way = f"take {pp}, fewer ranks, or gpipe"
-            raise UsageError(f"'gradient-accumulation' of {name} must be at least pp = {pp}: {micro_batches}; {way}")
+        _check_micro_batches(name, pp, micro_batches)
         made = SCHEDULES[name]
         several = len(made.legal_chunks) > 1
         chunks = self.virtual_stages or (VIRTUAL_STAGES if several else made.legal_chunks[0])
@@ -114,6 +112,16 @@ class PipelineSchedule:
     def in_flight(self, pp: int, micro_batches: int) -> InFlight:
         """What the rank holds at once, in micro-batches."""
         return in_flight(self.made_for(pp, micro_batches), self.rank)
+
+
+def _check_micro_batches(name: str, pp: int, micro_batches: int) -> None:
+    """What the constructors of ``Schedule1F1B`` and ``ScheduleDualPipeV`` want."""
+    least, other = {"1f1b": (pp, "gpipe"), "dualpipev": (2 * pp, "zbv")}.get(name, (1, ""))
+    if micro_batches < least:
+        raise UsageError(
+            f"'gradient-accumulation' of {name} must be at least its {least} stages: {micro_batches}; "
+            f"take {least}, fewer ranks, or {other}"
+        )
 
 
 def _group(name: str, pp: int, micro_batches: int) -> int:

@@ -14,10 +14,9 @@ from simulator.model import ModelSpec
 from simulator.report import Report, StepPeak
 from simulator.timeline import Live
 from simulator.workload import Training
-from strategies.pipeline_schedule import PipelineSchedule
 from studies.breakdown import LayerGroup, by_place
 from studies.options import Resolved, TrainingOptions, parse_headroom, resolve
-from studies.pipelines import StagesOfRank, assumed
+from studies.pipelines import AnyPipeline, StagesOfRank, assumed
 from studies.pruning import Saving, savings
 from studies.ranks import SimulatedRanks, simulate_ranks
 from studies.routing import RoutingBand, routing_band
@@ -54,7 +53,7 @@ class Estimate:
         assumptions: tuple[str, ...],
         savings: Sequence[Saving] = (),
         routing: RoutingBand | None = None,
-        pipeline: PipelineSchedule | None = None,
+        pipeline: AnyPipeline | None = None,
     ) -> None:
         self.ranks = tuple(ranks)
         self.report = ranks[0].report
@@ -201,7 +200,7 @@ def _of_pipeline(options: TrainingOptions, resolved: Resolved, ranks: Sequence[S
     given = [name for name in ("schedule", "pp_split") if getattr(options, name) is not None]
     split = {number: len(layers) for each in ranks if each.stages for number, layers in each.stages.named}
     tied = ranks[0].report.whole_model.tied_embeddings
-    return assumed(given, [split[stage] for stage in sorted(split)], tied=tied)
+    return assumed(resolved.pipeline, given, [split[stage] for stage in sorted(split)], tied=tied)
 
 
 def _savings(model: ModelSpec, resolved: Resolved, after: Report) -> list[Saving]:

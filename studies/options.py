@@ -22,11 +22,10 @@ from strategies.compilation import CompileLayers
 from strategies.float8 import Float8
 from strategies.freezing import Freezing
 from strategies.interval_checkpointing import IntervalCheckpointing
-from strategies.pipeline_schedule import PipelineSchedule
 from studies.optimizer_options import assume_grad_scaler, optimizer_assumptions
 from studies.optimizer_options import parse_optimizer as parse_optimizer
 from studies.parallelism import Degrees, parallelise, parse_strategy
-from studies.pipelines import pipeline_of
+from studies.pipelines import AnyPipeline, pipeline_of
 from studies.pruning import parse_prunings
 
 #: ``--dtype``: element types of the weights and of autocast.
@@ -130,7 +129,7 @@ class Resolved:
     assumptions: tuple[str, ...]
     prunings: tuple[Strategy, ...] = ()
     """Those at the head of `strategies` that prune the model."""
-    pipeline: PipelineSchedule | None = None
+    pipeline: AnyPipeline | None = None
     """Its first rank; all others are to be simulated as well."""
 
     def of_rank(self, rank: int) -> tuple[Strategy, ...]:
@@ -152,7 +151,9 @@ def resolve(options: TrainingOptions, model: ModelSpec, world: int = 1) -> Resol
     chosen.check_idle()
     weights, autocast = _look_up("dtype", chosen["dtype"], DTYPES)
     degrees = Degrees(**{field.name: getattr(options, field.name) for field in attrs.fields(Degrees)})
-    pipeline = pipeline_of(options.schedule, options.virtual_stages, options.pp_split, options.pp)
+    pipeline = pipeline_of(
+        options.schedule, options.virtual_stages, options.pp_split, options.pp, chosen["implementation"]
+    )
     mesh, strategies, assumed = parallelise(options.strategy, degrees, world)
     optimizer = parse_optimizer(chosen["optimizer"])
     scaled, why_scaled = assume_grad_scaler(options, autocast, optimizer, strategies)

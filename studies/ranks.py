@@ -9,9 +9,8 @@ from simulator.api import simulate_ranks as simulate_ranks_of
 from simulator.model import ModelSpec
 from simulator.plan import RankClass, apply, make_plan, rank_classes
 from simulator.report import Report
-from strategies.pipeline_schedule import PipelineSchedule
 from studies.options import Resolved
-from studies.pipelines import StagesOfRank, stages_of
+from studies.pipelines import AnyPipeline, StagesOfRank, stages_of
 
 #: Classes of ranks that are simulated.
 MOST_RANK_CLASSES = 6
@@ -45,7 +44,7 @@ def simulate_ranks(model: ModelSpec, resolved: Resolved) -> list[SimulatedRanks]
     return sorted(found, key=lambda each: -each.report.peak.nbytes)
 
 
-def _simulate_pipeline(model: ModelSpec, resolved: Resolved, pipeline: PipelineSchedule) -> list[SimulatedRanks]:
+def _simulate_pipeline(model: ModelSpec, resolved: Resolved, pipeline: AnyPipeline) -> list[SimulatedRanks]:
     pp, training = resolved.mesh.pp, resolved.training
     reports = simulate_ranks_of(model, training, [resolved.of_rank(rank) for rank in range(pp)], mesh=resolved.mesh)
     whole = reports[0].plan.pipeline

@@ -29,34 +29,57 @@ def forward(t: Trace, spec: ModelSpec, layers: BuiltLayers) -> None:
     """`GPTModel.forward` with labels, and the mean over tokens of its caller."""
     if t.regime.autocast is not None:
         raise UnsupportedError("'autocast' must be left out with implementation 'megatron': it keeps 16-bit weights")
-    ids, labels = batch(t)
-    positions = t.input("position_ids", "b", "s", dtype=INT64)  # made for every model (megatron/training/utils.py)
     sizes = t.dimensions.bindings
     rows = t.shard((t.dim("V_padded", round_up(sizes["V"], VOCABULARY_MULTIPLE * sizes["tp"])),))
-    if t.sequence() != ("s",):
+    if t.sequence() != ("s",) and len(t.graph.stages) < 2:
         t.buffer("mpu", "s", "b", "h", dtype=t.regime.weights)  # `GlobalMemoryBuffer`, shared by all gathers
     megatron_moe.shared_buffers(t, spec.layers)
     freqs = _frequencies(t, spec) if spec.family == "llama" else None
     with t.call("") as local:
-        table, hidden = _embed(t, ids, positions, rows, spec)
+        if t.stage.first or t.stage.last:
+            ids, labels = batch(t)
+            # made for every model (megatron/training/utils.py)
+            positions = t.input("position_ids", "b", "s", dtype=INT64)
+        table = None
+        if t.stage.first:
+            table, hidden = _embed(t, ids, positions, rows, spec)
+        else:
+            hidden = t.receive(*t.sequence(), "b", "h")
         local("decoder_input", hidden)
         with t.call("decoder") as decoder:
             for slot, layer in layers:
                 with t.layer(slot, hidden, freqs):
                     hidden = decoder("hidden", _layer(t, hidden, freqs, layer, spec))
-            hidden = _norm(t, "final_layernorm", hidden, spec)
+            hidden = _norm(t, "final_layernorm", hidden, spec) if t.stage.last else hidden
         local("hidden", hidden)
-        with t.loss_head():
-            with t.call("output_layer"):
-                weight = table if spec.tied_embeddings else t.matrix("weight", rows, ("h",))
-            logits = local("logits", megatron.fused_linear(t, hidden, weight, None, rows, _gathered(t)))
-            loss = _token_losses(t, logits, labels)
-    with t.loss_head():
-        t.graph.loss = ops.mean_all(t, loss)
-    t.graph.outputs = ()
+        if t.stage.last:
+            tied = table if spec.tied_embeddings else None  # another stage's table is a weight of its own here
+            loss = _head(t, hidden, tied, labels, rows)
+    if t.stage.last:
+        _mean(t, loss)
+    else:
+        t.send(hidden)
     attention = (*megatron_mla.ORDER, "linear_qkv")
     mlp = (*megatron_moe.ORDER, "linear_fc1", "linear_fc2")
     t.order_layer_parameters("input_layernorm", *attention, "pre_mlp_layernorm", *mlp)
+
+
+def _head(t: Trace, hidden: Tensor, tied: Tensor | None, labels: Tensor, rows: tuple[Dim, ...]) -> Tensor:
+    """`_postprocess`: logits and one loss per token."""
+    with t.call("") as local, t.loss_head():
+        with t.call("output_layer"):
+            weight = t.matrix("weight", rows, ("h",)) if tied is None else tied
+        logits = local("logits", megatron.fused_linear(t, hidden, weight, None, rows, _gathered(t)))
+        return _token_losses(t, logits, labels)
+
+
+def _mean(t: Trace, loss: Tensor) -> None:
+    """The caller's loss function; a pipeline's loop keeps what it returns."""
+    if t.regime.pipelined:
+        t.leave_model()
+    with t.loss_head():
+        t.graph.loss = ops.mean_all(t, loss)
+    t.graph.outputs = (t.graph.loss,) if t.regime.pipelined else ()
 
 
 def _frequencies(t: Trace, spec: ModelSpec) -> Tensor:

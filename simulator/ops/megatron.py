@@ -196,7 +196,8 @@ def vocabulary_cross_entropy(t: Trace, logits: Tensor, targets: Tensor) -> Tenso
             inner("log", constant(t, "log.default", scores, shape=rows))
             loss = t.fresh("sub.Tensor", rows, FP32)
             kept = [scores, mask, masked]
-            t.emit("sub.Tensor", [logits, *kept], [loss], saves=kept, backward=_cross_entropy_backward)
+            inputs = [logits, *kept]
+            t.emit("sub.Tensor", inputs, [loss], saves=kept, backward=_cross_entropy_backward, in_python=True)
     return loss
 
 

@@ -26,6 +26,7 @@ from strategies.tensor_parallel import TensorParallel
 from strategies.zero_redundancy import ZeroRedundancy
 from studies.validation.liger_switches import liger_of
 from studies.validation.recorded_ddp import RecordedDdp
+from studies.validation.recorded_megatron import recorded_megatron
 from studies.validation.recorded_pipeline import recorded_pipeline
 
 #: The oracle's names of models: layers, hidden, feed-forward width, heads, key heads, vocabulary, tied embeddings.
@@ -86,6 +87,8 @@ def distributed_case(line: Mapping[str, Any]) -> Case:
     """
     config = line["config"]
     kind = config.get("kind")
+    if kind == "megatron_pp":
+        return Case(*recorded_megatron(config))
     if kind not in _KINDS:
         raise UnsupportedError(f"kind {json.dumps(kind)} is not simulated yet, only {', '.join(_KINDS)}")
     known, parallelise = _KINDS[kind]
@@ -237,7 +240,8 @@ def _pipelined(config: Mapping[str, Any]) -> _Parallel:
     pp, dp, data = config.get("pp", 1), config.get("dp", 1), config.get("data")
     if data not in (None, "fsdp2", "ddp"):
         raise UnsupportedError(f"'data' {json.dumps(data)} is not simulated in a pipeline, only fsdp2 and ddp")
-    shards, replicas = (dp, 1) if data == "fsdp2" else (1, dp)
+    copies = config.get("replicate", 1)
+    shards, replicas = (dp // copies, copies) if data == "fsdp2" else (1, dp)
     mesh = Mesh(pp=pp, dp_shard=shards, dp_replicate=replicas, tp=config.get("tp", 1))
     found: list[Strategy] = []
     if mesh.tp > 1:
@@ -261,16 +265,9 @@ _FSDP1 = {"sharding", "param_dtype", "reduce_dtype", "backward_prefetch", "forwa
 _FSDP1 |= {"sync_every", "replicate", "keep_low_precision_grads"}
 _FSDP2 = {"reshard_after_forward", "root_raf", "param_dtype", "reduce_dtype", "wrap", "explicit_prefetch"}
 _FSDP2 |= {"sync_every", "cpu_offload", "replicate"}
-_PIPELINE = {"pp", "microbatches", "schedule", "stage", "virtual", "return_outputs", "cuts", "dp", "data", "tp", "sp"}
-_PIPELINE |= {
-    "param_dtype",
-    "reduce_dtype",
-    "wrap",
-    "reshard_after_forward",
-    "gradient_as_bucket_view",
-    "bucket_cap_mb",
-}
 _DDP = {"gradient_as_bucket_view", "bucket_cap_mb", "static_graph"}
+_PIPELINE = {"pp", "microbatches", "schedule", "stage", "virtual", "return_outputs", "cuts", "dp", "data", "tp", "sp"}
+_PIPELINE |= {"param_dtype", "reduce_dtype", "wrap", "reshard_after_forward", "replicate"} | _DDP
 #: Kind of a case -> the options it takes, and what makes mesh and strategies of them.
 _KINDS: dict[str, tuple[set[str], Callable[[Mapping[str, Any]], _Parallel]]] = {
     "single": (set(), _single),

@@ -144,6 +144,8 @@ MEGATRON = Framework(
         "strategy_options.dp_group_for_sharding": _ANY,
         "strategy_options.layers_per_stage": _ANY,
         "strategy_options.cp_comm_type": _exactly(None, "p2p", "a2a", "all_gather"),
+        "strategy_options.layers_per_virtual_stage": _ANY,
+        "pp_schedule": _exactly(None, "1F1B", "interleaved 1F1B (4 ranks x 8 chunks of 1 layer)"),
         "strategy_options.overlap_grad_reduce": _exactly(False, True),
         # gathers are in place in the buffer of weights
         "strategy_options.overlap_param_gather": _exactly(False, True),

@@ -18,6 +18,7 @@ from simulator.workload import Optimizer, Training
 from strategies.checkpointing import FullCheckpointing
 from strategies.context_parallel import ContextParallel
 from strategies.megatron import MegatronDistributedOptimizer
+from strategies.megatron_pipeline import MegatronPipeline
 from strategies.tensor_parallel import TensorParallel
 from studies.options import TASKS
 from studies.validation.frameworks import FRAMEWORKS, Framework
@@ -44,7 +45,9 @@ _RANK = re.compile(r"(?:max over ranks \()?rank (\d+)\b.*")
 #: How the moments begin at which a peak was read -> whether the first step was left out of it.
 _PHASES = {"whole run": False, "train stage": False, "steady step": True}
 #: Axes of the mesh that are simulated.
-_AXES = ("dp_replicate", "dp_shard", "cp", "tp", "ep")
+_AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep")
+#: Of a mesh with pipeline stages: how many each rank has.
+_CHUNKS = "virtual_pp"
 _FIELDS = {"model", "config", "framework", "torch_version", "task", "num_gpus", "mesh", "strategy", "strategy_options"}
 _FIELDS |= {"sequence_parallel", "pp_schedule", "param_dtype", "compute_dtype", "grad_dtype", "reduce_dtype"}
 _FIELDS |= {"optimizer_state_dtype", "master_weights", "optimizer", "optimizer_impl", "micro_batch", "seq_len"}
@@ -86,14 +89,15 @@ def measured_run(row: Mapping[str, Any]) -> Run:
     _check_dtypes(row, framework)
     mesh = _mesh(row)
     version, more = _torch(row.get("torch_version"))
-    strategies = (*_checkpointing(row), *_parallel(row, mesh))
+    rank = _rank(row.get("rank"), mesh)
+    strategies = (*_pipeline(row, mesh, rank), *_checkpointing(row), *_parallel(row, mesh))
     notes += [*more, *(["active is taken as allocated: no block awaits another stream"] * (row["metric"] == "active"))]
     return Run(
         model=measured_model(row),
         training=_training(row, framework, version),
         strategies=strategies,
         mesh=mesh,
-        rank=_rank(row.get("rank"), mesh),
+        rank=rank // mesh.tp % mesh.dp_cp,
         steady_only=_steady_only(row.get("phase")),
         notes=tuple(notes),
     )
@@ -143,13 +147,27 @@ def _mesh(row: Mapping[str, Any]) -> Mesh:
         raise UsageError(f"'mesh' must be an object: {json.dumps(degrees)}")
     if row["framework"] != "megatron":
         _one_of("mesh.ep", degrees.get("ep", 1), (1,))
+    stages = row["framework"] == "megatron" and degrees.get("pp", 1) != 1
+    if not stages:
+        _one_of("mesh.pp", degrees.get("pp", 1), (1,))
     for axis, degree in degrees.items():
-        if axis not in _AXES:
+        if axis not in _AXES and not (stages and axis == _CHUNKS):
             _one_of(f"mesh.{axis}", degree, (1,))
     mesh = Mesh(**{axis: degrees.get(axis, 1) for axis in _AXES})
     if row.get("num_gpus") != mesh.world:
         raise UsageError(f"'num_gpus' must be the product of 'mesh', {mesh.world}: {json.dumps(row.get('num_gpus'))}")
     return mesh
+
+
+def _pipeline(row: Mapping[str, Any], mesh: Mesh, rank: int) -> tuple[Strategy, ...]:
+    """The pipeline stage of a global rank: its data-parallel ranks, each with its shards, are next to each other."""
+    if mesh.pp == 1:
+        return ()
+    chunks = row["mesh"].get(_CHUNKS, 1)
+    if (row["pp_schedule"] == "1F1B") != (chunks == 1):
+        raise UsageError(f"'pp_schedule' must be 1F1B just where 'virtual_pp' is 1: {row['pp_schedule']}, {chunks}")
+    overlaps = (row.get("strategy_options") or {}).get("overlap_p2p", True)
+    return (MegatronPipeline(rank=rank // (mesh.tp * mesh.dp_cp), chunks=chunks, overlap_p2p_comm=overlaps),)
 
 
 def _checkpointing(row: Mapping[str, Any]) -> tuple[Strategy, ...]:
@@ -224,12 +242,12 @@ def _torch(text: Any) -> tuple[tuple[int, int], list[str]]:
 
 
 def _rank(rank: Any, mesh: Mesh) -> int:
-    """The rank along data and context of a global one; tensor-parallel ranks lie next to each other."""
+    """The global rank."""
     match = _RANK.fullmatch(rank) if isinstance(rank, str) else None
     number = int(match[1]) if match else rank
     if type(number) is not int or not 0 <= number < mesh.world:
         raise UsageError(f"'rank' must name one of {mesh.world} ranks: {json.dumps(rank)}")
-    return number // mesh.tp
+    return number
 
 
 def _steady_only(phase: Any) -> bool:

@@ -145,11 +145,11 @@ def test_llama_405b_is_split_evenly():
 @pytest.mark.parametrize(
     ("options", "micro_batches", "said"),
     [
-        ({"schedule": "1f1b"}, 3, "'gradient-accumulation' of 1f1b must be at least pp = 4: 3"),
+        ({"schedule": "1f1b"}, 3, "'gradient-accumulation' of 1f1b must be at least its 4 stages: 3; take 4"),
         ({"schedule": "1f1b", "virtual_stages": 2}, 8, "'virtual-stages' of 1f1b must be 1"),
         ({"schedule": "interleaved"}, 9, "must be a multiple of its 2 rounds of 4 ranks: 9; take 8 or 12"),
         ({"schedule": "zb-h1", "virtual_stages": 1}, 8, "'virtual-stages' of zb_h1 must be at least 2"),
-        ({"schedule": "dualpipev"}, 6, "must be at least 2 x pp = 8"),
+        ({"schedule": "dualpipev"}, 6, "'gradient-accumulation' of dualpipev must be at least its 8 stages: 6"),
         ({"schedule": "zig"}, 8, "no schedule named 'zig'"),
         ({"split": (2, 2, 2)}, 8, "must have a number for each of 4 stages: 2,2,2"),
         ({"split": (2, 2, 2, 1)}, 8, "must add up to the model's 8 layers: 2,2,2,1 = 7"),
