@@ -12,7 +12,6 @@ from typing import ClassVar
 
 import attrs
 
-from hardware.dtypes import FP32
 from hardware.errors import UnsupportedError
 from simulator.context_parallel import AXIS, ContextParallelism
 from simulator.ops.attention import FLASH_DIM_STEP, FLASH_MAX_HEAD_DIM
@@ -118,8 +117,10 @@ def _check_ring(plan: Plan) -> None:
             f"'attention' must be sdpa without a mask with 'cp' above 1, the only one that torch shards here: "
             f"{training.attention}, padding {training.attention_mask}"
         )
-    if training.sdpa_backend not in ("auto", "flash") or (training.autocast or training.weights) == FP32:
-        raise UnsupportedError("'cp' above 1 is modelled with the flash kernel alone: use bf16 and sdpa_backend auto")
+    if training.sdpa_backend not in ("auto", "flash"):
+        raise UnsupportedError("'sdpa_backend' must be auto or flash with 'cp' above 1: the others are not modelled")
+    if training.autocast is not None:
+        raise UnsupportedError("'autocast' with 'cp' above 1 is not modelled: use fsdp2 with param_dtype=bf16")
     for layer in dict.fromkeys(model.layers):
         if layer.attention.window is not None:
             raise UnsupportedError("'cp' above 1 needs full attention: this model has layers with a sliding window")

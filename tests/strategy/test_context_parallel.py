@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hardware.dtypes import BF16, FP32
+from hardware.dtypes import BF16, FP32, TRAINING_DTYPES
 from hardware.errors import UnsupportedError
 from simulator import Mesh, Training, simulate
 from simulator.families import Family, families
@@ -22,6 +22,7 @@ from simulator.roles import Phase, Role
 from simulator.timeline import moments
 from strategies.context_parallel import ContextParallel
 from strategies.ddp import Ddp
+from strategies.fsdp2 import Fsdp2
 from strategies.megatron import MegatronDistributedOptimizer
 from strategies.tensor_parallel import TensorParallel
 
@@ -166,7 +167,7 @@ def trained_plan(config):
     training = Training(
         micro_batch=config["batch"],
         seq_len=config["seq"],
-        weights=BF16,
+        weights=TRAINING_DTYPES[config["dtype"]],
         # recorded on a CPU build of torch, which has no fused silu_backward or rms_norm
         kernel_workspace=False,
         fused_activation_backward=False,
@@ -174,13 +175,16 @@ def trained_plan(config):
     )
     cp = config["cp"]
     plan = make_plan(spec_from_class("LlamaConfig", keys, "x"), training, mesh=Mesh(cp=cp), rank=config["rank"])
-    return apply(plan, [ContextParallel(communication=config["comm"])])
+    owner = [Fsdp2(**{key: TRAINING_DTYPES[name] for key, name in config.get("fsdp", {}).items()})]
+    return apply(plan, [ContextParallel(communication=config["comm"]), *(owner if "fsdp" in config else [])])
 
 
 @pytest.mark.parametrize(
     ("options", "config", "words"),
     [
-        ({"weights": FP32}, {}, "flash kernel alone"),
+        ({"weights": FP32}, {}, "flash kernel alone, which has no fp32"),
+        ({"weights": FP32, "autocast": BF16}, {}, "'autocast' with 'cp' above 1 is not modelled"),
+        ({"sdpa_backend": "math"}, {}, "'sdpa_backend' must be auto or flash"),
         ({"attention": "eager"}, {}, "'attention' must be sdpa without a mask"),
         ({"attention_mask": "padded"}, {}, "'attention' must be sdpa without a mask"),
         ({}, {"head_dim": 12}, "a multiple of 8 up to 256: 12"),
@@ -191,7 +195,7 @@ def test_what_torch_does_not_shard_is_refused(options, config, words):
     model = spec_from_class("LlamaConfig", CONFIG | config, "tiny")
     training = Training(**{"weights": BF16, "seq_len": 32, **options})
     with pytest.raises(UnsupportedError, match=re.escape(words)):
-        apply(make_plan(model, training, mesh=Mesh(cp=2)), [ContextParallel()])
+        simulate(model, training, [ContextParallel()], mesh=Mesh(cp=2))
 
 
 def test_other_families_are_refused_by_name():
