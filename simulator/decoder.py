@@ -155,6 +155,8 @@ def sharded_batch(t: Trace) -> tuple[Tensor, Tensor]:
     Labels are shifted before, positions given. The context manager's frame keeps each part and a copy of the last one
     (transformers/trainer.py `_prepare_context_parallel_inputs`, torch's `context_parallel`).
     """
+    if t.regime.pipelined:
+        raise UnsupportedError("'cp' above 1 in a pipeline of transformers' models is not modelled: leave one out")
     whole, sizes = ("b", *WHOLE), t.dimensions.bindings
     # shifted labels of one sequence are a view of the padded ones, of several a copy
     shifted = (t.dim("cp*s+1", sizes[AXIS] * sizes["s"] + 1),) if "b" in t.dimensions.ones else whole

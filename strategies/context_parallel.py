@@ -108,8 +108,17 @@ def _check_heads(plan: Plan, cp: int) -> None:
 def _check_ring(plan: Plan) -> None:
     """Torch shards `scaled_dot_product_attention`, causal and without a mask, of which the flash kernel is modelled."""
     training, model = plan.training, plan.model
-    if plan.tensor_parallel is not None:
-        raise UnsupportedError("'cp' above 1 with 'tp' above 1 is not modelled for implementation 'transformers'")
+    others = {
+        "'tp' above 1": plan.tensor_parallel is not None,
+        "'liger'": bool(training.liger.kernels),
+        "'items_in_batch'": training.items_in_batch,
+        "'float8'": plan.float8 is not None,
+        "'compile'": plan.compiled,
+    }
+    for name in (name for name, given in others.items() if given):
+        raise UnsupportedError(
+            f"{name} with 'cp' above 1 is not modelled for implementation 'transformers': leave one of the two out"
+        )
     if model.family not in FAMILIES:
         raise UnsupportedError(f"'cp' above 1 of {model.family} is not modelled; use {' or '.join(FAMILIES)}, or cp 1")
     if training.attention != "sdpa" or training.attention_mask != "none":

@@ -20,6 +20,7 @@ from simulator.plan import apply, make_plan, rank_classes
 from simulator.reading import spec_from_class
 from simulator.roles import Phase, Role
 from simulator.timeline import moments
+from strategies.checkpointing import FullCheckpointing
 from strategies.context_parallel import ContextParallel
 from strategies.ddp import Ddp
 from strategies.fsdp2 import Fsdp2
@@ -176,7 +177,9 @@ def trained_plan(config):
     cp = config["cp"]
     plan = make_plan(spec_from_class("LlamaConfig", keys, "x"), training, mesh=Mesh(cp=cp), rank=config["rank"])
     owner = [Fsdp2(**{key: TRAINING_DTYPES[name] for key, name in config.get("fsdp", {}).items()})]
-    return apply(plan, [ContextParallel(communication=config["comm"]), *(owner if "fsdp" in config else [])])
+    checkpoints = [FullCheckpointing()] if config.get("ac") else []
+    shards = ContextParallel(communication=config["comm"])
+    return apply(plan, [*checkpoints, shards, *(owner if "fsdp" in config else [])])
 
 
 @pytest.mark.parametrize(
