@@ -24,7 +24,7 @@ from strategies.rules import owner
 COMMUNICATIONS = {"megatron_te": ("p2p", "a2a", "all_gather"), "transformers": ("all_gather", "a2a")}
 DEFAULT = "default"
 #: Families of transformers whose ring attention was compared with recordings.
-FAMILIES = ("llama",)
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 #: Chunks of a sequence that each rank has.
 CHUNKS = 2
 
