@@ -75,7 +75,7 @@ def test_recorded_allocations_of_attention(case, monkeypatch):
     assert peaks[Phase.BACKWARD] == case["backward_peak_bytes"]
 
 
-class Sixteen(StrategyContract):
+class Sixteen:
     """Kernels of both implementations take 16 bits alone."""
 
     implementation: str
@@ -88,12 +88,12 @@ class Sixteen(StrategyContract):
                 yield attrs.evolve(plan, training=attrs.evolve(plan.training, implementation=self.implementation))
 
 
-class TestTorch(Sixteen):
+class TestTorch(Sixteen, StrategyContract):
     strategy = ContextParallel()
     implementation = "transformers"
 
 
-class TestMegatron(Sixteen):
+class TestMegatron(Sixteen, StrategyContract):
     strategy = ContextParallel(communication="all_gather")
     implementation = "megatron_te"
 
