@@ -18,12 +18,11 @@ from simulator.blocks import (
     vocabulary_head,
     vocabulary_table,
 )
-from simulator.context_parallel import AXIS, WHOLE
-from simulator.graph import ForwardGraph, Tensor, flat
+from simulator.graph import ForwardGraph, Tensor
 from simulator.masks import causal_mask, positions, recurrent_mask
 from simulator.model import AttentionSpec, LayerSpec, ModelSpec, PredictorSpec
 from simulator.prediction import Prediction, check_predictable
-from simulator.sizes import maximum
+from simulator.sharded_batch import sharded_batch
 from simulator.trace import Frame, Trace
 
 #: Slot and spec of every layer to build.
@@ -162,26 +161,6 @@ def batch(t: Trace, *, labelled: str = "tokens") -> tuple[Tensor, Tensor]:
     if t.regime.items_in_batch:
         t.input(_ITEMS, dtype=INT64)
     return ids, labels
-
-
-def sharded_batch(t: Trace) -> tuple[Tensor, Tensor]:
-    """The rank's part of a micro-batch, resized in place: memory stays that of whole sequences.
-
-    Labels are shifted before, positions given. The context manager's frame keeps each part and a copy of the last one
-    (transformers/trainer.py `_prepare_context_parallel_inputs`, torch's `context_parallel`).
-    """
-    whole, sizes = ("b", *WHOLE), t.dimensions.bindings
-    # shifted labels of one sequence are a view of the padded ones, of several a copy
-    shifted = (t.dim("cp*s+1", sizes[AXIS] * sizes["s"] + 1),) if "b" in t.dimensions.ones else whole
-    positions = (t.dim("cp*s|b*s", maximum(sizes[AXIS], sizes["b"]) * sizes["s"]),)
-    storages = {"input_ids": whole, "labels": whole, "shift_labels": shifted, "position_ids": positions}
-    made = {name: t.input(name, *dims, dtype=INT64) for name, dims in storages.items()}
-    for tensor in made.values():
-        tensor.shape = t.squeezed((("b",), ("s",)))
-        tensor.memory = flat(tensor.shape)
-    for name in (*storages, "last"):
-        t.input(f"{name}.part", "b", "s", dtype=INT64)
-    return made["input_ids"], made["labels"]
 
 
 def given_input(t: Trace, name: str) -> Tensor | None:

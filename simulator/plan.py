@@ -27,6 +27,8 @@ from simulator.tensor_parallel import TensorParallelism
 from simulator.trace import Regime, Trace
 from simulator.workload import MEGATRON, Training
 
+#: The axis that ``dp_shard`` and ``cp`` make together (torchtitan/distributed/parallel_dims.py ``fsdp``).
+FULLY_SHARDED = "dp_shard_cp"
 #: The dimension that counts the trainable tensors of the whole model.
 TRAINABLE_TENSORS = "tensors"
 
@@ -148,6 +150,7 @@ class Plan:
         trace = Trace(_regime(self), Dimensions(values), _is_frozen(self))
         for axis, degree in self.mesh.degrees.items():
             trace.dim(axis, degree)
+        trace.dim(FULLY_SHARDED, self.mesh.dp_shard_cp)
         recipe = families.get(model.family).recipe(training.implementation)
         if self.pipeline is None:
             recipe(trace, model, self.layout.built(model.layers))

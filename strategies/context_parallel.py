@@ -12,7 +12,6 @@ from typing import ClassVar
 
 import attrs
 
-from hardware.dtypes import FP32
 from hardware.errors import UnsupportedError
 from simulator.context_parallel import AXIS, ContextParallelism
 from simulator.ops.attention import FLASH_DIM_STEP, FLASH_MAX_HEAD_DIM
@@ -25,7 +24,7 @@ from strategies.rules import owner
 COMMUNICATIONS = {"megatron_te": ("p2p", "a2a", "all_gather"), "transformers": ("all_gather", "a2a")}
 DEFAULT = "default"
 #: Families of transformers whose ring attention was compared with recordings.
-FAMILIES = ("llama",)
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 #: Chunks of a sequence that each rank has.
 CHUNKS = 2
 
@@ -109,8 +108,17 @@ def _check_heads(plan: Plan, cp: int) -> None:
 def _check_ring(plan: Plan) -> None:
     """Torch shards `scaled_dot_product_attention`, causal and without a mask, of which the flash kernel is modelled."""
     training, model = plan.training, plan.model
-    if plan.tensor_parallel is not None:
-        raise UnsupportedError("'cp' above 1 with 'tp' above 1 is not modelled for implementation 'transformers'")
+    others = {
+        "'tp' above 1": plan.tensor_parallel is not None,
+        "'liger'": bool(training.liger.kernels),
+        "'items_in_batch'": training.items_in_batch,
+        "'float8'": plan.float8 is not None,
+        "'compile'": plan.compiled,
+    }
+    for name in (name for name, given in others.items() if given):
+        raise UnsupportedError(
+            f"{name} with 'cp' above 1 is not modelled for implementation 'transformers': leave one of the two out"
+        )
     if model.family not in FAMILIES:
         raise UnsupportedError(f"'cp' above 1 of {model.family} is not modelled; use {' or '.join(FAMILIES)}, or cp 1")
     if training.attention != "sdpa" or training.attention_mask != "none":
@@ -118,8 +126,10 @@ def _check_ring(plan: Plan) -> None:
             f"'attention' must be sdpa without a mask with 'cp' above 1, the only one that torch shards here: "
             f"{training.attention}, padding {training.attention_mask}"
         )
-    if training.sdpa_backend not in ("auto", "flash") or (training.autocast or training.weights) == FP32:
-        raise UnsupportedError("'cp' above 1 is modelled with the flash kernel alone: use bf16 and sdpa_backend auto")
+    if training.sdpa_backend not in ("auto", "flash"):
+        raise UnsupportedError("'sdpa_backend' must be auto or flash with 'cp' above 1: the others are not modelled")
+    if training.autocast is not None:
+        raise UnsupportedError("'autocast' with 'cp' above 1 is not modelled: use fsdp2 with param_dtype=bf16")
     for layer in dict.fromkeys(model.layers):
         if layer.attention.window is not None:
             raise UnsupportedError("'cp' above 1 needs full attention: this model has layers with a sliding window")

@@ -15,7 +15,7 @@ from hardware.dtypes import DType
 from hardware.errors import UnsupportedError, UsageError
 from simulator.graph import COMPUTE, Storage, Tensor, flat
 from simulator.optimizers.step import Parameter
-from simulator.plan import Plan
+from simulator.plan import FULLY_SHARDED, Plan
 from simulator.roles import Role
 from simulator.runtime import Job, Turn, buffer
 from simulator.sizes import Dim, FlatSize, size_of, with_bits
@@ -37,7 +37,7 @@ def _reshard(_: object, attribute: attrs.Attribute[bool | int], value: object) -
 
 @attrs.frozen(kw_only=True)
 class Fsdp2:
-    """`fully_shard` over mesh axis ``dp_shard``; with ``dp_replicate`` above 1, HSDP.
+    """`fully_shard` over mesh axes ``dp_shard`` and ``cp`` as one; with ``dp_replicate`` above 1, HSDP.
 
     The options are those of `fully_shard`, `MixedPrecisionPolicy` and `FSDPModule`, with torch's defaults.
     """
@@ -72,7 +72,7 @@ class Fsdp2:
         )
 
     def _check(self, plan: Plan) -> None:
-        training, shards = plan.training, plan.mesh.dp_shard
+        training, shards = plan.training, plan.mesh.dp_shard_cp
         if plan.training.implementation in MEGATRON:
             raise UnsupportedError(f"{self.name} around Megatron-LM's own code is not modelled: leave it out")
         if training.optimizer.name not in OPTIMIZERS:
@@ -86,7 +86,7 @@ class Fsdp2:
         if ranks is not True and ranks is not False and (ranks < 2 or shards % ranks or ranks == shards):
             fitting = [n for n in range(2, shards) if shards % n == 0]
             raise UsageError(
-                f"'reshard_after_forward' must be true, false or a proper divisor of dp_shard {shards}: {ranks}; "
+                f"'reshard_after_forward' must be true, false or a proper divisor of the {shards} shards: {ranks}; "
                 f"{'use one of ' + ', '.join(map(str, fitting)) if fitting else 'use true'}"
             )
 
@@ -139,7 +139,7 @@ class Fsdp2Runtime(UnitRuntime):
         self._compute = plan.compute or self._original
         self._reduce = options.reduce_dtype or self._compute
         self._casts = self._compute != self._original
-        self._shards = plan.mesh.dp_shard
+        self._shards = plan.mesh.dp_shard_cp
         self._replicas = plan.mesh.dp_replicate
         self._gather_stream = COPY_IN
         self._kept = _Kept()
@@ -162,7 +162,7 @@ class Fsdp2Runtime(UnitRuntime):
     def _shard_dims(self, tensor: Tensor) -> tuple[Dim, ...]:
         """Dim 0 split over the shards, rounded up (_fsdp_param.py `_init_sharded_param`)."""
         first, *rest = tensor.shape or ((),)
-        return (self.job.plan.dimensions.split(first, "dp_shard"), *flat(tuple(rest)))
+        return (self.job.plan.dimensions.split(first, FULLY_SHARDED), *flat(tuple(rest)))
 
     def _shard(self, tensor: Tensor) -> Storage:
         storage = tensor.storage
@@ -171,7 +171,7 @@ class Fsdp2Runtime(UnitRuntime):
 
     def _flat(self, unit: Unit, label: str, dtype: DType, role: Role, stream: str, *, whole: bool) -> Storage:
         """A flat buffer over the unit's shards, or over the shards of all ranks."""
-        ranks: tuple[Dim, ...] = ("dp_shard",) if whole else ()
+        ranks: tuple[Dim, ...] = (FULLY_SHARDED,) if whole else ()
         repeats = [self.job.repeats(t.storage.slot) if unit.slot is None else 1 for t in unit.parameters]
         members = tuple((n, (*self._shard_dims(t), *ranks)) for n, t in zip(repeats, unit.parameters, strict=True))
         return buffer(f"{unit.name}.{label}", FlatSize(members, dtype.bits), dtype, role, unit.slot, stream)
@@ -245,7 +245,7 @@ class Fsdp2Runtime(UnitRuntime):
         """`alloc_all_gather_outputs`: each weight in a storage of its own."""
         made = []
         for tensor in unit.parameters:
-            dims = (*self._shard_dims(tensor), "dp_shard")
+            dims = (*self._shard_dims(tensor), FULLY_SHARDED)
             label = f"{tensor.storage.label}.unsharded"
             made.append(
                 buffer(label, size_of(dims, self._compute.bits), self._compute, Role.GATHERED, tensor.storage.slot)
@@ -269,7 +269,7 @@ class Fsdp2Runtime(UnitRuntime):
         """`to_sharded_post_forward`: clone this rank's part of each weight, then free the weight."""
         clones = []
         for tensor, whole in zip(unit.parameters, self._unsharded.pop(unit), strict=True):
-            size = FlatSize(((1, (*self._shard_dims(tensor), "dp_shard")),), self._compute.bits, shards=(ranks,))
+            size = FlatSize(((1, (*self._shard_dims(tensor), FULLY_SHARDED)),), self._compute.bits, shards=(ranks,))
             label = f"{tensor.storage.label}.post_forward_shard"
             clones.append(buffer(label, size, self._compute, Role.POST_FORWARD_SHARD, tensor.storage.slot))
             self.job.allocate("clone", clones[-1])

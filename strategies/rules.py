@@ -10,7 +10,7 @@ from hardware.errors import UnsupportedError
 from simulator.plan import Plan
 
 #: Owners of the weights whose gradients are known to be summed over ``cp``, too.
-SUMS_OVER_SEQUENCES = ("megatron_distributed_optimizer",)
+SUMS_OVER_SEQUENCES = ("megatron_distributed_optimizer", "fsdp2")
 
 
 def owner(plan: Plan) -> str | None:

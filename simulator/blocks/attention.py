@@ -79,6 +79,11 @@ def sdpa_attention(
             "'attention' must be eager or flash_attention_2 with soft-capped scores: 'sdpa' has none"
         )
     if t.regime.context_parallel is not None:
+        if query.dtype == FP32:
+            raise UnsupportedError(
+                "'cp' above 1 is modelled with the flash kernel alone, which has no fp32: use bf16, or fsdp2 with "
+                "param_dtype=bf16"
+            )
         out = ops.ring_attention(t, query, key, value)
         with t.call("", query, key, value) as local:
             return ops.contiguous(t, ops.transpose(t, local("out", out), 1, 2))

@@ -6,12 +6,13 @@ import json
 import re
 from pathlib import Path
 
+import attrs
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hardware.dtypes import BF16, FP32
-from hardware.errors import UnsupportedError
+from hardware.dtypes import BF16, FP32, TRAINING_DTYPES
+from hardware.errors import UnsupportedError, UsageError
 from simulator import Mesh, Training, simulate
 from simulator.families import Family, families
 from simulator.lowering import lower
@@ -20,10 +21,14 @@ from simulator.plan import apply, make_plan, rank_classes
 from simulator.reading import spec_from_class
 from simulator.roles import Phase, Role
 from simulator.timeline import moments
+from strategies.checkpointing import FullCheckpointing
 from strategies.context_parallel import ContextParallel
+from strategies.contract import StrategyContract
 from strategies.ddp import Ddp
+from strategies.fsdp2 import Fsdp2
 from strategies.megatron import MegatronDistributedOptimizer
 from strategies.tensor_parallel import TensorParallel
+from studies.parallelism import Degrees, parallelise
 
 CONFIG = {"hidden_size": 128, "num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": 208}
 CONFIG |= {"num_hidden_layers": 3, "vocab_size": 1024, "max_position_embeddings": 256}
@@ -68,6 +73,52 @@ def test_recorded_allocations_of_attention(case, monkeypatch):
     peaks = phase_peaks(program, program.cold)
     assert peaks[Phase.FORWARD] == case["forward_peak_bytes"]
     assert peaks[Phase.BACKWARD] == case["backward_peak_bytes"]
+
+
+class Sixteen:
+    """Kernels of both implementations take 16 bits alone."""
+
+    implementation: str
+    mesh = Mesh(cp=2)
+    axis = "cp"
+
+    def plans(self, mesh=None, *, unrolled=False):
+        for plan in super().plans(mesh, unrolled=unrolled):
+            if plan.training.weights == BF16 and plan.training.zero_grad == "none":
+                yield attrs.evolve(plan, training=attrs.evolve(plan.training, implementation=self.implementation))
+
+
+class TestTorch(Sixteen, StrategyContract):
+    strategy = ContextParallel()
+    implementation = "transformers"
+
+
+class TestMegatron(Sixteen, StrategyContract):
+    strategy = ContextParallel(communication="all_gather")
+    implementation = "megatron_te"
+
+
+def test_the_command_line_adds_the_strategy_and_its_option():
+    mesh, chosen, assumed = parallelise(["fsdp2"], Degrees(cp=2, cp_comm="a2a"), 8)
+    assert mesh == Mesh(dp_shard=4, cp=2)
+    assert chosen[0] == ContextParallel(communication="a2a")
+    assert assumed[0] == "options of --strategy context_parallel: communication=a2a"
+    named = parallelise(["context_parallel,communication=a2a", "fsdp2"], Degrees(cp=2), 8)[1]
+    assert named[0] == chosen[0]
+
+
+@pytest.mark.parametrize(
+    ("texts", "degrees", "words"),
+    [
+        (["fsdp2"], Degrees(cp=3), "'cp' must divide the 8 GPUs that tp 1 leaves: 3; the nearest that work: 2, 4"),
+        ([], Degrees(cp=8), "how the gradients of 8 ranks along cp are summed"),
+        (["fsdp2"], Degrees(cp_comm="a2a"), "'cp-comm' a2a has nothing to do; give --cp 2 or more"),
+        (["context_parallel", "fsdp2"], Degrees(cp=2, cp_comm="a2a"), "write communication=... in --strategy"),
+    ],
+)
+def test_wrong_degrees_are_refused(texts, degrees, words):
+    with pytest.raises(UsageError, match=re.escape(words)):
+        parallelise(texts, degrees, 8)
 
 
 def ranks(comm="p2p", cp=2, tp=1, rank=0, accumulation=1, seq=64, sequence=False, **options):
@@ -145,7 +196,7 @@ def test_an_owner_that_does_not_know_of_it_is_refused():
 
 
 @pytest.mark.parametrize("case", TRAINED, ids=[case["name"] for case in TRAINED])
-def test_recorded_phases_of_a_llama_of_transformers(case):
+def test_recorded_phases_of_decoders_of_transformers(case):
     """Batch, masks, tables, loss and attention of one rank, as Trainer and accelerate run them; every phase exact."""
     program = lower(trained_plan(case["config"]))
     live, peaks = 0, {}
@@ -163,24 +214,33 @@ def trained_plan(config):
     layers, hidden, width, heads, kv_heads, vocab = config["shape"]
     keys = {"hidden_size": hidden, "intermediate_size": width, "num_hidden_layers": layers, "vocab_size": vocab}
     keys |= {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "max_position_embeddings": 8192}
+    family = config.get("family", "llama")
+    keys |= {"qwen3": {"head_dim": hidden // heads}, "mistral": {"sliding_window": None}}.get(family, {})
     training = Training(
         micro_batch=config["batch"],
         seq_len=config["seq"],
-        weights=BF16,
+        weights=TRAINING_DTYPES[config["dtype"]],
         # recorded on a CPU build of torch, which has no fused silu_backward or rms_norm
         kernel_workspace=False,
         fused_activation_backward=False,
         fused_norm=False,
     )
     cp = config["cp"]
-    plan = make_plan(spec_from_class("LlamaConfig", keys, "x"), training, mesh=Mesh(cp=cp), rank=config["rank"])
-    return apply(plan, [ContextParallel(communication=config["comm"])])
+    plan = make_plan(
+        spec_from_class(f"{family.capitalize()}Config", keys, "x"), training, mesh=Mesh(cp=cp), rank=config["rank"]
+    )
+    owner = [Fsdp2(**{key: TRAINING_DTYPES[name] for key, name in config.get("fsdp", {}).items()})]
+    checkpoints = [FullCheckpointing()] if config.get("ac") else []
+    shards = ContextParallel(communication=config["comm"])
+    return apply(plan, [*checkpoints, shards, *(owner if "fsdp" in config else [])])
 
 
 @pytest.mark.parametrize(
     ("options", "config", "words"),
     [
-        ({"weights": FP32}, {}, "flash kernel alone"),
+        ({"weights": FP32}, {}, "flash kernel alone, which has no fp32"),
+        ({"weights": FP32, "autocast": BF16}, {}, "'autocast' with 'cp' above 1 is not modelled"),
+        ({"sdpa_backend": "math"}, {}, "'sdpa_backend' must be auto or flash"),
         ({"attention": "eager"}, {}, "'attention' must be sdpa without a mask"),
         ({"attention_mask": "padded"}, {}, "'attention' must be sdpa without a mask"),
         ({}, {"head_dim": 12}, "a multiple of 8 up to 256: 12"),
@@ -191,7 +251,7 @@ def test_what_torch_does_not_shard_is_refused(options, config, words):
     model = spec_from_class("LlamaConfig", CONFIG | config, "tiny")
     training = Training(**{"weights": BF16, "seq_len": 32, **options})
     with pytest.raises(UnsupportedError, match=re.escape(words)):
-        apply(make_plan(model, training, mesh=Mesh(cp=2)), [ContextParallel()])
+        simulate(model, training, [ContextParallel()], mesh=Mesh(cp=2))
 
 
 def test_other_families_are_refused_by_name():

@@ -84,6 +84,20 @@ def test_megatron_runs_on_its_mesh_with_its_precisions(tmp_path):
     assert [row.reason for row in rows] == [None, None]
 
 
+def test_megatron_shards_sequences(tmp_path):
+    """Ranks along ``cp`` lie between those of ``tp`` and of data parallelism, and share the optimizer."""
+    row = {**MEGATRON, "num_gpus": 8, "mesh": {"dp_shard": 2, "cp": 2, "tp": 2}, "rank": "rank 5"}
+    options = {**MEGATRON["strategy_options"], "cp_comm_type": "a2a"}
+    asked = measured_run({**row, "strategy_options": options})
+    assert (asked.mesh.cp, asked.mesh.dp_shard_cp, asked.rank) == (2, 4, 2)
+    names = ["tensor_parallel", "context_parallel", "megatron_distributed_optimizer"]
+    assert [strategy.name for strategy in asked.strategies] == names
+    assert asked.strategies[1].communication == "a2a"
+    assert [row.reason for row in validate_measured(written(tmp_path, row)).rows] == [None]
+    with pytest.raises(UnsupportedError, match="cp_comm_type"):
+        measured_run({**row, "strategy_options": {**options, "cp_comm_type": "a2a+p2p"}})
+
+
 @pytest.mark.parametrize("change", [{"norm_type": "RMSNorm"}, {"gated_mlp": True}, {"qk_layernorm": True}])
 def test_another_gpt_of_megatron_is_refused(change):
     with pytest.raises(UnsupportedError, match=f"config.{next(iter(change))}"):
