@@ -26,6 +26,9 @@ Axis = tuple[Dim, ...]
 ORDER = ("router", "experts", "shared_experts")
 #: Families whose router has sigmoid scores and a bias that keeps experts balanced.
 SIGMOID = ("deepseek_v3", "kimi_k2")
+#: Families whose router takes the softmax of the scores of chosen experts only, unscaled, and whose balancing loss is
+#: that of the whole micro-batch (``aux_loss``).
+CHOOSE_FIRST = ("mixtral",)
 Mlp = Callable[[Trace, Tensor, FeedForwardSpec, str], Tensor]
 
 
@@ -115,7 +118,7 @@ def _dispatch(t: Trace, spec: ExpertsSpec) -> _Dispatch:
 
 def _route(t: Trace, x: Tensor, spec: ExpertsSpec, family: str) -> tuple[Tensor, Tensor]:
     """`TopKRouter`: probabilities ``[tokens, E]`` and a map of which experts every token goes to."""
-    experts, sigmoid = (t.dim("E", spec.experts),), family in SIGMOID
+    experts, sigmoid, choose_first = (t.dim("E", spec.experts),), family in SIGMOID, family in CHOOSE_FIRST
     with t.call("router", x) as local:
         bias = t.buffer("expert_bias", *experts, dtype=FP32) if sigmoid else None
         if sigmoid:
@@ -123,14 +126,14 @@ def _route(t: Trace, x: Tensor, spec: ExpertsSpec, family: str) -> tuple[Tensor,
         logits = local("logits", moe.router_linear(t, x, t.matrix("weight", experts, x.shape[-1])))
         with t.call("") as inner:
             logits = ops.view(t, logits, (flat(x.shape[:-1]), experts))
-            parts = _top_k(t, logits, spec, bias)
+            parts = _top_k_of_logits(t, logits, spec) if choose_first else _top_k(t, logits, spec, bias)
             probabilities, routing = (inner(n, p) for n, p in zip(("probs", "routing_map"), parts, strict=True))
             if t.regime.capacity_factor is not None:
                 routing = inner("routing_map", _room_for(t, probabilities, spec))
             routing = moe.keep(t, routing, "routing_map")  # once the dispatcher has it, which is soon
             if t.regime.capacity_factor is not None:
                 probabilities = inner("probs", moe.mask(t, probabilities, routing))
-            loss = _balancing_loss(t, logits, spec, inner, sigmoid=sigmoid)
+            loss = _balancing_loss(t, logits, spec, inner, sigmoid=sigmoid, whole=choose_first)
             return moe.attach_loss(t, probabilities, loss), routing
 
 
@@ -148,6 +151,18 @@ def _top_k(t: Trace, logits: Tensor, spec: ExpertsSpec, bias: Tensor | None) -> 
                 total = inner("plus", ops.add_scalar(t, inner("sum", ops.sum_last(t, scores))))
                 probs = local("probs", moe.divide(t, scores, total))
         probs = local("probs", ops.mul_scalar(t, probs))
+        routing = local("routing_probs", moe.scatter(t, logits, indices, probs))
+        return routing, moe.chosen(t, logits, indices)
+
+
+def _top_k_of_logits(t: Trace, logits: Tensor, spec: ExpertsSpec) -> tuple[Tensor, Tensor]:
+    """`topk_routing_with_score_function` without ``use_pre_softmax``."""
+    with t.call("") as local:
+        scores, indices = _choose(t, logits, spec)
+        local("scores", scores)
+        local("top_indices", indices)
+        with t.call("") as inner:
+            probs = local("probs", ops.to(t, inner("softmax", ops.softmax(t, scores, FP32)), logits.dtype))
         routing = local("routing_probs", moe.scatter(t, logits, indices, probs))
         return routing, moe.chosen(t, logits, indices)
 
@@ -213,23 +228,24 @@ def _room_for(t: Trace, probabilities: Tensor, spec: ExpertsSpec) -> Tensor:
         return moe.kept(t, probabilities, indices)
 
 
-def _balancing_loss(t: Trace, logits: Tensor, spec: ExpertsSpec, local: Frame, *, sigmoid: bool) -> Tensor:
-    """`_apply_seq_aux_loss`: how often experts are chosen by each sequence, times their scores."""
+def _balancing_loss(t: Trace, logits: Tensor, spec: ExpertsSpec, local: Frame, *, sigmoid: bool, whole: bool) -> Tensor:
+    """`_apply_seq_aux_loss`: how often experts are chosen by each sequence, or by all of them, times their scores."""
     with t.call("") as inner:
         scores = local("scores_for_aux_loss", _loss_scores(t, logits, sigmoid=sigmoid))
         values, indices = ops.top_k_constant(t, scores, (t.dim("K", spec.per_token),))
         inner("_", values)
         inner("top_indices", indices)
         routing = local("routing_map_for_aux_loss", moe.chosen(t, logits, indices))
-    each = ("b", *logits.shape[1])
+    each = logits.shape[1] if whole else ("b", *logits.shape[1])
     with t.call("") as inner:
-        scores, routing = (ops.view(t, x, (("s",), each)) for x in (scores, routing))
+        if not whole:
+            scores, routing = (ops.view(t, x, (("s",), each)) for x in (scores, routing))
         counts = inner("tokens_per_expert", ops.constant(t, "sum.dim_IntList", routing, dtype=INT64, shape=(each,)))
         with t.call("") as loss:
             totals = loss("aggregated", ops.sum_axis(t, scores, 0))
             summed = ops.sum_all(t, loss("product", moe.mask(t, totals, counts)))
             scaled = inner("aux_loss", ops.mul_scalar(t, summed))
-        return inner("aux_loss", ops.div_scalar(t, scaled))
+        return scaled if whole else inner("aux_loss", ops.div_scalar(t, scaled))
 
 
 def _loss_scores(t: Trace, logits: Tensor, *, sigmoid: bool) -> Tensor:
@@ -293,7 +309,7 @@ def _grouped(t: Trace, name: str, x: Tensor, out: Axis, spec: ExpertsSpec) -> Te
         count = spec.experts // t.regime.expert_parallel
         weights = [t.matrix(f"weight{i}", out, x.shape[1]) for i in range(count)]
         ranks = t.dim("ep", t.regime.expert_parallel)
-        for weight in weights:
+        for weight in weights if t.regime.expert_parallel > 1 else ():
             weight.storage.whole = size_of((ranks, *weight.dims), weight.dtype.bits)
             t.graph.expert_parallel.add(weight.storage)
         return moe.grouped_linear(t, x, weights)

@@ -44,7 +44,7 @@ def model_of(config: dict[str, Any]) -> ModelSpec:
     )
     dense, routed = (LayerSpec(attention, each) for each in (FeedForwardSpec(config["width"]), experts))
     layers = (dense,) * config["dense"] + (routed,) * (config["layers"] - config["dense"])
-    family = "deepseek_v3" if config.get("score") == "sigmoid" else "deepseek_v2"
+    family = {"sigmoid": "deepseek_v3", "after": "mixtral"}.get(config.get("score"), "deepseek_v2")
     return ModelSpec("tiny", family, config["hidden"], config["vocab"], config["seq"], layers, tied_embeddings=False)
 
 
