@@ -34,7 +34,7 @@ def forward(t: Trace, spec: ModelSpec, layers: BuiltLayers) -> None:
     if t.sequence() != ("s",) and len(t.graph.stages) < 2:
         t.buffer("mpu", "s", "b", "h", dtype=t.regime.weights)  # `GlobalMemoryBuffer`, shared by all gathers
     megatron_moe.shared_buffers(t, spec.layers)
-    freqs = _frequencies(t, spec) if spec.family == "llama" else None
+    freqs = _frequencies(t, spec) if _rotates(spec) else None
     with t.call("") as local:
         if t.stage.first or t.stage.last:
             ids, labels = batch(t)
@@ -91,6 +91,11 @@ def _frequencies(t: Trace, spec: ModelSpec) -> Tensor:
     return freqs
 
 
+def _rotates(spec: ModelSpec) -> bool:
+    """Whether the model makes rotary angles for all layers: latent attention makes its own."""
+    return spec.family != "gpt2" and not isinstance(spec.layers[0].attention, LatentAttentionSpec)
+
+
 def _gathered(t: Trace) -> tuple[Dim, ...] | None:
     """The whole sequence, where tensors are shards of it."""
     return None if t.sequence() == ("s",) else ("s",)
@@ -108,7 +113,7 @@ def _embed(t: Trace, ids: Tensor, positions: Tensor, rows: tuple[Dim, ...], spec
             sharded = t.regime.tensor_parallel is not None
             words = megatron.vocabulary_rows(t, table, ids) if sharded else ops.embedding(t, table, ids)
         shard, sequence = t.sequence(), _gathered(t) is not None
-        if spec.family == "llama" and sequence:
+        if _rotates(spec) and sequence:
             with t.call("", words):
                 first = _sequence_first(t, words)
             with t.call("", first):

@@ -7,6 +7,7 @@ norms of both latents (``qk_layernorm``) are one module with the projection afte
 from __future__ import annotations
 
 from hardware.dtypes import FP32
+from hardware.errors import UnsupportedError
 from simulator import ops
 from simulator.graph import Tensor
 from simulator.model import LatentAttentionSpec
@@ -27,7 +28,12 @@ ORDER = (
 
 
 def latent_attention(t: Trace, x: Tensor, spec: LatentAttentionSpec) -> Tensor:
-    """`MLASelfAttention` on ``[s, b, h]``."""
+    """`MLASelfAttention` on ``[s, b, h]``.
+
+    Raises:
+        UnsupportedError: another implementation than Megatron's own modules of Transformer Engine, or a mask.
+    """
+    _check(t)
     heads = (t.dim("a", spec.heads),)
     with t.call("self_attention", x) as local:
         parts = zip(("query", "key", "value"), _query_key_value(t, x, heads, spec), strict=True)
@@ -35,6 +41,15 @@ def latent_attention(t: Trace, x: Tensor, spec: LatentAttentionSpec) -> Tensor:
         out = megatron_moe.fused_attention(t, query, key, value)
         out = local("core_attn_out", ops.view(t, out, (*out.shape[:2], (*heads, *out.shape[3]))))
         return _linear(t, "linear_proj", out, ("h",))
+
+
+def _check(t: Trace) -> None:
+    regime = t.regime
+    if regime.implementation != "megatron_te" or regime.tensor_parallel is not None:
+        raise UnsupportedError("latent attention is modelled with implementation megatron_te and 'tp' 1 alone")
+    for field, only in (("attention", "sdpa"), ("attention_mask", "none")):
+        if getattr(regime, field) != only:
+            raise UnsupportedError(f"{field!r} must be {only} with implementation megatron_te: leave it out")
 
 
 def _linear(t: Trace, name: str, x: Tensor, out: Axis) -> Tensor:

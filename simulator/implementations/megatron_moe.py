@@ -7,25 +7,23 @@ room is left is padded (``--moe-pad-expert-input-to-capacity``), where there is 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import attrs
 
-from hardware.dtypes import BOOL, FP32, INT64
+from hardware.dtypes import FP32, INT64
 from hardware.errors import UnsupportedError, UsageError
 from simulator import ops
 from simulator.graph import Tensor, flat
+from simulator.implementations.megatron_router import room, route, tokens
 from simulator.model import ExpertsSpec, FeedForwardSpec, LayerSpec
 from simulator.ops import megatron_moe as moe
 from simulator.sizes import Dim, ceil_div, product, size_of
-from simulator.trace import Frame, Trace
+from simulator.trace import Trace
 
 Axis = tuple[Dim, ...]
 #: Modules in the order in which they are registered.
 ORDER = ("router", "experts", "shared_experts")
-#: Families whose router has sigmoid scores and a bias that keeps experts balanced.
-SIGMOID = ("deepseek_v3", "kimi_k2")
 Mlp = Callable[[Trace, Tensor, FeedForwardSpec, str], Tensor]
 
 
@@ -61,7 +59,7 @@ def mixture(t: Trace, x: Tensor, spec: ExpertsSpec, family: str, mlp: Mlp) -> Te
         shared = None
         if spec.shared_width is not None:
             shared = local("shared_expert_output", mlp(t, x, spec.shared, "shared_experts"))
-        probabilities, routing = _route(t, x, spec, family)
+        probabilities, routing = route(t, x, spec, family)
         with t.call("token_dispatcher"):
             permuted, weights, ids = _permute(t, x, probabilities, routing, dispatch)
         local("hidden_states", permuted)
@@ -98,149 +96,16 @@ def _check(t: Trace, spec: ExpertsSpec) -> None:
 def _dispatch(t: Trace, spec: ExpertsSpec) -> _Dispatch:
     """`MoEAlltoAllTokenDispatcher.preprocess`."""
     ranks = t.regime.expert_parallel
-    tokens, local = _tokens(t), spec.experts // ranks
+    count, local = tokens(t), spec.experts // ranks
     over, own = (() if n == 1 else (t.dim(name, n),) for name, n in (("ep", ranks), ("E_local", local)))
     if t.regime.capacity_factor is not None:
-        each = (t.dim("C", _room(t, spec)),)
+        each = (t.dim("C", room(t, spec)),)
         received = (*over, *own, *each)
         return _Dispatch(received, received, each, over, own)
-    copies = tokens * spec.per_token
-    most = ranks * tokens * min(spec.per_token, local)
+    copies = count * spec.per_token
+    most = ranks * count * min(spec.per_token, local)
     received = (t.dim("received", min(most, round(copies * (t.regime.imbalance if ranks > 1 else 1)))),)
     return _Dispatch((t.dim("sent", copies),), received, (), over, own)
-
-
-# router --------------------------------------------------------------------------------------------------------------
-
-
-def _route(t: Trace, x: Tensor, spec: ExpertsSpec, family: str) -> tuple[Tensor, Tensor]:
-    """`TopKRouter`: probabilities ``[tokens, E]`` and a map of which experts every token goes to."""
-    experts, sigmoid = (t.dim("E", spec.experts),), family in SIGMOID
-    with t.call("router", x) as local:
-        bias = t.buffer("expert_bias", *experts, dtype=FP32) if sigmoid else None
-        if sigmoid:
-            t.buffer("local_tokens_per_expert", *experts, dtype=FP32)
-        logits = local("logits", moe.router_linear(t, x, t.matrix("weight", experts, x.shape[-1])))
-        with t.call("") as inner:
-            logits = ops.view(t, logits, (flat(x.shape[:-1]), experts))
-            parts = _top_k(t, logits, spec, bias)
-            probabilities, routing = (inner(n, p) for n, p in zip(("probs", "routing_map"), parts, strict=True))
-            if t.regime.capacity_factor is not None:
-                routing = inner("routing_map", _room_for(t, probabilities, spec))
-            routing = moe.keep(t, routing, "routing_map")  # once the dispatcher has it, which is soon
-            if t.regime.capacity_factor is not None:
-                probabilities = inner("probs", moe.mask(t, probabilities, routing))
-            loss = _balancing_loss(t, logits, spec, inner, sigmoid=sigmoid)
-            return moe.attach_loss(t, probabilities, loss), routing
-
-
-def _top_k(t: Trace, logits: Tensor, spec: ExpertsSpec, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """`topk_routing_with_score_function`, softmax before the choice or sigmoid, scaled."""
-    with t.call("") as local:
-        with t.call("") as inner:
-            wide = inner("softmax", _scores(t, logits, sigmoid=bias is not None))
-            scores = local("scores", ops.to(t, wide, logits.dtype))
-        chosen = _choose(t, scores, spec) if bias is None else _choose_by_bias(t, scores, bias, spec)
-        probs, indices = (local(name, part) for name, part in zip(("probs", "top_indices"), chosen, strict=True))
-        if bias is not None:
-            scores = local("scores", probs)
-            with t.call("") as inner:
-                total = inner("plus", ops.add_scalar(t, inner("sum", ops.sum_last(t, scores))))
-                probs = local("probs", moe.divide(t, scores, total))
-        probs = local("probs", ops.mul_scalar(t, probs))
-        routing = local("routing_probs", moe.scatter(t, logits, indices, probs))
-        return routing, moe.chosen(t, logits, indices)
-
-
-def _scores(t: Trace, logits: Tensor, *, sigmoid: bool) -> Tensor:
-    if not sigmoid:
-        return ops.softmax(t, logits, FP32)
-    with t.call("") as local:
-        return ops.sigmoid(t, local("float", ops.to(t, logits, FP32)))
-
-
-def _choose(t: Trace, scores: Tensor, spec: ExpertsSpec) -> tuple[Tensor, Tensor]:
-    """`compute_topk`, in some groups of experts only where there are groups (`group_limited_topk`)."""
-    count = (t.dim("K", spec.per_token),)
-    if spec.groups == 1:
-        return ops.top_k(t, scores, count)
-    with t.call("") as local:
-        totals = local("group_scores", _group_scores(t, scores, spec, local))
-        values, indices = ops.top_k_constant(t, totals, (t.dim("Kg", spec.chosen_groups),))
-        with t.call("", values):
-            local("group_idx", indices)
-        local("group_mask", ops.constant(t, "zeros_like.default", totals))
-        spread = local("score_mask", ops.constant(t, "clone.default", scores))
-        with t.call("") as inner:
-            with t.call("", ops.constant(t, "_to_copy.default", spread, dtype=BOOL)):
-                outside = inner("outside", ops.constant(t, "bitwise_not.default", spread, dtype=BOOL))
-            masked = local("masked_scores", ops.masked_fill(t, scores, outside))
-        return ops.top_k(t, masked, count)
-
-
-def _group_scores(t: Trace, scores: Tensor, spec: ExpertsSpec, local: Frame) -> Tensor:
-    """The best experts' scores of each group, summed; a node of autograd keeps which they were."""
-    shape = (scores.shape[0], (t.dim("Eg", spec.groups),))
-    best = (*shape, (t.dim("K/Kg", spec.per_token // spec.chosen_groups),))
-    values = t.fresh("topk.values", best, scores.dtype)
-    indices = local("group_topk", t.fresh("topk.indices", best, INT64))
-    t.emit("topk.default", [scores], [values, indices])
-    with t.call("", values):
-        return ops.constant(t, "sum.dim_IntList", values, shape=shape)
-
-
-def _choose_by_bias(t: Trace, scores: Tensor, bias: Tensor, spec: ExpertsSpec) -> tuple[Tensor, Tensor]:
-    """Scores of the experts whose scores are highest once the fp32 bias is added."""
-    with t.call("") as local:
-        biased = local("scores_for_routing", ops.constant(t, "add.Tensor", scores, dtype=bias.dtype))
-        values, indices = _choose(t, biased, spec)
-        with t.call("", values):
-            local("top_indices", indices)
-        return ops.gather(t, scores, indices), indices
-
-
-def _room_for(t: Trace, probabilities: Tensor, spec: ExpertsSpec) -> Tensor:
-    """`apply_router_token_dropping`: experts keep their most probable tokens, as many as they have room for."""
-    tokens, room = _tokens(t), _room(t, spec)
-    with t.call("") as local:
-        if room > tokens:
-            with t.call("", ops.constant(t, "ones_like.default", probabilities)):
-                return ops.constant(t, "_to_copy.default", probabilities, dtype=BOOL)
-        shape = ((t.dim("C", room),), probabilities.shape[1])
-        values = local("_", t.fresh("topk.values", shape, probabilities.dtype))
-        indices = local("capacity_indices", t.fresh("topk.indices", shape, INT64))
-        t.emit("topk.default", [probabilities], [values, indices])
-        return moe.kept(t, probabilities, indices)
-
-
-def _balancing_loss(t: Trace, logits: Tensor, spec: ExpertsSpec, local: Frame, *, sigmoid: bool) -> Tensor:
-    """`_apply_seq_aux_loss`: how often experts are chosen by each sequence, times their scores."""
-    with t.call("") as inner:
-        scores = local("scores_for_aux_loss", _loss_scores(t, logits, sigmoid=sigmoid))
-        values, indices = ops.top_k_constant(t, scores, (t.dim("K", spec.per_token),))
-        inner("_", values)
-        inner("top_indices", indices)
-        routing = local("routing_map_for_aux_loss", moe.chosen(t, logits, indices))
-    each = ("b", *logits.shape[1])
-    with t.call("") as inner:
-        scores, routing = (ops.view(t, x, (("s",), each)) for x in (scores, routing))
-        counts = inner("tokens_per_expert", ops.constant(t, "sum.dim_IntList", routing, dtype=INT64, shape=(each,)))
-        with t.call("") as loss:
-            totals = loss("aggregated", ops.sum_axis(t, scores, 0))
-            summed = ops.sum_all(t, loss("product", moe.mask(t, totals, counts)))
-            scaled = inner("aux_loss", ops.mul_scalar(t, summed))
-        return inner("aux_loss", ops.div_scalar(t, scaled))
-
-
-def _loss_scores(t: Trace, logits: Tensor, *, sigmoid: bool) -> Tensor:
-    """`compute_routing_scores_for_aux_loss`: in fp32 where they are a softmax."""
-    if not sigmoid:
-        return ops.softmax(t, logits, FP32)
-    with t.call("") as local:
-        scores = local("scores", ops.sigmoid(t, logits))
-        with t.call("") as inner:
-            total = inner("plus", ops.add_scalar(t, inner("sum", ops.sum_last(t, scores))))
-            return moe.divide(t, scores, total)
 
 
 # dispatch ------------------------------------------------------------------------------------------------------------
@@ -258,12 +123,12 @@ def _permute(
         t.buffer(name, *routing.shape[1], dtype=INT64)
     sizes = t.dimensions.bindings
     width = t.dim("2E+1", 2 * int(product(routing.shape[1], sizes)) + 1)
-    blocks = (t.dim("token_blocks", ceil_div(_tokens(t), moe.PERMUTATION_BLOCK)),)
+    blocks = (t.dim("token_blocks", ceil_div(tokens(t), moe.PERMUTATION_BLOCK)),)
     made = moe.row_ids(t, routing, width, blocks)
     with t.call("", made):  # stands for the last one, which goes when the function has returned
         ids = moe.keep(t, made, "reversed_local_input_permutation_mapping")
-        tokens = ops.view(t, x, (flat(x.shape[:-1]), x.shape[-1]))
-        return *moe.permute(t, tokens, probabilities, ids, dispatch.sent), ids
+        rows = ops.view(t, x, (flat(x.shape[:-1]), x.shape[-1]))
+        return *moe.permute(t, rows, probabilities, ids, dispatch.sent), ids
 
 
 def _exchanged(t: Trace, x: Tensor, rows: Axis, dispatch: _Dispatch) -> Tensor:
@@ -293,7 +158,7 @@ def _grouped(t: Trace, name: str, x: Tensor, out: Axis, spec: ExpertsSpec) -> Te
         count = spec.experts // t.regime.expert_parallel
         weights = [t.matrix(f"weight{i}", out, x.shape[1]) for i in range(count)]
         ranks = t.dim("ep", t.regime.expert_parallel)
-        for weight in weights:
+        for weight in weights if t.regime.expert_parallel > 1 else ():
             weight.storage.whole = size_of((ranks, *weight.dims), weight.dtype.bits)
             t.graph.expert_parallel.add(weight.storage)
         return moe.grouped_linear(t, x, weights)
@@ -324,14 +189,3 @@ def _swapped(t: Trace, x: Tensor, axes: tuple[Axis, Axis, Axis]) -> Tensor:
     apart = ops.view(t, x, (*axes, *x.shape[1:]))
     together = ops.contiguous(t, ops.transpose(t, apart, 0, 1))
     return ops.view(t, together, (flat(together.shape[:3]), *x.shape[1:]))
-
-
-def _tokens(t: Trace) -> int:
-    return int(t.dimensions.bindings["s"]) * int(t.dimensions.bindings["b"])
-
-
-def _room(t: Trace, spec: ExpertsSpec) -> int:
-    """`get_capacity`."""
-    factor = t.regime.capacity_factor
-    assert factor is not None
-    return math.ceil(_tokens(t) * spec.per_token / spec.experts * factor)

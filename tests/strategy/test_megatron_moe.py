@@ -44,7 +44,7 @@ def model_of(config: dict[str, Any]) -> ModelSpec:
     )
     dense, routed = (LayerSpec(attention, each) for each in (FeedForwardSpec(config["width"]), experts))
     layers = (dense,) * config["dense"] + (routed,) * (config["layers"] - config["dense"])
-    family = "deepseek_v3" if config.get("score") == "sigmoid" else "deepseek_v2"
+    family = {"sigmoid": "deepseek_v3", "after": "mixtral"}.get(config.get("score"), "deepseek_v2")
     return ModelSpec("tiny", family, config["hidden"], config["vocab"], config["seq"], layers, tied_embeddings=False)
 
 
@@ -64,12 +64,22 @@ def training_of(config: dict[str, Any], **options: Any) -> Training:
     return Training(**{**given, **options})
 
 
+OPTIONS = ("overlap_grad_reduce", "bucket_size", "use_distributed_optimizer", "grad_reduce_in_fp32")
+OPTIMIZERS = {"fused": "fused", "foreach": "foreach", "loop": "for-loop"}
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
 def test_recorded_peaks_are_met_to_the_byte(case):
-    """Megatron-core's GPTModel with latent attention and experts; kernels of Transformer Engine as one op each."""
+    """Megatron-core's GPTModel with latent attention and experts; kernels of Transformer Engine as one op each.
+
+    With a world, Megatron's own data parallelism and chained optimizers are around it.
+    """
     config = case["config"]
-    ranks = config.get("ep", 1)
-    report = simulate(model_of(config), training_of(config), mesh=Mesh(dp_shard=ranks, ep=ranks))
+    ranks, world = config.get("ep", 1), config.get("world")
+    owners = [] if world is None else [MegatronDistributedOptimizer(**{k: config[k] for k in OPTIONS if k in config})]
+    optimizer = Optimizer(name="adamw", implementation=OPTIMIZERS[config.get("optim", "fused")])
+    mesh, rank = Mesh(dp_shard=world or ranks, ep=ranks), config.get("rank", 0)
+    report = simulate(model_of(config), training_of(config, optimizer=optimizer), owners, mesh=mesh, rank=rank)
     assert report.cold.nbytes == case["first_step_peak_bytes"]
     assert report.steady.nbytes == case["peak_bytes"]
     assert report.steady.start_bytes == case["start_bytes"]

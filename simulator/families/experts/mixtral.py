@@ -46,5 +46,6 @@ families.add(
         forward=forward,
         config_class="MixtralConfig",
         aliases={"num_experts": "num_local_experts"},
+        implementations={"megatron_te": "simulator.implementations.megatron"},
     ),
 )
