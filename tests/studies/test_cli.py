@@ -57,7 +57,7 @@ def test_estimate_json_is_the_report(capsys):
         (["estimate", "gemma-2-2b", "--gpus", "a100-80", "--attention", "sdpa"], 2),
         (["estimate", "gemma-2-2b", "--gpus", "a100-80", "--attention", "sdpa", "--strict"], 5),
         (["estimate", "gpt2", "--gpus", "a100-80", "--task", "lora", "--strict"], 5),
-        (["estimate", "gpt2", "--gpus", "8xa100-80", "--pp", "2", "--strict"], 5),
+        (["estimate", "gpt2", "--gpus", "8xa100-80", "--ep", "2", "--strict"], 5),
         (["models"], 0),
         (["gpus", "--json"], 0),
         (["--help"], 0),
