@@ -86,11 +86,9 @@ class ZeroOptions:
 
     def host(self, plan: Plan) -> HostMemory:
         """What a rank keeps in host memory."""
-        return (
-            HostMemory()
-            if self.offload_optimizer == "none"
-            else offloaded(plan, pinned=self.pin_memory, sums=self.stage == 2)
-        )
+        if self.offload_optimizer == "none":
+            return HostMemory()
+        return offloaded(plan, pinned=self.pin_memory, sums=self.stage == 2)
 
 
 @attrs.frozen(kw_only=True)

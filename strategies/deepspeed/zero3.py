@@ -15,6 +15,7 @@ import attrs
 from hardware.dtypes import FP32, DType
 from hardware.errors import UnsupportedError
 from simulator.graph import COMPUTE, Op, Storage
+from simulator.host import HostMemory
 from simulator.optimizers.step import OptimizerStep, Parameter
 from simulator.plan import Plan
 from simulator.roles import Role
@@ -22,9 +23,11 @@ from simulator.runtime import Job, Runtime, Turn, buffer
 from simulator.sizes import size_of
 from strategies.deepspeed.coordinator import LAYER, Coordinator, Limits, Recording, Route, Step, Walk, Weight, path_of
 from strategies.deepspeed.zero3_gather import Gatherer, Gathering
+from strategies.deepspeed.zero3_offload import OffloadedPartitions, OffloadingReducer, offloaded
 from strategies.deepspeed.zero3_optimizer import Partitions
 from strategies.deepspeed.zero3_reduce import Reducer, Reduction
 from strategies.deepspeed.zero12 import BUCKET_ELEMENTS, OFFLOAD, check
+from strategies.deepspeed.zero12_offload import check_offload
 from strategies.options import count, flag, later, option, training_dtype
 from strategies.rules import refuse_load_balancing
 
@@ -59,7 +62,8 @@ class DeepSpeedZero3:
     zero_hpz_partition_size: int = option(1, count(1), "ranks over which a second copy is sharded for backward (hpZ)")
     zero_quantized_weights: bool = option(False, flag, "weights are gathered in int8 (qwZ)")
     zero_quantized_gradients: bool = option(False, flag, "gradients are reduced in int4 (qgZ)")
-    offload_optimizer: str = option("none", later("none", "cpu", "nvme"), "where optimizer state is kept", OFFLOAD)
+    offload_optimizer: str = option("none", later(("none", "cpu"), "nvme"), "where optimizer state is kept", OFFLOAD)
+    pin_memory: bool = option(True, flag, "what is offloaded is in page-locked host memory", OFFLOAD)
     offload_param: str = option("none", later("none", "cpu", "nvme"), "where partitions of weights are kept", OFFLOAD)
     axis: ClassVar[str] = "dp_shard"
     name: str = attrs.field(default="deepspeed_zero3", init=False)
@@ -68,6 +72,12 @@ class DeepSpeedZero3:
         """The plan with everything partitioned."""
         check(plan, self.name)
         refuse_load_balancing(plan, self.name)
+        if self.offload_optimizer != "none":
+            check_offload(plan, self.name)
+            if not self.contiguous_gradients:
+                raise UnsupportedError(
+                    "'offload_optimizer' without 'contiguous_gradients' is not modelled: leave one out"
+                )
         if self.zero_quantized_gradients:
             raise UnsupportedError("'zero_quantized_gradients' is not modelled; leave it out")
         if self.grad_accum_dtype not in (None, FP32, plan.training.weights):
@@ -96,6 +106,16 @@ class DeepSpeedZero3:
     def reduction(self, accumulates: DType, stream: str) -> Reduction:
         """What shapes the reduction."""
         return Reduction(self.reduce_bucket_size, self.reduce_scatter, self.contiguous_gradients, accumulates, stream)
+
+    def accumulates(self, plan: Plan) -> DType:
+        """Element type of the gradients' partitions."""
+        return self.grad_accum_dtype or plan.training.weights
+
+    def host(self, plan: Plan) -> HostMemory:
+        """What a rank keeps in host memory."""
+        if self.offload_optimizer == "none":
+            return HostMemory()
+        return offloaded(plan, self.accumulates(plan), pinned=self.pin_memory)
 
     def start(self, job: Job) -> Zero3Runtime:
         """Partition the weights."""
@@ -130,10 +150,14 @@ class Zero3Runtime(Runtime):
         self._regathered = [self._gatherer.whole(weight, "persistent", padded=True) for weight in self._persistent]
         if job.plan.mesh.dp_shard == 1:
             self._regathered.clear()
-        accumulates = options.grad_accum_dtype or job.plan.training.weights
+        accumulates = options.accumulates(job.plan)
+        offloads = options.offload_optimizer != "none"
+        self.last_differs = offloads and job.plan.training.gradient_accumulation > 1
         order = {weight: index for index, weight in enumerate(self._weights.values())}
-        self._reducer = Reducer(job, options.reduction(accumulates, reduce), order)
-        self._partitions = Partitions(job, list(order), options.sub_group_size, accumulates)
+        reducer = OffloadingReducer if offloads else Reducer
+        self._reducer = reducer(job, options.reduction(accumulates, reduce), order)
+        partitions = OffloadedPartitions if offloads else Partitions
+        self._partitions = partitions(job, list(order), options.sub_group_size, accumulates)
         self._keep()
         self.second_differs = bool(self._regathered)
         self._backward = self._records = self._settles = self._stops = self._stepped = False
@@ -239,6 +263,7 @@ class Zero3Runtime(Runtime):
         """The model's output has its gradient."""
         self._after = self._route.last
         self._backward = True
+        self._reducer.turn(turn)
         self._records, self._settles = turn.cold and turn.first and not turn.last, turn.cold and turn.second
         self._stops = turn.cold and turn.first and turn.last
         self._walk = Walk()

@@ -6,12 +6,14 @@ Source: DeepSpeed 0.19.8 deepspeed/runtime/zero/stage3.py and deepspeed/runtime/
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import attrs
 
 from hardware.dtypes import DType
 from simulator.graph import Storage
 from simulator.roles import Role
-from simulator.runtime import Job, buffer
+from simulator.runtime import Job, Turn, buffer
 from simulator.sizes import ALLOCATION_GRANULARITY, FlatSize
 from strategies.deepspeed.coordinator import Weight
 
@@ -67,10 +69,17 @@ class Reducer:
         filled = sum(weight.elements for weight in self._weights)
         in_bucket = self.options.contiguous and filled <= self.options.limit
         results = self._all_reduce() if in_bucket and not self.options.scatters else self._reduce_scatter()
+        self.partition(self._weights)
         self.job.free(*self._kept)
         self.job.free(*results)
         self._kept.clear()
         self._weights.clear()
+
+    def turn(self, turn: Turn) -> None:
+        """Backward of a micro-batch begins."""
+
+    def partition(self, weights: Sequence[Weight]) -> None:
+        """`partition_grads`: added to partitions that are on the device, nothing is made."""
 
     def _made(self, label: str, size: FlatSize, dtype: DType) -> Storage:
         return buffer(f"reduce.{label}", size, dtype, Role.REDUCE, self.job.recorder.slot, self.options.stream)

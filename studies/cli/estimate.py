@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 import attrs
 import typer
 
-from simulator.host import HostMemory
 from studies.cli.output import Table, show, show_json, size
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from simulator.host import HostMemory
     from studies.estimate import Estimate
     from studies.options import TrainingOptions
 

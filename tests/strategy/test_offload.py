@@ -1,7 +1,8 @@
 """Offloading against real runs of DeepSpeed 0.19.8 on small models: every phase, and what is in host memory.
 
 Recorded with the fake process group on CPU tensors; those that DeepSpeed makes for the host were told apart by the
-attributes that hold them and the functions that make them.
+attributes that hold them and the functions that make them, and what ZeRO-3 fetches from the host was copied as from
+there. The optimizer allocates nothing on the device, so its phase is left out.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from hardware.dtypes import BF16, FP32
 from hardware.errors import UnsupportedError
 from simulator import Mesh, Optimizer, Training, simulate
 from strategies.contract import StrategyContract
+from strategies.deepspeed.zero3 import DeepSpeedZero3
 from strategies.deepspeed.zero12 import DeepSpeedZero1, DeepSpeedZero2
 from tests.strategies import uniform_llama
 from tests.strategy.test_deepspeed_phases import phases, recorded_report
@@ -27,6 +29,11 @@ LINES = [
 
 class TestOffloadedZero2(StrategyContract):
     strategy = DeepSpeedZero2(reduce_bucket_size=3000, offload_optimizer="cpu")
+    mesh = Mesh(dp_shard=4)
+
+
+class TestOffloadedZero3(StrategyContract):
+    strategy = DeepSpeedZero3(reduce_bucket_size=3000, stage3_prefetch_bucket_size=5000, offload_optimizer="cpu")
     mesh = Mesh(dp_shard=4)
 
 
@@ -69,6 +76,11 @@ def test_memory_that_is_not_pinned():
             DeepSpeedZero2(offload_optimizer="cpu"),
             "sgd",
             "'offload_optimizer' cpu of deepspeed_zero2 runs adam and adamw",
+        ),
+        (
+            DeepSpeedZero3(offload_optimizer="cpu", contiguous_gradients=False),
+            "adamw",
+            "'offload_optimizer' without 'contiguous_gradients'",
         ),
         (DeepSpeedZero1(offload_optimizer="cpu", grad_accum_dtype=FP32), "adamw", "'offload_optimizer' with"),
     ],
