@@ -188,10 +188,12 @@ class TreeBuilder:
         backward = len(order) == 1 and any(_descends(leaf.steps) for leaf in leaves.values())
         up = up and not backward
         walk = [(leaves[slot], layer) for layer, slot in (layers if up else layers[::-1]) if slot in leaves]
-        stretches = [list(group) for _, group in groupby(walk, key=itemgetter(0))]
+        stride = 1 if up else -1
+        steps = [(leaf, layer - stride * place, layer) for place, (leaf, layer) in enumerate(walk)]
+        stretches = [list(group) for _, group in groupby(steps, key=itemgetter(0, 1))]  # next to each other, and alike
         if len(stretches) > len(walk) // 4:
             return [Walk(tuple(walk))] if walk else []
-        return [Repeat(len(part), *part[0], stride=1 if up else -1) for part in stretches]
+        return [Repeat(len(part), part[0][0], part[0][2], stride) for part in stretches]
 
     def _turn(self, step: RecordedStep) -> tuple[int, int] | None:
         """What steps of one turn of a pattern have in common; None outside the stack."""

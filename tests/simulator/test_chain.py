@@ -14,6 +14,7 @@ from simulator.lowering import lower
 from simulator.plan import apply, make_plan
 from simulator.reading import read_model
 from simulator.report import Report
+from simulator.timeline import LiveSet, moments
 from strategies.checkpointing import FullCheckpointing
 
 MODELS = [read_model(name) for name in ("nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16", "google/gemma-3-1b-it")]
@@ -57,3 +58,13 @@ def test_what_the_last_layer_hands_on_is_found_behind_other_ops(tmp_path):
     plan = make_plan(read_model(str(tmp_path)), Training(seq_len=64))
     report = Report(plan, lower(plan))
     assert sum(live.nbytes for live in report.live()) == report.peak.nbytes
+
+
+def test_layers_of_one_kind_need_not_follow_one_another():
+    """Autocast's copies of weights are freed behind the stack, those of layers that are not recomputed among them."""
+    model = attrs.evolve(MODELS[1], layers=MODELS[1].layers[:1] * 9)
+    plan = make_plan(model, Training(seq_len=64, autocast=BF16))
+    program, live = lower(attrs.evolve(plan, recomputed=frozenset(range(0, 9, 2)))), LiveSet()
+    for node in (program.load, program.cold, program.steady):
+        for moment in moments(node):
+            live.run(moment)
