@@ -61,6 +61,8 @@ def lower_ranks(plans: Sequence[Plan]) -> list[TrainingProgram]:
         if lowering is None:
             lowering = _Lowering(plan)
             known.append(lowering)
+        elif plan.pipeline is not None:
+            check_pipeline(plan)  # its order is its own
         programs.append(lowering.program(plan.pipeline))
     return programs
 

@@ -8,11 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hardware.errors import UnsupportedError, UsageError
-from simulator import simulate
+from simulator import Training, simulate
 from simulator.api import simulate_ranks
 from simulator.mesh import Mesh
 from simulator.pipeline import Action, Turns
 from simulator.pipeline_order import rank_order
+from simulator.reading import read_model
 from simulator.report import Report
 from simulator.roles import Role
 from simulator.schedules.tree import flat
@@ -164,3 +165,15 @@ def test_wrong_numbers_are_one_line(options, micro_batches, said):
 def test_dualpipe_is_refused():
     with pytest.raises(UnsupportedError, match=r"dualpipe is not in torch.distributed.pipelining"):
         run(PipelineSchedule(schedule="dualpipe"), 4, 8)
+
+
+@pytest.mark.parametrize("name", ["mistralai/Mixtral-8x7B-v0.1", "google/gemma-2-9b"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_a_split_backward_keeps_has_one_name_in_all_layers(name, rank):
+    """The weights' part frees what the inputs' part has captured, in whichever layer that was made."""
+    model = read_model(name)
+    model = attrs.evolve(model, layers=model.layers[:12])
+    training = Training(seq_len=16, gradient_accumulation=5, attention="eager")
+    report = simulate(model, training, [PipelineSchedule(schedule="zbv", rank=rank)], mesh=Mesh(pp=2))
+    for step in (report.cold, report.steady):
+        assert sum(live.nbytes for live in report.live(step)) == step.nbytes
