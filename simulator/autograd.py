@@ -214,10 +214,11 @@ class Autograd:
         recorder = self.recorder
         for runtime in self._runtimes:
             runtime.before_node(op)
-        if op.place != self._slot:
+        place = op.place
+        if place != self._slot:
             self._serial = 0  # labels count from the first op of a layer, so that equal layers get equal labels
-            self._slot = op.place
-        recorder.module, recorder.slot = op.module, op.place
+            self._slot = place
+        recorder.module, recorder.slot = op.module, place
         self._node = op
         saved, early = self._found = self._saved(op)
         assert op.backward is not None
@@ -273,9 +274,9 @@ class Autograd:
 
     def _validate(self, gradient: Tensor, tensor: Tensor) -> Tensor:
         """Bring a gradient to the shape and dtype of the tensor it belongs to (engine.cpp `validate_outputs`)."""
-        if is_broadcast(gradient, tensor):
+        if gradient.shape != tensor.shape and is_broadcast(gradient, tensor):
             gradient = self._replace(gradient, self.fresh("sum.dim_IntList", tensor.shape, gradient.dtype))
-        if gradient.dtype != tensor.dtype:
+        if gradient.dtype is not tensor.dtype and gradient.dtype != tensor.dtype:
             gradient = self._replace(gradient, self.like("_to_copy.default", gradient, tensor.dtype))
         return gradient
 

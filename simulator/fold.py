@@ -12,6 +12,7 @@ so depth and number of micro-batches cost nothing. Bytes enter last, as ints, ar
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from operator import itemgetter
 from typing import Any
 
 import attrs
@@ -67,21 +68,24 @@ class Folded:
         Args:
             known: what parts of this program cost at these prices, found before; filled here.
         """
-        if any(hasattr(price, "free_symbols") for price in prices):
-            stacked = np.array(prices, dtype=object)
-        else:
-            stacked = np.stack(np.broadcast_arrays(*prices))
-            largest = int(stacked.max(initial=0)) * (int(np.abs(self.start).sum()) + self.rows.largest)
-            if largest > np.iinfo(np.int64).max:  # numpy would wrap around in silence
-                stacked = stacked.astype(object)
+        stacked = self._stacked(prices)
         return self.rows.bytes(stacked, {} if known is None else known) + _priced(self.start, stacked)
+
+    def _stacked(self, prices: list[Value]) -> Any:
+        if any(hasattr(price, "free_symbols") for price in prices):
+            return np.array(prices, dtype=object)
+        stacked = np.stack(np.broadcast_arrays(*prices))
+        largest = int(stacked.max(initial=0)) * (int(np.abs(self.start).sum()) + self.rows.largest)
+        # numpy would wrap around in silence
+        return stacked.astype(object) if largest > np.iinfo(np.int64).max else stacked
 
     def peak(self, prices: list[Value], known: dict[int, Any] | None = None) -> Peak:
         """The largest candidate for integer `prices`; the first one on a tie. See `bytes`."""
-        values = self.bytes(prices, known)
-        index = int(np.argmax(values))
+        stacked = self._stacked(prices)
+        nbytes, index = self.rows.highest(stacked, {} if known is None else known)
         location, counts = self.rows.candidate(index)
-        return Peak(int(values[index]), location, self._by_role(_widen(counts, len(self.start)) + self.start, prices))
+        counts = _widen(counts, len(self.start)) + self.start
+        return Peak(nbytes + int(_priced(self.start, stacked)), location, self._by_role(counts, prices))
 
     def left(self, prices: list[Value]) -> int:
         """Bytes left allocated at the end."""
@@ -129,6 +133,15 @@ class _Straight:
             found = known[id(self)] = _priced(self.table, prices)
         return found
 
+    def highest(self, prices: Any, known: dict[int, Any]) -> tuple[int, int]:
+        """Bytes and number of the candidate that needs the most at integer `prices`; the first one on a tie."""
+        found = known.get(id(self))
+        if found is None:
+            values = _priced(self.table, prices)
+            index = int(np.argmax(values))
+            found = known[id(self)] = int(values[index]), index
+        return found
+
     def candidate(self, index: int) -> tuple[Location, Counts]:
         """Where a candidate is, and its counts."""
         return Location(self.steps[index]), self.table[index]
@@ -147,8 +160,14 @@ class _Joined:
     iterations: tuple[int, ...] = ()
     """Of a repeat, the iteration of each part."""
 
-    def __len__(self) -> int:
+    _length: int = attrs.field(init=False)
+
+    @_length.default
+    def _count(self) -> int:
         return sum(map(len, self.parts))
+
+    def __len__(self) -> int:
+        return self._length
 
     def bytes(self, prices: Any, known: dict[int, Any]) -> Any:
         """Bytes of every candidate; `known` has those of parts priced before."""
@@ -158,6 +177,19 @@ class _Joined:
             priced = [part.bytes(prices, known) + start for part, start in zip(self.parts, starts, strict=True)]
             nothing = np.zeros((0, *prices.shape[1:]), dtype=prices.dtype)
             found = known[id(self)] = np.concatenate([nothing, *priced])
+        return found
+
+    def highest(self, prices: Any, known: dict[int, Any]) -> tuple[int, int]:
+        """Bytes and number of the candidate that needs the most at integer `prices`; the first one on a tie."""
+        found = known.get(id(self))
+        if found is None:
+            starts, before, ways = _priced(self.starts, prices).tolist(), 0, []
+            for part, start in zip(self.parts, starts, strict=True):
+                if len(part):
+                    nbytes, index = part.highest(prices, known)
+                    ways.append((nbytes + start, before + index))
+                before += len(part)
+            found = known[id(self)] = max(ways, key=itemgetter(0))
         return found
 
     def candidate(self, index: int) -> tuple[Location, Counts]:
@@ -227,9 +259,12 @@ class Folder:
                 rows[1].extend([len(peaks)] * len(deaths))
         if rising is not None:
             peaks.append(rising)
-        columns = self._numbered(born), self._numbered(died)
-        shape = (len(peaks) + 1, len(self._index))
-        live = np.cumsum(_counts(rows[0], columns[0], shape) - _counts(rows[1], columns[1], shape), axis=0)
+        columns = np.array(self._numbered(born + died), dtype=np.int64)
+        height, width = len(peaks) + 1, len(self._index)
+        changes = np.repeat((1.0, -1.0), (len(born), len(died)))  # exact: no count comes near 2**53
+        places = np.array(rows[0] + rows[1], dtype=np.int64) * width + columns
+        table = np.bincount(places, changes, height * width).reshape(height, width)
+        live = table.cumsum(axis=0).astype(np.int64)
         return _Straight(live[-1], live[:-1], tuple(peaks), len(born) + len(died))
 
     def _numbered(self, storages: list[Storage]) -> list[int]:
@@ -241,13 +276,6 @@ class Folder:
         column = self._index.setdefault((storage.role, storage.size), len(self._index))
         self._columns[storage] = column
         return column
-
-
-def _counts(rows: list[int], columns: list[int], shape: tuple[int, int]) -> Counts:
-    """How often each (row, column) occurs."""
-    height, width = shape
-    flat = np.array(rows, dtype=np.int64) * width + np.array(columns, dtype=np.int64)
-    return np.bincount(flat, minlength=height * width).reshape(shape)
 
 
 def _widen(rows: Counts, width: int) -> Counts:

@@ -40,9 +40,11 @@ class FusedKernels:
 
     def stays(self, op: Op, gradient: Tensor, tensor: Tensor) -> bool:
         """Whether the `gradient` of `tensor`, an input of `op`, stays as it is: no other kernel wants it."""
+        if not op.fused:
+            return True
         maker = None if tensor.producer is None else self.graph.ops[tensor.producer]
         inside = maker is not None and maker.fused and maker.slot == op.slot
-        return inside or not op.fused or not self.is_virtual(gradient)
+        return inside or not self.is_virtual(gradient)
 
     def in_place(self, gradient: Tensor) -> Tensor | None:
         """The gradient written over what dies with it, where that is as large; the caller's reference goes there."""

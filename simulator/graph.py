@@ -49,6 +49,8 @@ class Storage:
     """Size in the model that ranks share a weight of; None where each rank holds all of it."""
     stream: str = COMPUTE
     """The CUDA stream it is allocated on: blocks never move from one stream's pool to another's."""
+    handed_on: str = ""
+    """What layers call it that hand it on to their neighbours, whatever their kinds; empty for what they do not."""
 
 
 @attrs.define(eq=False)
@@ -133,6 +135,8 @@ class ForwardGraph:
     inputs: list[Tensor] = attrs.field(factory=list)
     arguments: dict[int, list[Storage]] = attrs.field(factory=dict)
     """What each built layer is called with; checkpointing keeps it for recomputation."""
+    entered: dict[int, Tensor] = attrs.field(factory=dict)
+    """The hidden states among them."""
     positional: dict[int, int] = attrs.field(factory=dict)
     """How many of those are handed over by position, the hidden states among them."""
     outside: int | None = None

@@ -5,24 +5,31 @@ turn then stands for k - 2 of them. So cost does not grow with depth, nothing at
 special-cased, and alternating stacks (sliding / full attention) work like uniform ones.
 Where a layer's steps reach r layers away (prefetching), r turns are built at each end.
 
-A list without such a pattern may still have few kinds of layers (Nemotron 3): there a layer stands
-for every other of its kind with the same neighbours, wherever it is.
+Where nothing but hidden states and their gradients pass between layers, each kind of layer is built
+once: it stands for all others of its kind, wherever they are.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+import enum
 from collections.abc import Hashable, Sequence
+from functools import cached_property
 
 import attrs
 
 from simulator.model import LayerSpec
 
-#: How many layers to each side make a layer's neighbours: its steps name storages of the next one, whose own names
-#: follow from the one after that.
-NEIGHBOURS = 2
 #: Longest pattern looked for; real models alternate with periods up to 8 (Jamba: 8 layers).
 LONGEST_PERIOD = 16
+
+
+class Sharing(enum.Enum):
+    """For which layers one that is built may stand: each asks for less to be alike than the one after it."""
+
+    TURNS = "those in the middle of a pattern that repeats"
+    LATER = "those of its kind, but for the first of each"
+    REST = "those of its kind, but for the first of all"
+    ALL = "those of its kind"
 
 
 @attrs.frozen
@@ -58,6 +65,11 @@ class Place:
     """Real layers that it stands for besides, where these do not follow one another."""
 
     @property
+    def last(self) -> int:
+        """Real index of the last layer that it is or stands for, where these do not follow one another."""
+        return max(self.base, *self.others) if self.others else self.base
+
+    @property
     def repeats(self) -> int:
         """How many turns of the real model this built turn stands for."""
         hidden = self.run.hidden_turns if self.turn == self.run.reach else 0
@@ -78,13 +90,17 @@ class Layout:
     places: tuple[Place, ...]
     """One per built slot."""
 
-    @property
+    @cached_property
     def scattered(self) -> bool:
         """Whether built layers stand for others here and there."""
         return any(place.others for place in self.places)
 
     def slots(self) -> list[int]:
         """For every layer of the real model, the built slot that is it or stands for it."""
+        return self._slots
+
+    @cached_property
+    def _slots(self) -> list[int]:
         if self.scattered:
             own = {layer: slot for slot, place in enumerate(self.places) for layer in (place.base, *place.others)}
             return [own[layer] for layer in range(len(own))]
@@ -123,51 +139,28 @@ def layout_of(layers: Sequence[Hashable], reach: int = 1, together: int = 1) -> 
     return Layout(tuple(runs), tuple(places))
 
 
-def layout_by_neighbours(layers: Sequence[Hashable]) -> Layout:
-    """The layout in which a layer stands for all of its kind with the same `NEIGHBOURS` layers to both sides.
+def layout_by_kind(layers: Sequence[Hashable], sharing: Sharing = Sharing.ALL) -> Layout:
+    """The layout in which one layer stands for others of its kind, wherever these are.
 
-    What is built has the same neighbours everywhere, because it is cut at such layers only.
+    The kind of the last layer is built last, so that what follows the stack finds it where it is. The first of a kind
+    is built by itself where its backward frees what they share (a mask).
     """
-    windows = _windows(numbered(layers))
-    kept = _shortened(windows)
-    others: dict[int, list[int]] = {}
-    for layer in sorted(set(range(len(layers))) - set(kept)):
-        others.setdefault(windows[layer], []).append(layer)
-    runs = tuple(Run(layer, 1, 1, slot) for slot, layer in enumerate(kept))
-    return Layout(runs, tuple(Place(run, 0, 0, tuple(others.pop(windows[run.start], ()))) for run in runs))
-
-
-def _shortened(windows: list[int]) -> list[int]:
-    """The layers that are left without stretches that end like what is before them and are built elsewhere."""
-    kept, position = list(range(len(windows))), 0
-    while position < len(kept):
-        built = Counter(windows[layer] for layer in kept)
-        for end in reversed(range(position + 1, len(kept))):
-            if windows[kept[end]] == windows[kept[position]]:
-                stretch = Counter(windows[layer] for layer in kept[position + 1 : end + 1])
-                if all(built[window] > count for window, count in stretch.items()):
-                    del kept[position + 1 : end + 1]
-                    break
-        else:
-            position += 1
-    return kept
-
-
-def _windows(kinds: list[int]) -> list[int]:
-    """A number for every layer, the same where it and its neighbours are of the same kinds.
-
-    The first and the last of a kind are like no other: what all layers of a kind share (a mask) goes with them.
-    """
-    around = [-1] * NEIGHBOURS
-    padded = [*around, *kinds, *around]
-    last = {kind: layer for layer, kind in enumerate(kinds)}
-    first = {kind: layer for layer, kind in reversed(list(enumerate(kinds)))}
-    numbers: dict[tuple[int, ...], int] = {}
-    windows = []
-    for layer, kind in enumerate(kinds):
-        window = padded[layer : layer + 2 * NEIGHBOURS + 1]
-        windows.append((*window, layer == first[kind], layer == last[kind]))
-    return [numbers.setdefault(window, len(numbers)) for window in windows]
+    kinds = numbered(layers)
+    firsts = list(dict.fromkeys(map(kinds.index, kinds)))
+    few = len(firsts) < 2  # passes over layers of one kind could not be told apart
+    alone = {Sharing.LATER: firsts, Sharing.REST: firsts[:1], Sharing.ALL: firsts[:1] if few else []}[sharing]
+    rest = sorted(set(range(len(kinds))) - set(alone), key=lambda layer: (kinds[layer] == kinds[-1], layer))
+    alike: dict[int, list[int]] = {}
+    for layer in rest:
+        alike.setdefault(kinds[layer], []).append(layer)
+    built = [[layer] for layer in alone] + list(alike.values())
+    if len(built) == len(kinds):
+        return unrolled_layout(kinds)
+    if sharing is Sharing.ALL:  # the first layer must be built first
+        built.sort(key=lambda layers: layers[0] != 0)
+    runs = tuple(Run(layer, 1, 1, slot) for slot, (layer, *_) in enumerate(built))
+    places = tuple(Place(run, 0, 0, tuple(like)) for run, (_, *like) in zip(runs, built, strict=True))
+    return Layout(runs, places)
 
 
 def unrolled_layout(layers: Sequence[Hashable]) -> Layout:

@@ -9,6 +9,8 @@ import attrs
 from hardware.errors import UnsupportedError
 from simulator.grad_scaler import GradScaler
 from simulator.graph import Storage
+from simulator.hand_over import Unlike
+from simulator.layout import Sharing
 from simulator.micro_batch import AfterForward, MicroBatch
 from simulator.model import AttentionSpec, ModelSpec
 from simulator.optimizer_in_backward import OptimizerInBackward
@@ -37,14 +39,20 @@ class TrainingProgram:
 
 def lower(plan: Plan) -> TrainingProgram:
     """The program of `plan`: load the model, one cold and one steady optimizer step."""
-    return _Lowering(plan).program()
+    sharing = plan.sharing
+    while True:
+        try:
+            return _Lowering(plan).program()
+        except Unlike as unlike:
+            sharing = unlike.so_far if unlike.so_far is not sharing else Sharing.TURNS
+            plan = attrs.evolve(plan, sharing=sharing)
 
 
 class _Lowering:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.training = plan.training
-        self.builder = TreeBuilder(plan.layout)
+        self.builder = TreeBuilder(plan.layout, plan.graph)
         self.job = Job(plan)
         self._states: dict[tuple[Storage, str], Storage] = {}
         self._constructed: list[Step] = []
@@ -71,6 +79,7 @@ class _Lowering:
     def program(self) -> TrainingProgram:
         cold, steady = (self._step(cold=cold) for cold in (True, False))
         load = self.builder.tree([*self._load(), *self._constructed])  # an optimizer's constructor runs last
+        self.builder.check()
         return TrainingProgram(load, cold, steady, self.plan.dimensions.bindings)
 
     def _load(self) -> list[Step]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import attrs
@@ -51,7 +52,7 @@ class MicroBatch:
     def forward(self, turn: Turn) -> list[Step]:
         """The steps of inputs and forward."""
         self._runtimes = [runtime.fork() for runtime in self._initial]
-        self.recorder = self._job.recorder = Recorder()
+        self.recorder = self._job.recorder = Recorder(by_layer=not self._initial)
         self._begin()
         self.recorder.phase = Phase.FORWARD
         for runtime in self._runtimes:
@@ -116,14 +117,17 @@ class MicroBatch:
         unborn: set[Storage] = set()
         for index in indices:
             op = self.graph.ops[index]
-            self._before(index, op)
+            if self._runtimes:
+                self._before(index, op)
             region = self._checkpoints.region_of.get(op)
-            if region is not None and op is region.ops[0]:
-                for storage in (*region.arguments, *region.bound):
-                    recorder.retain(storage)
-            unborn.update(self._checkpoints.unborn(op))
+            if region is not None:
+                if op is region.ops[0]:
+                    for storage in (*region.arguments, *region.bound):
+                        recorder.retain(storage)
+                unborn.update(self._checkpoints.unborn(op))
             self._run(op, [s for s in self.graph.births(op) if s not in unborn], held)
-            for storage in (*self._use[op].reads, *self._use[op].holds):
+            uses = self._use[op]
+            for storage in (*uses.reads, *uses.holds):
                 if storage not in unborn:
                     recorder.release(storage)
 
@@ -152,15 +156,12 @@ class MicroBatch:
         for tensor in self.graph.outputs:
             self.recorder.release(tensor.storage)
 
-    def _count_uses(self) -> dict[Storage, int]:
+    def _count_uses(self) -> Counter[Storage]:
         """References that the edges of the graph stand for; a checkpointed op's saves do not count."""
-        uses: dict[Storage, int] = {}
+        counted: list[Storage] = []
         for op in self.graph.ops:
-            for storage in (
-                *self._use[op].reads,
-                *self._use[op].holds,
-                *self._checkpoints.saves(op),
-                *self._checkpoints.kept(op),
-            ):
-                uses[storage] = uses.get(storage, 0) + 1
-        return uses
+            counted += self._use[op].reads
+            counted += self._use[op].holds
+            counted += self._checkpoints.saves(op)
+            counted += self._checkpoints.kept(op)
+        return Counter(counted)

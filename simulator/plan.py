@@ -15,7 +15,7 @@ from simulator.decoder import items_of
 from simulator.families import families
 from simulator.fusion import compile_layers
 from simulator.graph import ForwardGraph
-from simulator.layout import Layout, layout_by_neighbours, layout_of, numbered, unrolled_layout
+from simulator.layout import Layout, Sharing, layout_by_kind, layout_of, numbered, unrolled_layout
 from simulator.liger import check_family
 from simulator.mesh import Mesh
 from simulator.model import ModelSpec
@@ -80,8 +80,10 @@ class Plan:
     """What tells layers apart besides their specs (how full a bucket is when backward enters each): one per layer."""
     reach: int = 1
     """How many layers away a hook of one layer may act (prefetching)."""
+    sharing: Sharing = Sharing.ALL
+    """For which layers one that is built may stand; `lower` falls back to those before it."""
     unrolled: bool = False
-    """Build every layer instead of a few turns of each pattern: slow, to check against."""
+    """Build every layer: slow, to check against."""
     applied: tuple[str, ...] = ()
     """Names of the strategies applied so far, in order."""
     assumptions: tuple[str, ...] = ()
@@ -89,7 +91,7 @@ class Plan:
 
     @cached_property
     def layout(self) -> Layout:
-        """Which layers are built: a few turns of each repeating pattern."""
+        """Which layers are built: those that stand for all."""
         layers, others = numbered(self.model.layers), self.layer_kinds or (None,) * len(self.model.layers)
         kinds = [
             (layer, index in self.recomputed, index < self.frozen_layers, other)
@@ -97,10 +99,15 @@ class Plan:
         ]
         if self.unrolled:
             return unrolled_layout(kinds)
-        layout = layout_of(kinds, self.reach, self.together)
-        if len(layout.runs) == 1 or self.hooks or self.layer_kinds or self.together > 1 or self._steps_in_backward:
-            return layout
-        return min(layout, layout_by_neighbours(kinds), key=lambda each: len(each.places))
+        if self.sharing is Sharing.TURNS or self._looks_around:
+            return layout_of(kinds, self.reach, self.together)
+        return layout_by_kind(kinds, self.sharing)
+
+    @property
+    def _looks_around(self) -> bool:
+        """Whether what runs in a layer may depend on which layers are around it, or on how many went before."""
+        between = self.hooks or self.layer_kinds or self.together > 1 or self.alternate_op
+        return bool(between or self.reentrant or self.pipeline or self._steps_in_backward)
 
     @property
     def _steps_in_backward(self) -> bool:
@@ -117,7 +124,7 @@ class Plan:
         """The dimension table: every name that a size may use."""
         return self._trace.dimensions
 
-    @property
+    @cached_property
     def checkpoints(self) -> dict[int, int]:
         """Built slots of the layers that are recomputed, each with the number of the checkpoint it is part of."""
         layers = {slot: place.base + place.offset for slot, place in enumerate(self.layout.places)}
@@ -215,7 +222,7 @@ def make_plan(
     Args:
         mesh: degrees of parallelism that strategies may use; by default one device.
         rank: the data-parallel rank to simulate, where ranks differ.
-        unrolled: build every layer; by default at most three turns of each repeating pattern.
+        unrolled: build every layer; by default one of each kind, or three turns of a pattern.
 
     Raises:
         UnsupportedError: a workload that the model's recipe cannot build.

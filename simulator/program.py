@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from itertools import groupby, pairwise
+from operator import itemgetter
 
 import attrs
 
-from simulator.graph import Storage
+from simulator.graph import ForwardGraph, Storage
+from simulator.hand_over import BEFORE, HandOver
 from simulator.layout import Layout
 from simulator.recorder import Step as RecordedStep
 from simulator.roles import Phase
@@ -27,8 +29,8 @@ class Step:
     """One op as it was recorded: what it allocates, then what is freed after it."""
 
     recorded: RecordedStep
-    numbers: Sequence[int]
-    """Of each built slot, the layer as references of this step count it."""
+    number: Callable[[int], int]
+    """The layer that a built slot is, as references of this step count it."""
 
     @property
     def name(self) -> str:
@@ -48,7 +50,7 @@ class Step:
     @property
     def layer(self) -> int | None:
         """The layer it runs in; None outside the layers."""
-        return None if self.recorded.slot is None else self.numbers[self.recorded.slot]
+        return None if self.recorded.slot is None else self.number(self.recorded.slot)
 
     @cached_property
     def births(self) -> tuple[Reference, ...]:
@@ -61,7 +63,7 @@ class Step:
         return tuple(map(self._reference, self.recorded.deaths))
 
     def _reference(self, storage: Storage) -> Reference:
-        return Reference(storage, None if storage.slot is None else self.numbers[storage.slot])
+        return Reference(storage, None if storage.slot is None else self.number(storage.slot))
 
 
 @attrs.frozen(eq=False)
@@ -113,7 +115,8 @@ Identity = tuple[str, int | None]
 
 def identity(reference: Reference, base: int) -> Identity:
     """The one name of a storage in the unrolled program."""
-    return reference.storage.label, None if reference.layer is None else base + reference.layer
+    storage = reference.storage
+    return storage.handed_on or storage.label, None if reference.layer is None else base + reference.layer
 
 
 # from recorded steps to a tree ---------------------------------------------------------------------------------------
@@ -122,10 +125,18 @@ def identity(reference: Reference, base: int) -> Identity:
 class TreeBuilder:
     """Turns recorded steps of a built model into the tree of the real one."""
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: Layout, graph: ForwardGraph) -> None:
         self._layout = layout
+        self._hand_over = HandOver(layout, graph) if layout.scattered else None
         self._turns = [(place.run.first_slot, place.turn) for place in layout.places]
-        self._real = [place.base + place.offset for place in layout.places]
+        self._real = {slot: place.base + place.offset for slot, place in enumerate(layout.places)}
+        if self._hand_over:
+            self._real |= {BEFORE: BEFORE, len(layout.places) - 1: len(layout.slots()) - 1}
+
+    def check(self) -> None:
+        """Raise `Unlike` where the layers that were turned into trees are not what they stand for."""
+        if self._hand_over is not None:
+            self._hand_over.check()
 
     def tree(self, steps: Sequence[RecordedStep], *, upward: bool = False) -> Node:
         """Consecutive steps of one turn of a pattern become a `Repeat`, the others a `Leaf`.
@@ -135,15 +146,19 @@ class TreeBuilder:
         Args:
             upward: whether a backward, too, visits layers first to last.
         """
+        if self._hand_over is not None:
+            self._hand_over.see(steps)
         active = [part for step in steps if step.births or step.deaths for part in self._by_layer(step)]
         groups = [list(group) for _, group in groupby(active, key=self._turn)]
-        parts = self._spread(groups) if self._layout.scattered else [self._part(group, upward) for group in groups]
+        parts = self._spread(groups) if self._hand_over else [self._part(group, upward) for group in groups]
         return parts[0] if len(parts) == 1 else Seq(tuple(parts))
 
     def _spread(self, groups: list[list[RecordedStep]]) -> list[Node]:
         """Passes over the built layers, from the first or the last on, as passes over those of the real model."""
         parts: list[Node] = []
         one_pass: dict[int, Leaf] = {}
+        assert self._hand_over is not None
+        outlives = self._hand_over.outlives(step for group in groups for step in group)
         for before, group in zip([None, *groups], groups, strict=False):
             slot, last = group[0].slot, before and before[0].slot
             if slot is None or last is None or slot in one_pass:
@@ -153,18 +168,28 @@ class TreeBuilder:
                 parts.append(self._part(group))
             else:
                 one_pass[slot] = self._leaf(group, slot, 1, 1)
+                if slot == 0 and self._hand_over.given is not None:
+                    later = self._hand_over.later(group, outlives=outlives and group[0].phase is Phase.FORWARD)
+                    if later is not group:
+                        one_pass[BEFORE] = one_pass[slot]
+                        one_pass[slot] = self._leaf(later, slot, 1, 1)
         return [*parts, *self._over_layers(one_pass)]
 
     def _over_layers(self, leaves: Mapping[int, Leaf]) -> list[Node]:
-        order = list(leaves)
+        order = [slot for slot in leaves if slot != BEFORE]
         up = all(first < second for first, second in pairwise(order))
         down = all(first > second for first, second in pairwise(order))
         assert up or down, "layers without a period take turns"
         layers = list(enumerate(self._layout.slots()))
+        if BEFORE in leaves:
+            layers[0] = 0, BEFORE
         backward = len(order) == 1 and any(_descends(leaf.steps) for leaf in leaves.values())
-        visited = layers if up and not backward else layers[::-1]
-        walk = tuple((leaves[slot], layer) for layer, slot in visited if slot in leaves)
-        return [Walk(walk)] if walk else []
+        up = up and not backward
+        walk = [(leaves[slot], layer) for layer, slot in (layers if up else layers[::-1]) if slot in leaves]
+        stretches = [list(group) for _, group in groupby(walk, key=itemgetter(0))]
+        if len(stretches) > len(walk) // 4:
+            return [Walk(tuple(walk))] if walk else []
+        return [Repeat(len(part), *part[0], stride=1 if up else -1) for part in stretches]
 
     def _turn(self, step: RecordedStep) -> tuple[int, int] | None:
         """What steps of one turn of a pattern have in common; None outside the stack."""
@@ -174,13 +199,13 @@ class TreeBuilder:
         """A step outside the stack that frees storages of layers (autocast's cache, say) frees every layer's own."""
         if step.slot is not None:
             return [step]
-        layered = [s for s in step.deaths if s.slot is not None]
+        layered = [s for s in step.deaths if s.slot not in (None, BEFORE)]
         if not layered:
             return [step]
-        kept = attrs.evolve(step, deaths=[s for s in step.deaths if s.slot is None])
+        kept = attrs.evolve(step, deaths=[s for s in step.deaths if s.slot in (None, BEFORE)])
         by_slot: dict[int | None, list[Storage]] = {}
-        for storage in layered:
-            by_slot.setdefault(storage.slot, []).append(storage)
+        for storage in layered:  # what the last layer of all has handed on dies once
+            by_slot.setdefault(None if storage.handed_on else storage.slot, []).append(storage)
         return [
             kept,
             *(RecordedStep("free", step.phase, step.module, slot, [], found) for slot, found in by_slot.items()),
@@ -201,18 +226,18 @@ class TreeBuilder:
 
     def _outside(self, steps: Sequence[RecordedStep]) -> Leaf:
         """Steps outside the stack: references have real layer indices."""
-        slots = {s.slot for step in steps for part in (step.births, step.deaths) for s in part if s.slot is not None}
+        named = [s for step in steps for s in (*step.births, *step.deaths) if s.slot is not None]
+        slots = {s.slot for s in named if s.slot is not None and not s.handed_on}
         alone = all(self._layout.places[slot].repeats == 1 for slot in slots)
         assert alone, "a step outside the stack reaches into one of several hidden layers"
-        return Leaf(tuple([Step(step, self._real) for step in steps]))
+        return Leaf(tuple([Step(step, self._real.__getitem__) for step in steps]))
 
     def _leaf(self, steps: Sequence[RecordedStep], first: int, period: int, reach: int) -> Leaf:
         """Steps of the turn that starts at slot `first`: its references count from there."""
         slots = {storage.slot for step in steps for storage in step.deaths if storage.slot is not None}
         near = not slots or first - reach <= min(slots) <= max(slots) < first + period + reach
         assert near, "a layer reaches further than it said"
-        numbers = range(-first, len(self._layout.places) - first)
-        return Leaf(tuple([Step(step, numbers) for step in steps]))
+        return Leaf(tuple([Step(step, lambda slot: slot - first) for step in steps]))
 
 
 def _descends(steps: Sequence[RecordedStep | Step]) -> bool:

@@ -23,9 +23,14 @@ class Step:
 
 
 class Recorder:
-    """The list of steps so far and how many references each live storage has."""
+    """The list of steps so far and how many references each live storage has.
 
-    def __init__(self) -> None:
+    Args:
+        by_layer: whether what a layer frees dies in a step of that layer, even before it has allocated anything.
+    """
+
+    def __init__(self, *, by_layer: bool = False) -> None:
+        self._by_layer = by_layer
         self.steps: list[Step] = []
         self._references: dict[Storage, int] = {}
         self._sources: dict[Storage, list[Storage]] = {}
@@ -35,7 +40,7 @@ class Recorder:
 
     def fork(self) -> Recorder:
         """A recorder that goes on from here with steps of its own."""
-        other = Recorder()
+        other = Recorder(by_layer=self._by_layer)
         other._references = dict(self._references)
         other._sources = {storage: list(sources) for storage, sources in self._sources.items()}
         return other
@@ -77,6 +82,8 @@ class Recorder:
             self._references[storage] = left
             return
         del self._references[storage]
+        if self._by_layer and self.steps[-1].slot != self.slot:
+            self.note("free")
         self.steps[-1].deaths.append(storage)
         for source in self._sources.pop(storage, ()):
             self.release(source)

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from simulator.fold import Location
 from simulator.graph import Storage
+from simulator.hand_over import BEFORE
 from simulator.program import Identity, Leaf, Node, Occurrence, Reference, Seq, Step, Walk, identity
 from simulator.roles import Phase, Role
 from simulator.sizes import Bindings
@@ -137,7 +138,11 @@ class LiveSet:
 
     def storages(self, bindings: Bindings) -> list[Live]:
         """What is alive, largest first."""
-        found = [Live(name, b, int(b.size.allocated(bindings))) for name, alike in self._live.items() for b in alike]
+        found = [
+            Live((storage.label, None if layer == BEFORE else layer), storage, int(storage.size.allocated(bindings)))
+            for (_, layer), alike in self._live.items()
+            for storage in alike
+        ]
         return sorted(found, key=lambda live: -live.nbytes)
 
 

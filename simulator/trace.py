@@ -97,8 +97,14 @@ class Trace:
         return Call(self, name, arguments)
 
     @contextmanager
-    def layer(self, slot: int, *arguments: Tensor | None, positional: int = 1) -> Iterator[None]:
-        """Everything inside belongs to layer `slot` of the stack, called with `arguments`, some of them by position."""
+    def layer(self, slot: int, hidden: Tensor, *others: Tensor | None, positional: int = 1) -> Iterator[None]:
+        """Everything inside belongs to layer `slot` of the stack, called with `hidden` states and `others`.
+
+        Args:
+            positional: how many of all arguments are handed over by position.
+        """
+        arguments = (hidden, *others)
+        self.graph.entered[slot] = hidden
         self.graph.arguments[slot] = [t.storage for t in arguments if t is not None]
         self.graph.positional[slot] = sum(1 for t in arguments[:positional] if t is not None)
         outside, self.slot, self._numbers = self._numbers, slot, Counter()

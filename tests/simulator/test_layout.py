@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from simulator.layout import NEIGHBOURS, layout_by_neighbours, layout_of
+from simulator.layout import Sharing, layout_by_kind, layout_of
 
 
 @given(st.lists(st.integers(0, 2), min_size=1, max_size=60), st.integers(1, 3))
@@ -28,19 +28,20 @@ def test_runs_between_exceptions_are_short():
     assert len(layout_of([0] * 14 + [1, 2] + [0] * 14 + [1, 3] + [0] * 14).places) == 13
 
 
-@given(st.lists(st.integers(0, 2), min_size=1, max_size=60))
-def test_a_layer_stands_for_those_with_the_same_neighbours(kinds):
-    layout = layout_by_neighbours(kinds)
+@given(
+    st.lists(st.integers(0, 2), min_size=1, max_size=60),
+    st.sampled_from([Sharing.LATER, Sharing.REST, Sharing.ALL]),
+)
+def test_a_layer_stands_for_others_of_its_kind(kinds, sharing):
+    layout = layout_by_kind(kinds, sharing)
     built = [kind for _, kind in layout.built(kinds)]
-    around = [None] * NEIGHBOURS
-    real, short = ([*around, *each, *around] for each in (kinds, built))
-    for layer, slot in enumerate(layout.slots()):
-        assert real[layer : layer + 2 * NEIGHBOURS + 1] == short[slot : slot + 2 * NEIGHBOURS + 1]
-    assert sum(place.repeats for place in layout.places) == len(kinds)
-    assert len(built) <= len(kinds)
+    assert [built[slot] for slot in layout.slots()] == kinds
+    assert layout.slots()[0] == 0
+    several = len(set(kinds))
+    assert len(built) <= several + {Sharing.LATER: several, Sharing.REST: 1, Sharing.ALL: several == 1}[sharing]
 
 
-def test_an_order_without_a_period_is_cheaper_by_neighbours():
+def test_an_order_without_a_period_is_cheaper_by_kind():
     """As in Nemotron 3: attention after two or three pairs of other layers."""
     kinds = [kind for pairs in (2, 3, 2, 3, 3, 2, 2, 3, 2, 3, 3) for kind in [*[0, 1] * pairs, 0, 2, 1]]
-    assert len(layout_by_neighbours(kinds).places) < 0.6 * len(layout_of(kinds).places)
+    assert (len(layout_by_kind(kinds).places), len(layout_of(kinds).places)) == (3, 77)
