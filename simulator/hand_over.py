@@ -68,7 +68,7 @@ class HandOver:
         """Name what `steps` free of other layers' storages.
 
         Raises:
-            Unlike: a layer that stands for others frees what is not handed from neighbour to neighbour.
+            Unlike: a layer frees what is not handed from neighbour to neighbour.
         """
         for step in steps:
             for storage in step.deaths:
@@ -95,11 +95,11 @@ class HandOver:
             known = self._gradients[storage.slot]
             storage.handed_on = f"gradient {len(known)}"
             known.append(storage)
-        if storage.slot is None and slot == 0:
-            return  # the first layer frees, after all others, what they share
-        near = storage.slot is not None and abs(storage.slot - slot) == 1 and storage.handed_on
-        if not near and self._repeats[slot] > 1:
-            raise Unlike(Sharing.LATER if storage.slot is None else Sharing.TURNS)
+        if storage.slot is None:
+            if slot and self._repeats[slot] > 1:  # what they share layers free with the first, after all others
+                raise Unlike(Sharing.LATER)
+        elif not storage.handed_on or abs(storage.slot - slot) > 1:
+            raise Unlike
 
     def outlives(self, steps: Iterable[Step]) -> bool:
         """Whether the model's own frame keeps beyond the stack, in `steps`, what the first layer is given."""

@@ -116,7 +116,7 @@ class Plan:
     @property
     def _looks_around(self) -> bool:
         """Whether what runs in a layer may depend on which layers are around it, or on how many went before."""
-        between = self.hooks or self.layer_kinds or self.together > 1 or self.alternate_op
+        between = self.hooks or self.layer_kinds or self.together > 1 or self.alternate_op or self.offloaded
         loops = self.model.load_balancing or self.model.depth < len(self.model.layers)
         return bool(between or loops or self.reentrant or self.pipeline or self._steps_in_backward)
 

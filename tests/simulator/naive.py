@@ -77,8 +77,7 @@ class Engine:
         return self.fresh(name, tensor.shape, dtype or tensor.dtype, tensor.memory)
 
     def workspace(self, name, shape, dtype):
-        if self.kernel_workspace:
-            self.fresh(name, shape, dtype)
+        return [self.fresh(name, shape, dtype)] if self.kernel_workspace else []
 
     def free(self, *tensors):
         for tensor in tensors:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import attrs
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,9 +10,12 @@ from hypothesis import strategies as st
 from hardware.dtypes import BF16
 from simulator import Training, simulate
 from simulator.families import families
-from simulator.plan import make_plan
+from simulator.lowering import lower
+from simulator.plan import apply, make_plan
 from simulator.reading import spec_from_config
+from simulator.report import Report
 from simulator.sizes import product
+from strategies.checkpointing import FullCheckpointing
 from tests.sketches import SKETCHES
 from tests.strategies import family_configs
 
@@ -35,6 +39,24 @@ def test_parameters_are_those_of_the_whole_graph(family, data):
     graph = make_plan(model, STEP, unrolled=True).graph
     sizes = make_plan(model, STEP, unrolled=True).dimensions.bindings
     assert report.parameters == sum(product(parameter.dims, sizes) for parameter in graph.parameters)
+
+
+@pytest.mark.parametrize("family", sorted(SKETCHES))
+@settings(max_examples=6)
+@given(data=st.data())
+def test_the_layers_that_are_built_stand_for_all(family, data):
+    """Layers drawn of all kinds that the family has, in any order; what is freed, too, is freed once."""
+    model = spec_from_config(data.draw(family_configs(family)), "drawn")
+    kinds = list(dict.fromkeys(model.layers))
+    more = data.draw(st.lists(st.sampled_from(kinds), min_size=1, max_size=4))
+    layers = data.draw(st.permutations([*kinds, *more]))
+    training = Training(seq_len=16, weights=BF16, attention="eager", gradient_accumulation=data.draw(st.integers(1, 2)))
+    checkpointed = data.draw(st.sampled_from([(), (FullCheckpointing(),)]))
+    plans = [make_plan(attrs.evolve(model, layers=tuple(layers)), training, unrolled=flag) for flag in (False, True)]
+    short, every = (Report(plan, lower(plan)) for plan in (apply(plan, checkpointed) for plan in plans))
+    assert (short.cold.by_role, short.steady.by_role) == (every.cold.by_role, every.steady.by_role)
+    assert short.steady.end_bytes == every.steady.end_bytes
+    assert sum(live.nbytes for live in short.live()) == short.peak.nbytes
 
 
 @pytest.mark.parametrize("family", sorted(SKETCHES))

@@ -38,9 +38,7 @@ RECORDED = Path(__file__).parents[1] / "data" / "oracle" / "context_parallel.jso
 CASES = [json.loads(line) for line in RECORDED.read_text().splitlines()]
 TRAINED = [json.loads(line) for line in RECORDED.with_stem("context_parallel_llama").read_text().splitlines()]
 FAMILY = "sharded_attention"
-if FAMILY not in families:
-    recipe = dict.fromkeys(("megatron_te", "transformers"), "tests.strategy.sharded_attention")
-    families.add(FAMILY, Family(FAMILY, read=lambda reader: None, implementations=recipe))
+RECIPE = dict.fromkeys(("megatron_te", "transformers"), "tests.strategy.sharded_attention")
 
 
 def phase_peaks(program, step):
@@ -58,6 +56,8 @@ def phase_peaks(program, step):
 def test_recorded_allocations_of_attention(case, monkeypatch):
     """Transformer Engine's functions, and torch's under ``context_parallel``; each rank has allocations of its own."""
     config = case["config"]
+    recorded = Family(FAMILY, read=lambda reader: None, implementations=RECIPE)
+    monkeypatch.setattr(families, "_items", {**families._items, FAMILY: recorded})
     monkeypatch.setattr("strategies.context_parallel.FAMILIES", (FAMILY,))
     attention = AttentionSpec(config["heads"], config["kv_heads"], config["head_dim"])
     model = ModelSpec("recorded", FAMILY, 8, 8, 4096, (LayerSpec(attention, FeedForwardSpec(8)),))
@@ -110,7 +110,7 @@ def test_the_command_line_adds_the_strategy_and_its_option():
 @pytest.mark.parametrize(
     ("texts", "degrees", "words"),
     [
-        (["fsdp2"], Degrees(cp=3), "'cp' must divide the 8 GPUs that tp 1 leaves: 3; the nearest that work: 2, 4"),
+        (["fsdp2"], Degrees(cp=3), "'cp' must divide the 8 GPUs: 3; the nearest that work: 2, 4"),
         ([], Degrees(cp=8), "how the gradients of 8 ranks along cp are summed"),
         (["fsdp2"], Degrees(cp_comm="a2a"), "'cp-comm' a2a has nothing to do; give --cp 2 or more"),
         (["context_parallel", "fsdp2"], Degrees(cp=2, cp_comm="a2a"), "write communication=... in --strategy"),
