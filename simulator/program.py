@@ -172,6 +172,7 @@ class TreeBuilder:
                 one_pass[slot] = self._leaf(group, slot, 1, 1)
                 if slot == 0 and self._hand_over.given is not None:
                     later = self._hand_over.later(group, outlives=outlives and group[0].phase is Phase.FORWARD)
+                    outlives = False  # it goes but once
                     if later is not group:
                         one_pass[BEFORE] = one_pass[slot]
                         one_pass[slot] = self._leaf(later, slot, 1, 1)

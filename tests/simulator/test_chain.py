@@ -12,7 +12,7 @@ from hardware.dtypes import BF16
 from simulator import Training
 from simulator.lowering import lower
 from simulator.plan import apply, make_plan
-from simulator.reading import read_model
+from simulator.reading import read_model, spec_from_config
 from simulator.report import Report
 from simulator.timeline import LiveSet, moments
 from strategies.checkpointing import FullCheckpointing
@@ -68,3 +68,15 @@ def test_layers_of_one_kind_need_not_follow_one_another():
     for node in (program.load, program.cold, program.steady):
         for moment in moments(node):
             live.run(moment)
+
+
+def test_what_the_first_layer_is_given_goes_once():
+    """Nemotron's norms save copies of hidden states under autocast, whose copies of weights go behind the stack."""
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 3, "vocab_size": 8}
+    heads = {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 8}
+    model = spec_from_config({"model_type": "nemotron", **sizes, **heads}, "small")
+    biased = attrs.evolve(model.layers[0], token_mixer=attrs.evolve(model.layers[0].token_mixer, bias=True))
+    model = attrs.evolve(model, layers=(biased, biased, model.layers[0]))
+    training = Training(seq_len=1, autocast=BF16, attention="eager")
+    short, every = (report_of(model, training, (), unrolled=flag) for flag in (False, True))
+    assert (short.cold.end_bytes, short.cold.by_role) == (every.cold.end_bytes, every.cold.by_role)
