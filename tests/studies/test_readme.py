@@ -37,6 +37,9 @@ CASES = {
     "frozen weights": OWN / "freezing.jsonl",
     "pruned models": OWN / "pruning.jsonl",
     "float8 linear layers": OWN / "float8.jsonl",
+    "stages of torch's pipelines": OWN / "pipeline_stages.jsonl",
+    "Megatron-LM's pipelines": OWN / "megatron_pipeline.jsonl",
+    "multi-token prediction": OWN / "mtp.jsonl",
     "one rank of many: FSDP2": SHARED / "distributed" / "cases.jsonl",
     "44 recorded cases": SHARED / "single" / "cases.jsonl",
 }
