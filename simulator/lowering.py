@@ -11,23 +11,23 @@ from simulator.grad_scaler import GradScaler
 from simulator.graph import Storage
 from simulator.hand_over import Unlike
 from simulator.layout import Sharing
-from simulator.megatron_pipelined import MegatronPipelinedSteps
 from simulator.micro_batch import AfterForward, MicroBatch
 from simulator.model import AttentionSpec, ModelSpec
 from simulator.optimizer_in_backward import OptimizerInBackward
 from simulator.optimizers import optimizers
 from simulator.optimizers.clipping import clip_gradient_norm
 from simulator.optimizers.step import OptimizerStep, Parameter, Surroundings
-from simulator.pipeline import Pipeline
-from simulator.pipeline_limits import check_pipeline
-from simulator.pipelined import PipelinedSteps
+from simulator.pipelines.limits import check_pipeline
+from simulator.pipelines.loops import PipelinedSteps
+from simulator.pipelines.megatron_loops import MegatronPipelinedSteps
+from simulator.pipelines.pipeline import Pipeline
+from simulator.pipelines.stage_parts import StageParts
 from simulator.plan import TRAINABLE_TENSORS, Plan
 from simulator.program import Node, Repeat, Seq, TreeBuilder
 from simulator.recorder import Step
 from simulator.roles import Phase
 from simulator.runtime import Job, Runtime, StageJob, Turn
 from simulator.sizes import Bindings
-from simulator.stage_parts import StageParts
 from simulator.workload import ONE_DEVICE, WHOLE_WEIGHTS
 
 

@@ -20,7 +20,7 @@ from simulator.layout import Layout, Sharing, layout_by_kind, layout_of, numbere
 from simulator.liger import check_family
 from simulator.mesh import Mesh
 from simulator.model import ExpertsSpec, ModelSpec
-from simulator.pipeline import MICRO_BATCHES, Pipeline
+from simulator.pipelines.pipeline import MICRO_BATCHES, Pipeline
 from simulator.runtime import Hooks
 from simulator.sizes import Dimensions
 from simulator.tensor_parallel import TensorParallelism

@@ -23,7 +23,7 @@ from simulator.graph import (
     make_storage,
     make_tensor,
 )
-from simulator.pipeline import MICRO_BATCHES, Stage
+from simulator.pipelines.pipeline import MICRO_BATCHES, Stage
 from simulator.regime import Regime as Regime
 from simulator.roles import Role
 from simulator.sizes import Dim, Dimensions, Value, product, size_of

@@ -13,7 +13,7 @@ from typing import ClassVar
 import attrs
 
 from hardware.errors import UnsupportedError, UsageError
-from simulator.pipeline import Action, MegatronLoop
+from simulator.pipelines.pipeline import Action, MegatronLoop
 from simulator.plan import Plan
 from simulator.schedules import schedule
 from simulator.schedules.in_flight import InFlight, in_flight

@@ -13,7 +13,7 @@ from typing import ClassVar
 import attrs
 
 from hardware.errors import UnsupportedError, UsageError
-from simulator.pipeline import (
+from simulator.pipelines.pipeline import (
     BACKWARD,
     BACKWARD_INPUT,
     BACKWARD_WEIGHT,

@@ -12,7 +12,7 @@ from typing import ClassVar
 import attrs
 
 from hardware.errors import UnsupportedError, UsageError, unknown_name
-from simulator.pipeline_order import rank_order
+from simulator.pipelines.order import rank_order
 from simulator.plan import Plan
 from simulator.schedules import SCHEDULES, schedule
 from simulator.schedules.in_flight import InFlight, in_flight

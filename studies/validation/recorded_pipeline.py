@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hardware.errors import UnsupportedError, UsageError
-from simulator.pipeline import Action
+from simulator.pipelines.pipeline import Action
 from strategies.pipeline import PipelineParallel
 
 #: The oracle's schedules, torch's classes without ``Schedule`` -> the loop that runs them.

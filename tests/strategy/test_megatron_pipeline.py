@@ -10,19 +10,16 @@ import pytest
 from hardware.dtypes import BF16
 from hardware.errors import UnsupportedError, UsageError
 from simulator import Training, simulate
-from simulator.lowering import lower
 from simulator.mesh import Mesh
 from simulator.model import AttentionSpec, FeedForwardSpec, LayerSpec, ModelSpec
-from simulator.plan import apply, make_plan
 from simulator.report import Report
 from simulator.roles import Role
-from simulator.timeline import LiveSet, moments, timeline
 from strategies.checkpointing import FullCheckpointing
 from strategies.megatron import MegatronDistributedOptimizer
 from strategies.megatron_pipeline import MegatronPipeline
 from studies.validation import read_cases, validate_oracle
-from studies.validation.distributed import distributed_case
 from tests.recorded import assert_exact
+from tests.strategy.pipelined import assert_folded_is_unrolled, assert_repeats_stand_for_every_layer, recorded
 
 RECORDED = Path(__file__).parents[1] / "data" / "oracle" / "megatron_pipeline.jsonl"
 LINES = list(read_cases(RECORDED))
@@ -34,11 +31,6 @@ TRAINING = Training(micro_batch=2, seq_len=16, gradient_accumulation=8, weights=
 
 def run(pipeline: MegatronPipeline, *others, training: Training = TRAINING, model: ModelSpec = MODEL, pp: int = 2):
     return simulate(model, training, (pipeline, *others), mesh=Mesh(pp=pp))
-
-
-def recorded(line) -> Report:
-    case = distributed_case(line)
-    return simulate(case.model, case.training, case.strategies, mesh=case.mesh, rank=case.rank)
 
 
 def test_recorded_ranks_are_exact():
@@ -57,24 +49,12 @@ def test_what_stays_between_steps_is_as_recorded(line):
 
 @pytest.mark.parametrize("line", LINES[::5], ids=NAMES[::5])
 def test_folded_is_unrolled(line):
-    report = recorded(line)
-    program, live = report.program, LiveSet(concurrent=True)
-    parts = {"load": program.load, "cold": program.cold, "steady": program.steady}
-    for node in parts.values():
-        for moment in moments(node):
-            live.run(moment)
-    unrolled = timeline(parts, program.bindings)
-    assert unrolled.total[unrolled.marks["steady"] :].max() == report.steady.nbytes
-    for step in (report.cold, report.steady):
-        assert sum(each.nbytes for each in report.live(step)) == step.nbytes
+    assert_folded_is_unrolled(recorded(line))
 
 
 @pytest.mark.parametrize("line", LINES[::5], ids=NAMES[::5])
 def test_repeats_stand_for_every_layer(line):
-    case = distributed_case(line)
-    built = apply(make_plan(case.model, case.training, mesh=case.mesh, rank=case.rank, unrolled=True), case.strategies)
-    every, few = Report(built, lower(built)), recorded(line)
-    assert (every.cold.nbytes, every.steady.nbytes) == (few.cold.nbytes, few.steady.nbytes)
+    assert_repeats_stand_for_every_layer(line)
 
 
 def held_between_steps(report: Report) -> int:

@@ -11,21 +11,18 @@ import pytest
 from hardware.dtypes import BF16
 from hardware.errors import UnsupportedError, UsageError
 from simulator import Training, simulate
-from simulator.lowering import lower
 from simulator.mesh import Mesh
 from simulator.model import AttentionSpec, FeedForwardSpec, LayerSpec, ModelSpec
-from simulator.pipeline import Action
-from simulator.plan import apply, make_plan
+from simulator.pipelines.pipeline import Action
 from simulator.report import Report
 from simulator.roles import Role
-from simulator.timeline import LiveSet, moments, timeline
 from strategies.checkpointing import FullCheckpointing
 from strategies.ddp import Ddp
 from strategies.fsdp1 import Fsdp1
 from strategies.fsdp2 import Fsdp2
 from strategies.pipeline import PipelineParallel
 from studies.validation import read_cases, validate_oracle
-from studies.validation.distributed import distributed_case
+from tests.strategy.pipelined import assert_folded_is_unrolled, assert_repeats_stand_for_every_layer, recorded
 
 RECORDED = Path(__file__).parents[1] / "data" / "oracle" / "pipeline.jsonl"
 LINES = list(read_cases(RECORDED))
@@ -66,11 +63,6 @@ def test_recorded_ranks_are_exact():
     assert {row.name for row in rows if any(row.role_errors_pct.values())} & apart == set()
 
 
-def recorded(line) -> Report:
-    case = distributed_case(line)
-    return simulate(case.model, case.training, case.strategies, mesh=case.mesh)
-
-
 @pytest.mark.parametrize("line", LINES, ids=NAMES)
 def test_what_stays_between_steps_is_as_recorded(line):
     report = recorded(line)
@@ -79,25 +71,12 @@ def test_what_stays_between_steps_is_as_recorded(line):
 
 @pytest.mark.parametrize("line", LINES, ids=NAMES)
 def test_folded_is_unrolled(line):
-    report = recorded(line)
-    program, live = report.program, LiveSet(concurrent=True)
-    parts = {"load": program.load, "cold": program.cold, "steady": program.steady}
-    for node in parts.values():
-        for moment in moments(node):
-            live.run(moment)
-    unrolled = timeline(parts, program.bindings)
-    assert unrolled.total[unrolled.marks["steady"] :].max() == report.steady.nbytes
-    for step in (report.cold, report.steady):
-        assert sum(each.nbytes for each in report.live(step)) == step.nbytes
+    assert_folded_is_unrolled(recorded(line))
 
 
 @pytest.mark.parametrize("line", LINES, ids=NAMES)
 def test_repeats_stand_for_every_layer(line):
-    case = distributed_case(line)
-    built = apply(make_plan(case.model, case.training, mesh=case.mesh, unrolled=True), case.strategies)
-    every, few = Report(built, lower(built)), recorded(line)
-    assert (every.cold.nbytes, every.steady.nbytes) == (few.cold.nbytes, few.steady.nbytes)
-    assert every.steady.by_role == few.steady.by_role
+    assert_repeats_stand_for_every_layer(line)
 
 
 def test_1f1b_holds_no_more_micro_batches_than_are_ahead():

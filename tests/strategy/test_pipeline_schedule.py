@@ -11,8 +11,8 @@ from hardware.errors import UnsupportedError, UsageError
 from simulator import Training, simulate
 from simulator.api import simulate_ranks
 from simulator.mesh import Mesh
-from simulator.pipeline import Action, Turns
-from simulator.pipeline_order import rank_order
+from simulator.pipelines.order import rank_order
+from simulator.pipelines.pipeline import Action, Turns
 from simulator.reading import read_model
 from simulator.report import Report
 from simulator.roles import Role

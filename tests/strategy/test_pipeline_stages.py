@@ -10,16 +10,12 @@ import pytest
 from hardware.dtypes import BF16, FP32
 from simulator import Training, simulate
 from simulator.api import simulate_ranks
-from simulator.lowering import lower
 from simulator.mesh import Mesh
-from simulator.plan import apply, make_plan
-from simulator.report import Report
-from simulator.timeline import LiveSet, moments, timeline
 from strategies.fsdp2 import Fsdp2
 from strategies.pipeline_schedule import PipelineSchedule
 from studies.validation import read_cases, validate_oracle
-from studies.validation.distributed import distributed_case
-from tests.strategy.test_pipeline import MODEL, recorded
+from tests.strategy.pipelined import assert_folded_is_unrolled, assert_repeats_stand_for_every_layer, recorded
+from tests.strategy.test_pipeline import MODEL
 
 RECORDED = Path(__file__).parents[1] / "data" / "oracle" / "pipeline_stages.jsonl"
 LINES = list(read_cases(RECORDED))
@@ -41,25 +37,12 @@ def test_what_stays_between_steps_is_as_recorded(line):
 
 @pytest.mark.parametrize("line", LINES, ids=NAMES)
 def test_folded_is_unrolled(line):
-    report = recorded(line)
-    program, live = report.program, LiveSet(concurrent=True)
-    parts = {"load": program.load, "cold": program.cold, "steady": program.steady}
-    for node in parts.values():
-        for moment in moments(node):
-            live.run(moment)
-    unrolled = timeline(parts, program.bindings)
-    assert unrolled.total[unrolled.marks["steady"] :].max() == report.steady.nbytes
-    for step in (report.cold, report.steady):
-        assert sum(each.nbytes for each in report.live(step)) == step.nbytes
+    assert_folded_is_unrolled(recorded(line))
 
 
 @pytest.mark.parametrize("line", LINES, ids=NAMES)
 def test_repeats_stand_for_every_layer(line):
-    case = distributed_case(line)
-    built = apply(make_plan(case.model, case.training, mesh=case.mesh, unrolled=True), case.strategies)
-    every, few = Report(built, lower(built)), recorded(line)
-    assert (every.cold.nbytes, every.steady.nbytes) == (few.cold.nbytes, few.steady.nbytes)
-    assert every.steady.by_role == few.steady.by_role
+    assert_repeats_stand_for_every_layer(line)
 
 
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "interleaved", "zb-h1", "zbv", "dualpipev"])

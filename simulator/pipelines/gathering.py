@@ -5,7 +5,7 @@ Source: torch 2.13 torch/distributed/pipelining/schedules.py `_add_unshard_resha
 
 from __future__ import annotations
 
-from simulator.pipeline import RESHARD, UNSHARD, Action, Turns
+from simulator.pipelines.pipeline import RESHARD, UNSHARD, Action, Turns
 
 #: `max_active_stages`: stages whose weights a rank has gathered at once.
 MOST_GATHERED = 3

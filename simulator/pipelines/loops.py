@@ -12,7 +12,8 @@ from collections.abc import Sequence
 import attrs
 
 from simulator.graph import Storage
-from simulator.pipeline import (
+from simulator.pipelines.gathering import with_gathering
+from simulator.pipelines.pipeline import (
     BACKWARD,
     BACKWARD_INPUT,
     BACKWARD_WEIGHT,
@@ -23,11 +24,9 @@ from simulator.pipeline import (
     Pipeline,
     Turns,
 )
-from simulator.pipeline_gathering import with_gathering
+from simulator.pipelines.stage_parts import END, StageParts
+from simulator.pipelines.stages import Gradients, StageBackward
 from simulator.program import Node, Occurrence, Repeat, Seq
-from simulator.stage_micro_batch import StageBackward
-from simulator.stage_parts import END, StageParts
-from simulator.torch_stages import Gradients
 
 #: A storage of one optimizer step and, there, of one micro-batch.
 Kept = tuple[Storage, int, int]

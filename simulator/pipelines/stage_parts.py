@@ -10,20 +10,19 @@ from collections.abc import Sequence
 import attrs
 
 from simulator.graph import Storage, Tensor
-from simulator.pipeline import (
+from simulator.pipelines.pipeline import (
     BACKWARD,
     BACKWARD_WEIGHT,
     MICRO_BATCHES,
     RESHARD,
     UNSHARD,
 )
+from simulator.pipelines.stages import Gradients, StageBackward, StageForward, TorchStages
 from simulator.program import Node, Repeat, TreeBuilder
 from simulator.recorder import Step
 from simulator.roles import Phase, Role
 from simulator.runtime import Job, Runtime, buffer
 from simulator.sizes import size_of
-from simulator.stage_micro_batch import StageBackward, StageForward
-from simulator.torch_stages import Gradients, TorchStages
 
 #: All micro-batches went backward through a stage.
 END = "end"

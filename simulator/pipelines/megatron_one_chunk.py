@@ -6,9 +6,9 @@ Source: megatron-core 0.16 megatron/core/pipeline_parallel/schedules.py
 
 from __future__ import annotations
 
-from simulator.held import HeldList, Thing
-from simulator.megatron_parts import MegatronParts
-from simulator.pipeline import MegatronLoop
+from simulator.pipelines.held import HeldList, Thing
+from simulator.pipelines.megatron_parts import MegatronParts
+from simulator.pipelines.pipeline import MegatronLoop
 
 
 def without_interleaving(run: MegatronParts, loop: MegatronLoop, micro_batches: int) -> None:

@@ -3,24 +3,51 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import attrs
 
 from simulator.autograd import Autograd
-from simulator.graph import Storage
-from simulator.micro_batch import AfterForward
+from simulator.graph import Op, Storage, Tensor
+from simulator.micro_batch import AfterForward, MicroBatch
+from simulator.pipelines.split_backward import InputBackward, Split, WeightBackward
 from simulator.recorder import Recorder, Step
 from simulator.roles import Phase
 from simulator.runtime import Job, Runtime, Turn
-from simulator.split_backward import InputBackward, Split, WeightBackward
-from simulator.stage_micro_batch import Part, StageBackward, StageForward, StageMicroBatch
 
+Part = TypeVar("Part", InputBackward, WeightBackward)
 #: Whether a stage has gradients that a framework has put by, whether its weights have some, and some in buckets.
 Gradients = tuple[bool, bool, bool]
 
 
-class TorchStages(StageMicroBatch):
+@attrs.frozen(eq=False)
+class StageForward:
+    """The forward of one micro-batch through one stage."""
+
+    model: Sequence[Step]
+    loss: Sequence[Step]
+    """The loss function, which the schedule calls when the last stage has returned; else nothing."""
+    after: AfterForward
+    """Where backward goes on: the schedule still has the stage's output, and the loss."""
+
+
+@attrs.frozen(eq=False)
+class StageBackward:
+    """The backward of one micro-batch through one stage; the stage's output and the loss are still there."""
+
+    steps: Sequence[Step]
+    gradient: Storage | None
+    """That of what the stage received, which is left."""
+    after: AfterForward
+    """Where the second part of a backward that is split goes on."""
+    captured: dict[Op, list[Tensor | None]] = attrs.field(factory=dict)
+    """The gradients that the first part keeps for the second."""
+
+
+class TorchStages(MicroBatch):
     """Lowers the parts of every stage of a rank, each from the state that frameworks and gradients are in then.
+
+    Source: torch 2.13 torch/distributed/pipelining/stage.py `forward_one_chunk`, `backward_one_chunk`.
 
     Args:
         job: the rank.
@@ -165,6 +192,18 @@ class TorchStages(StageMicroBatch):
             runtimes=runtimes,
             **self._options,
         )
+
+    def _run_engine(self, engine: Autograd, number: int) -> None:
+        stage = self.graph.stages[number]
+        if stage.loss is not None:
+            engine.run(stage.loss)
+        else:
+            assert stage.output is not None
+            engine.run_from(stage.output, stage.gradient_received())
+
+    def _done(self, engine: Autograd) -> StageBackward:
+        kept = engine.kept[0] if engine.kept else None
+        return StageBackward(self.recorder.steps, kept, AfterForward(self.recorder, ()))
 
     @property
     def _options(self) -> dict[str, bool]:

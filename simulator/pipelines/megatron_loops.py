@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from hardware.errors import UnsupportedError
-from simulator.megatron_interleaved import Interleaved
-from simulator.megatron_one_chunk import without_interleaving
-from simulator.megatron_parts import MegatronParts
 from simulator.model import ExpertsSpec
-from simulator.pipeline import MegatronLoop
+from simulator.pipelines.megatron_interleaved import Interleaved
+from simulator.pipelines.megatron_one_chunk import without_interleaving
+from simulator.pipelines.megatron_parts import MegatronParts
+from simulator.pipelines.pipeline import MegatronLoop
 from simulator.plan import Plan
 from simulator.program import Node, Occurrence, Seq, TreeBuilder
 from simulator.runtime import Job, Runtime

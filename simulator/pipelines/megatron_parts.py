@@ -12,9 +12,9 @@ import attrs
 
 from hardware.dtypes import FP32, INT32, DType
 from simulator.graph import Storage
-from simulator.held import Thing, Variables
-from simulator.megatron_chunk import ChunkBackward, ChunkForward, ChunkMicroBatch
-from simulator.pipeline import MegatronLoop
+from simulator.pipelines.held import Thing, Variables
+from simulator.pipelines.megatron_chunk import ChunkBackward, ChunkForward, ChunkMicroBatch
+from simulator.pipelines.pipeline import MegatronLoop
 from simulator.program import Node, TreeBuilder
 from simulator.recorder import Recorder, Step
 from simulator.roles import Phase, Role

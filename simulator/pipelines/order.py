@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from hardware.errors import UsageError
-from simulator.pipeline import Action, Turns
+from simulator.pipelines.pipeline import Action, Turns
 from simulator.schedules.schedule import Schedule
 from simulator.schedules.tree import Action as Scheduled
 from simulator.schedules.tree import Leaf, Node, Repeat, Seq, flat

@@ -6,9 +6,9 @@ Source: megatron-core 0.16 megatron/core/pipeline_parallel/schedules.py
 
 from __future__ import annotations
 
-from simulator.held import HeldList, Thing
-from simulator.megatron_parts import MegatronParts
-from simulator.pipeline import BACKWARD, FORWARD, MegatronLoop
+from simulator.pipelines.held import HeldList, Thing
+from simulator.pipelines.megatron_parts import MegatronParts
+from simulator.pipelines.pipeline import BACKWARD, FORWARD, MegatronLoop
 
 #: Variables of `forward_backward_helper_wrapper`, which runs a forward, a backward or both.
 _FORWARD, _BACKWARD = "forward_output_tensor", "backward_input_tensor_grad"
