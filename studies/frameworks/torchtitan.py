@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from studies.frameworks.profile import ALWAYS, ONE_GPU, SEVERAL_RANKS, Condition, Default, Note, Profile, Situation
+from hardware.errors import UnsupportedError
+from studies.frameworks.profile import (
+    ALWAYS,
+    ONE_GPU,
+    SEVERAL_RANKS,
+    Condition,
+    Default,
+    Note,
+    Profile,
+    Refusal,
+    Situation,
+)
 
 _MIXED = "fsdp2,param_dtype=bf16,reduce_dtype=fp32"
 _FSDP = "distributed/fsdp.py apply_fsdp_to_decoder; config/configs.py mixed_precision_param, mixed_precision_reduce"
@@ -55,11 +66,22 @@ TORCHTITAN = Profile(
     ),
     notes=(
         Note(
-            "the loss is simulated on whole logits: the chunks of torchtitan's recipes (ChunkedLossWrapper, since April "
-            "2026) are not modelled",
+            "the loss is simulated on whole logits: the chunks of torchtitan's recipes (ChunkedLossWrapper, since "
+            "April 2026) are not modelled",
             ALWAYS,
         ),
         Note("fully_shard over one rank, which torchtitan has since April 2026, is simulated as autocast", ONE_GPU),
         Note("final norm and head are simulated as freed after forward; torchtitan keeps them gathered", _OUTSIDE),
+    ),
+    refusals=(
+        Refusal(
+            Condition(
+                "--tp above 1 without --checkpointing",
+                lambda where: _tensor_parallel(where) and not where.gives("checkpointing"),
+            ),
+            UnsupportedError,
+            "'checkpointing' ops, the default of torchtitan, is not modelled for tensor-parallel layers: "
+            "give --checkpointing full or none",
+        ),
     ),
 )

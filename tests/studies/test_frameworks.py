@@ -13,6 +13,7 @@ HF += ["--clip", "1", "--keep-inputs"]
 TITAN = ["--implementation", "torchtitan", "--optimizer", "adamw,implementation=fused", "--clip", "1"]
 TITAN += ["--checkpointing", "ops"]
 UNTIED = "fsdp2,param_dtype=bf16,reduce_dtype=fp32,wrap=layer+embedding+head"
+SHARDED = ["--strategy", "tensor_parallel,sequence_parallel=true,loss_parallel=true", "--strategy", UNTIED]
 MEGATRON = ["--implementation", "megatron_te", "--dtype", "bf16", "--sdpa-backend", "flash", "--clip", "1"]
 MEGATRON += ["--optimizer", "adamw,implementation=fused", "--strategy"]
 MEGATRON += ["megatron_distributed_optimizer,gradient_accumulation_fusion=true"]
@@ -28,6 +29,7 @@ WRITTEN_OUT = {
     "hf recomputed": ("hf", MODEL, 8, ["--checkpointing", "full"], [*HF, "--strategy", "ddp"]),
     "torchtitan alone": ("torchtitan", MODEL, 1, [], [*TITAN, "--dtype", "amp-bf16"]),
     "torchtitan": ("torchtitan", MODEL, 8, [], [*TITAN, "--strategy", UNTIED]),
+    "torchtitan in shards": ("torchtitan", MODEL, 8, ["--tp", "2", "--checkpointing", "full"], [*TITAN[:-2], *SHARDED]),
     "torchtitan tied": ("torchtitan", "llama-3.2-1b", 8, [], [*TITAN, "--strategy", UNTIED.rpartition(",")[0]]),
     "megatron alone": ("megatron", MODEL, 1, [], MEGATRON),
     "megatron": ("megatron", MODEL, 8, ["--tp", "2"], MEGATRON),
@@ -106,6 +108,7 @@ def test_the_optimizer_goes_with_torch(capsys):
         (["--framework", "hff"], "hf"),
         (["--framework", "deepspeed"], "deepspeed_zero2"),
         (["--framework", "deepspeed", "--gpus", "h100-80"], "8xh100-80"),
+        (["--framework", "torchtitan", "--tp", "2"], "--checkpointing full"),
         (["--framework", "litgpt", "--tp", "2"], "--tp"),
         (["--framework", "litgpt", "--task", "pretrain"], "leave 'framework' out"),
     ],
