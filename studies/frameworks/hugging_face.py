@@ -53,7 +53,7 @@ HUGGING_FACE = Profile(
         Default(
             "keep_inputs",
             MEASURED.trainer["keep_inputs"],
-            "trainer.py _inner_training_loop: a batch lives until the next",
+            "trainer.py _run_epoch: a batch lives until the next",
         ),
         Default(
             "items_in_batch",
