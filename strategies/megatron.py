@@ -76,6 +76,8 @@ class MegatronDistributedOptimizer:
     exp_avg_sq_dtype: DType | None = option(None, training_dtype, "element type of the second moment; none is fp32")
     name: str = attrs.field(default="megatron_distributed_optimizer", init=False)
     axis: ClassVar[str] = "dp_shard"
+    on_one_gpu: ClassVar[bool] = True
+    """Its buffers and main weights are there whatever the number of ranks."""
 
     def __call__(self, plan: Plan) -> Plan:
         """The plan with buffers and their optimizer."""

@@ -16,6 +16,7 @@ from simulator.reading import read_model
 from simulator.report import count_parameters
 from simulator.workload import Training
 from strategies import strategies
+from studies.frameworks import PROFILES
 from studies.parallelism import as_typed
 
 
@@ -89,4 +90,19 @@ def gpu_rows() -> list[dict[str, Any]]:
             "confidence": gpu.confidence,
         }
         for gpu in all_gpus()
+    ]
+
+
+def framework_rows() -> list[dict[str, Any]]:
+    """One object per framework: `id`, version, defaults with their sources and where they apply, and notes."""
+    return [
+        {
+            "id": name,
+            "version": profile.version,
+            "defaults": [
+                {"option": each.typed, "where": each.where.text, "source": each.source} for each in profile.defaults
+            ],
+            "notes": [{"text": note.text, "where": note.where.text} for note in profile.notes],
+        }
+        for name, profile in PROFILES.items()
     ]

@@ -64,6 +64,8 @@ NEWEST_TORCH = (2, 13)
 class TrainingOptions:
     """The options of ``vramsim estimate`` as they are typed; None is what the user left out."""
 
+    framework: str | None = None
+    """Whose defaults take the place of those left out (`studies.frameworks`)."""
     task: str | None = None
     dtype: str | None = None
     optimizer: str | None = None
@@ -85,6 +87,7 @@ class TrainingOptions:
     clip: float | None = None
     zero_grad: str | None = None
     keep_outputs: bool = False
+    keep_inputs: bool | None = None
     grad_scaler: bool | None = None
     optimizer_in_backward: bool = False
     torch: str | None = None
@@ -96,7 +99,7 @@ class TrainingOptions:
     """``KERNEL[,...]``: these of Liger's and no others."""
     multiprocessors: int | None = None
     """Of the GPU; the backward of Liger's norm allocates by them."""
-    items_in_batch: bool = False
+    items_in_batch: bool | None = None
     mtp: str | None = None
     """How many modules that predict further tokens are trained; ``config`` for as many as the model's config has."""
     float8: str | None = None
@@ -146,6 +149,8 @@ def resolve(options: TrainingOptions, model: ModelSpec, world: int = 1) -> Resol
         UsageError: an option that is wrong or that clashes with another, in one line.
         UnsupportedError: one that is not modelled.
     """
+    torch = _version(_dotted(NEWEST_TORCH) if options.torch is None else options.torch)
+    options, profiled = _with_framework(options, model, world, torch)
     chosen = _Chosen(options, model)
     _check_task(chosen["task"])
     chosen.check_idle()
@@ -171,23 +176,35 @@ def resolve(options: TrainingOptions, model: ModelSpec, world: int = 1) -> Resol
         expert_imbalance=chosen["expert_imbalance"],
         capacity_factor=options.capacity_factor,
         keep_outputs=options.keep_outputs,
+        keep_inputs=bool(options.keep_inputs),
         grad_scaler=scaled,
         optimizer_in_backward=options.optimizer_in_backward,
         clip=options.clip,
         zero_grad=chosen["zero_grad"],
-        torch=_version(chosen["torch"]),
+        torch=torch,
         implementation=chosen["implementation"],
         loss=chosen["loss"],
         liger=_liger(options, model.family),
-        items_in_batch=options.items_in_batch,
+        items_in_batch=bool(options.items_in_batch),
         mtp=_predictors(options.mtp, model),
     )
     prunings = parse_prunings(options.prune)
     low = (Float8(recipe=str(options.float8)),) if options.float8 not in (None, "none") else ()
     compiled = _compiled(options.compile)
     regimes = (*low, *compiled, *_checkpointing(options, chosen["checkpointing"]), *_freezing(options.freeze))
-    assumptions = (*chosen.assumed(training), *why_scaled, *assumed, *model.assumptions)
+    assumptions = (*profiled, *chosen.assumed(training), *why_scaled, *assumed, *model.assumptions)
     return Resolved(training, mesh, (*prunings, *regimes, *strategies), assumptions, prunings, pipeline)
+
+
+def _with_framework(
+    options: TrainingOptions, model: ModelSpec, world: int, torch: tuple[int, int]
+) -> tuple[TrainingOptions, tuple[str, ...]]:
+    """`options` with the defaults of their framework, and a line for each."""
+    if options.framework is None:
+        return options, ()
+    from studies.frameworks import with_framework  # it shares a table with the validation of measured runs
+
+    return with_framework(options, model, world, torch)
 
 
 class _Chosen:

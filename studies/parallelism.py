@@ -152,6 +152,7 @@ def _all_ranks_used(mesh: Mesh, chosen: Sequence[Strategy]) -> None:
             f"{', '.join(name for name in strategies.names() if _data_parallel(name))}"
         )
     idle = [s.name for s in chosen if axis_of(s) and getattr(mesh, str(axis_of(s))) == 1 and mesh.world == 1]
+    idle = [name for name in idle if not getattr(strategies.get(name), "on_one_gpu", False)]
     if idle:
         raise UsageError(f"'strategy' {idle[0]} needs several GPUs: give --gpus a count, e.g. 8xh100-80")
 

@@ -40,6 +40,22 @@ def strategies(json: Json = False) -> None:
     show([overview, *options])
 
 
+def frameworks(json: Json = False) -> None:
+    """List the frameworks of --framework with their defaults and sources."""
+    from studies.catalogue import framework_rows
+
+    rows = framework_rows()
+    if json:
+        show_json(rows)
+        return
+    tables = []
+    for row in rows:
+        defaults = [(each["option"], each["where"], each["source"]) for each in row["defaults"]]
+        notes = [("note", each["where"], each["text"]) for each in row["notes"]]
+        tables.append(Table(f"{row['id']}: {row['version']}", [*defaults, *notes], ("option", "where", "source")))
+    show(tables)
+
+
 def gpus(json: Json = False) -> None:
     """List the GPUs with their capacity as the framework sees it."""
     from hardware.units import gib

@@ -29,6 +29,10 @@ Number = int | None
 def command(
     model: Annotated[str, typer.Argument(help="Preset name, path to a config.json or its folder, or - for stdin.")],
     gpus: Annotated[str, typer.Option(help="[COUNTx]NAME (see vramsim gpus), or a capacity such as 8x24GiB.")],
+    framework: Annotated[
+        Text,
+        typer.Option(help="Whose defaults hold for options left out (see vramsim frameworks): hf, torchtitan, ..."),
+    ] = None,
     task: Annotated[Text, typer.Option(help="full or pretrain.")] = None,
     dtype: Annotated[
         Text, typer.Option(help="fp32, bf16, fp16, amp-bf16 or amp-fp16 (autocast, fp32 weights).")
@@ -64,6 +68,10 @@ def command(
     keep_outputs: Annotated[
         bool, typer.Option("--keep-outputs", help="The outputs are held through backward.")
     ] = False,
+    keep_inputs: Annotated[
+        bool | None,
+        typer.Option("--keep-inputs/--no-keep-inputs", help="The loop holds its batch through the optimizer's step."),
+    ] = None,
     grad_scaler: Annotated[
         bool | None,
         typer.Option("--grad-scaler/--no-grad-scaler", help="torch.amp.GradScaler; by default with amp-fp16."),
@@ -94,8 +102,11 @@ def command(
         Text, typer.Option(help="Modules that predict further tokens (multi-token prediction): a number, or config.")
     ] = None,
     items_in_batch: Annotated[
-        bool, typer.Option("--items-in-batch", help="num_items_in_batch is passed, as transformers' Trainer does.")
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--items-in-batch/--no-items-in-batch", help="num_items_in_batch is passed, as transformers' Trainer does."
+        ),
+    ] = None,
     float8: Annotated[
         Text, typer.Option(help="Linear layers on float8 copies, scaled tensorwise or rowwise (torchao, eager).")
     ] = None,

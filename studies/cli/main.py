@@ -30,6 +30,7 @@ app.command("estimate")(estimate.command)
 app.command("models")(catalogue.models)
 app.command("gpus")(catalogue.gpus)
 app.command("strategies")(catalogue.strategies)
+app.command("frameworks")(catalogue.frameworks)
 app.command("schedule")(schedule.command)
 app.add_typer(validate.app, name="validate")
 
