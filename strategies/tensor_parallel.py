@@ -62,6 +62,10 @@ class TensorParallel:
         implementation, family = plan.training.implementation, plan.model.family
         if plan.hooks or plan.tensor_parallel:
             raise UnsupportedError(f"{self.name!r} must come before {plan.applied[-1]}: it shards the model first")
+        if plan.kept_ops:
+            raise UnsupportedError(
+                f"{self.name} of layers checkpointed op by op is not modelled: use full checkpointing"
+            )
         if family not in FAMILIES[implementation]:
             others = [name for name, known in FAMILIES.items() if family in known]
             raise UnsupportedError(

@@ -55,6 +55,7 @@ def test_what_is_left_goes_to_data_parallelism(texts, degrees, world, mesh):
         ("--gpus 8xh100-80 --strategy fsdp2,prefetch", "NAME,option=value"),
         ("--gpus 8xh100-80 --strategy fsdp2,prefetch=1,prefetch=2", "once"),
         ("--gpus 8xh100-80 --strategy fsdp2,prefetch=1e400", "whole number"),
+        ("--gpus 2xh100-80 --tp 2 --checkpointing ops --implementation torchtitan", "use full checkpointing"),
         ("--gpus 8xh100-80 --strategy fsdp2 --ep 2", "'ep' changes nothing: this llama has no experts"),
         ("--gpus 8xh100-80 --strategy fsdp2 --tp 0", "from 1 on"),
         ("--gpus h100-80 --strategy fsdp2", "needs several GPUs"),
