@@ -11,6 +11,7 @@ from hardware.dtypes import FP32
 from simulator.graph import Storage
 from simulator.optimizers import optimizers
 from simulator.optimizers.step import OptimizerStep, Parameter, Surroundings
+from simulator.sizes import size_of
 
 if TYPE_CHECKING:
     from simulator.plan import Plan
@@ -52,6 +53,20 @@ def fullest_node(ranks: Iterable[tuple[HostMemory, int]], gpus: int) -> HostMemo
         found += [host] * min(left, count)
         left -= min(left, count)
     return total(found)
+
+
+def saved_on_host(plan: Plan) -> HostMemory:
+    """What offloaded activations are when backward begins (torch/autograd/graph.py `save_on_cpu`).
+
+    Each saved tensor is there by itself, as large as the view of its storage that was saved.
+    """
+    if not plan.saved_on_host:
+        return HostMemory()
+    bindings, nbytes = plan.dimensions.bindings, 0
+    for op in plan.graph.ops:
+        repeats = 1 if op.place is None else plan.layout.places[op.place].repeats
+        nbytes += repeats * sum(int(size_of(x.dims, x.dtype.bits).nbytes(bindings)) for x in op.packed)
+    return HostMemory(**{plan.saved_on_host: nbytes})
 
 
 def offloaded_training(
