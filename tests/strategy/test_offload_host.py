@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 
 from hardware.cluster import parse_cluster
+from hardware.errors import UnsupportedError
 from simulator import Mesh, Training, simulate
 from simulator.host import HostMemory, fullest_node
 from strategies.contract import StrategyContract
+from strategies.fsdp1 import Fsdp1
 from strategies.fsdp2 import Fsdp2
 from studies.estimate import estimate
 from studies.options import TrainingOptions
@@ -63,3 +65,8 @@ def test_hosts_of_an_estimate(gpus, node):
     assert parse_cluster(gpus).node_gpus == node
     assert (found["node_gpus"], found["node_host_bytes"]) == (node, node * found["host_bytes"])
     assert found["node_host_pinned_bytes"] == node * found["host_pinned_bytes"] > 0
+
+
+def test_offloaded_flat_parameters_are_refused():
+    with pytest.raises(UnsupportedError, match="'cpu_offload' params is not modelled yet"):
+        Fsdp1(cpu_offload="params")
