@@ -15,6 +15,9 @@ MOST_GPUS = 10_000_000
 #: The bounds of a capacity that somebody means: below, the unit is wrong; above, no device exists.
 LEAST_CAPACITY, MOST_CAPACITY = 64 * MIB, 1024 * 16 * GIB
 
+#: GPUs of a node where no source says (DGX A100 and H100, HGX boards: eight).
+USUAL_NODE_GPUS = 8
+
 _COUNTED = re.compile(r"(?P<count>[+-]?[0-9.]+)\s*x\s*(?P<card>.*)", re.IGNORECASE)
 _WHOLE = re.compile(r"[0-9]{1,20}")
 _CAPACITY = re.compile(r"[0-9.]+\s*[kmgt]?i?b", re.IGNORECASE)
@@ -31,6 +34,12 @@ class Cluster:
     def _counted(self, _attribute: object, value: int) -> None:
         if not 1 <= value <= MOST_GPUS:
             raise UsageError(f"'gpus' must count 1 to {MOST_GPUS} devices, e.g. 8xh100-80: {value}")
+
+    @property
+    def node_gpus(self) -> int:
+        """How many of them share the host memory of one node: as many as usual nodes of this GPU have at most."""
+        usual = USUAL_NODE_GPUS if self.gpu.node_gpus is None else self.gpu.node_gpus.high
+        return min(self.count, usual)
 
     def __str__(self) -> str:
         return self.gpu.name if self.count == 1 else f"{self.count}x{self.gpu.name}"

@@ -12,6 +12,7 @@ from simulator.plan import Plan
 from simulator.recorder import Recorder
 from simulator.roles import Phase, Role
 from simulator.runtime import Runtime
+from simulator.sizes import size_of
 
 
 @attrs.define(eq=False)
@@ -52,6 +53,7 @@ class Checkpoints:
 
     def __init__(self, plan: Plan, use: Mapping[Op, Uses]) -> None:
         self.reentrant = plan.reentrant
+        self.on_host = bool(plan.saved_on_host)
         self.region_of: dict[Op, Region] = {}
         self._plan = plan
         self._graph: ForwardGraph = plan.graph
@@ -122,7 +124,7 @@ class Checkpoints:
 
     def saves(self, op: Op) -> list[Storage]:
         """What forward keeps for the backward of `op`."""
-        return [] if op in self.region_of else self._use[op].saves
+        return [] if self.on_host or op in self.region_of else self._use[op].saves
 
     def kept(self, op: Op) -> list[Storage]:
         """What forward keeps of what `op` makes, instead of running it again."""
@@ -140,6 +142,8 @@ class Checkpoints:
 
     def saved(self, op: Op) -> tuple[list[Storage], list[Storage]]:
         """What `op` saved, to be released when its backward node has ended, or as soon as its function returns."""
+        if self.on_host:
+            return [], self._from_host(op)
         region = self.region_of.get(op)
         if region is None or not self._use[op].saves:
             return self._use[op].saves, []
@@ -150,6 +154,20 @@ class Checkpoints:
         if self.reentrant:
             return unpacked, []
         return (self._held_by_frame(region) if op is region.first_saver else []), unpacked
+
+    def _from_host(self, op: Op) -> list[Storage]:
+        """`save_on_cpu` (torch/autograd/graph.py): a copy of each tensor by itself, until the node's function returns.
+
+        The node unpacks all of them before it does anything else (torch/csrc/autograd/generated/Functions.cpp).
+        """
+        copies = []
+        for number, tensor in enumerate(op.packed):
+            size, storage = size_of(tensor.dims, tensor.dtype.bits), tensor.storage
+            role = Role.RECOMPUTE if not storage.persistent else Role.GATHERED
+            label = f"from_host.{self._graph.ops.index(op)}.{storage.label}.{number}"
+            copies.append(Storage(label, size, tensor.dtype, role, op.place))
+            self._recorder.run("_to_copy.default", copies[-1:])
+        return copies
 
     @staticmethod
     def _held_by_frame(region: Region) -> list[Storage]:

@@ -18,7 +18,7 @@ from simulator.blocks import (
     vocabulary_head,
     vocabulary_table,
 )
-from simulator.graph import ForwardGraph, Tensor
+from simulator.graph import ForwardGraph, Tensor, flat
 from simulator.masks import causal_mask, positions, recurrent_mask
 from simulator.model import AttentionSpec, LayerSpec, ModelSpec, PredictorSpec
 from simulator.prediction import Prediction, check_predictable
@@ -289,7 +289,8 @@ def shifted_labels(t: Trace, labels: Tensor, local: Frame) -> Tensor:
     longer = t.dim("s+1", t.dimensions.bindings["s"] + 1)
     padded = local("labels", ops.constant(t, "constant_pad_nd.default", labels, shape=(("b",), (longer,))))
     if "b" in t.dimensions.ones:
-        return padded  # shifting one row leaves it contiguous; of several rows `contiguous` makes a copy
+        # shifting one row leaves it contiguous; of several rows `contiguous` makes a copy
+        return Tensor(padded.storage, labels.shape, flat(labels.shape), labels.dtype, is_view=True)
     return local("shifted", ops.constant(t, "clone.default", padded, shape=labels.shape))
 
 

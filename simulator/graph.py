@@ -114,6 +114,8 @@ class Op:
     reads: list[Storage] = attrs.field(factory=list)
     saves: list[Storage] = attrs.field(factory=list)
     holds: list[Storage] = attrs.field(factory=list)
+    packed: tuple[Tensor, ...] = ()
+    """What it saves as hooks on saved tensors see it: one tensor after the other, weights among them."""
     fused: bool = False
     """Whether a compiler makes it, and its backward, part of a kernel with its neighbours."""
     turn: int | None = None

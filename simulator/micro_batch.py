@@ -143,7 +143,7 @@ class MicroBatch:
         """Record `op`; each birth is then held once per use instead of by its maker."""
         recorder = self.recorder
         recorder.module, recorder.slot = op.module, op.place
-        if op.only_saved:  # a checkpointed forward saves nothing, so nothing is there
+        if op.only_saved and not self._checkpoints.on_host:  # a checkpointed forward saves nothing, so nothing is there
             births = [storage for storage in births if self._uses.get(storage)]
         recorder.run(op.name, births)
         for storage in births:

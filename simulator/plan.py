@@ -67,6 +67,8 @@ class Plan:
     """Modules, or parts of modules, of those layers that are checkpoints of their own; nothing means whole layers."""
     offloaded: bool = False
     """Whether the inputs that checkpoints keep are in host memory."""
+    saved_on_host: str = ""
+    """Which host memory all that autograd saves waits in, weights too: ``pinned`` or ``pageable``; empty for none."""
     pipeline: Pipeline | None = None
     """The part of a pipeline that the rank is; `model` has its layers only."""
     together: int = 1
@@ -159,6 +161,7 @@ class Plan:
         trace.end_autocast()
         _check_items(trace)
         _check_predictors(self, trace)
+        _check_saved_on_host(self)
         if self.compiled:
             compile_layers(trace)
         trace.dim(TRAINABLE_TENSORS, _trainable_tensors(trace.graph, self.layout))
@@ -339,6 +342,29 @@ def _check_predictors(plan: Plan, trace: Trace) -> None:
     found = [what for what, given in amid.items() if given]
     if found:
         raise UnsupportedError(f"'mtp' is not modelled together with {', '.join(found)} yet: leave one out")
+
+
+def _check_saved_on_host(plan: Plan) -> None:
+    """Refuse offloaded activations amid what was not compared with recordings."""
+    if not plan.saved_on_host:
+        return
+    training = plan.training
+    amid = {
+        "checkpointing": bool(plan.recomputed),
+        "tensor_parallel": plan.tensor_parallel is not None,
+        "context_parallel": plan.context_parallel is not None,
+        "pipeline": plan.pipeline is not None,
+        "float8": plan.float8 is not None,
+        "compile": plan.compiled,
+        "liger": bool(training.liger.kernels),
+        f"implementation {training.implementation}": training.implementation != "transformers",
+        **{_name(hooks): True for hooks in plan.hooks},
+    }
+    found = [what for what, given in amid.items() if given]
+    if found:
+        raise UnsupportedError(
+            f"activation_offload is not modelled together with {', '.join(found)} yet: leave one out"
+        )
 
 
 def _regime(plan: Plan) -> Regime:

@@ -8,7 +8,7 @@ from functools import cached_property
 import attrs
 
 from simulator.fold import Folder, Location, Peak, Top
-from simulator.host import HostMemory, total
+from simulator.host import HostMemory, saved_on_host, total
 from simulator.lowering import TrainingProgram
 from simulator.model import ModelSpec
 from simulator.plan import Plan
@@ -85,7 +85,7 @@ class Report:
         """What a rank keeps beside its device: what strategies offload, and offloaded checkpoints, which are pinned."""
         hosts = [getattr(hooks, "host", None) for hooks in self.plan.hooks]
         parts = [host(self.plan) for host in hosts if host is not None]
-        return total([HostMemory(pinned=self.host_bytes), *parts])
+        return total([HostMemory(pinned=self.host_bytes), saved_on_host(self.plan), *parts])
 
     @cached_property
     def host_bytes(self) -> int:

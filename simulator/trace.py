@@ -292,6 +292,7 @@ class Trace:
             if not tensor.is_view:
                 op.births.append(tensor.storage)
         if differentiable and saves:
+            op.packed = tuple(saves)
             op.saves = in_order(_storages(saves), op.reads)
             op.saves_late = any(tensor is output for tensor in saves for output in outputs)
         return op.outputs

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from hardware.registry import Registry
 from simulator.plan import Strategy
+from strategies.activation_offload import ActivationOffload
 from strategies.attention_checkpointing import AttentionCheckpointing
 from strategies.bitfit import BitFit
 from strategies.block_checkpointing import BlockCheckpointing
@@ -38,6 +39,7 @@ _BUILT_IN: tuple[StrategyFactory, ...] = (
     AttentionCheckpointing,
     ModuleCheckpointing,
     OpCheckpointing,
+    ActivationOffload,
     Freezing,
     BitFit,
     TensorParallel,

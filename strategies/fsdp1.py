@@ -28,7 +28,7 @@ from strategies.fsdp1_flat import (
     SHARD_GRAD_OP,
     FlatParameters,
 )
-from strategies.options import choice, flag, option, training_dtype
+from strategies.options import choice, flag, later, option, training_dtype
 from strategies.rules import refuse_second_owner, refuse_tensor_parallel
 
 #: Optimizers whose step on flat parameters was compared with recordings.
@@ -63,6 +63,9 @@ class Fsdp1:
     use_orig_params: bool = option(False, flag, "the optimizer sees each weight's part of the shard, not the shard")
     wrap: str = option("layer", choice("root", "layer"), "modules that are wrapped besides the model")
     sync: str = option("every", choice("every", "last"), "micro-batches whose gradients are reduced (`no_sync`)")
+    cpu_offload: str = option(
+        "none", later("none", "params"), "what is in host memory (CPUOffload; params is offload_params=True)"
+    )
     name: str = attrs.field(default="fsdp1", init=False)
     axis: ClassVar[str] = "dp_shard"
     around_liger: ClassVar[bool] = True

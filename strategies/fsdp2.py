@@ -14,6 +14,7 @@ import attrs
 from hardware.dtypes import DType
 from hardware.errors import UnsupportedError, UsageError
 from simulator.graph import COMPUTE, Storage, Tensor, flat
+from simulator.host import HostMemory, offloaded_training
 from simulator.optimizers.step import Parameter
 from simulator.plan import FULLY_SHARDED, Plan
 from simulator.roles import Role
@@ -54,6 +55,7 @@ class Fsdp2:
         "every", choice("every", "last"), "micro-batches whose gradients are reduced (set_requires_gradient_sync)"
     )
     offload: bool = option(False, flag, "weights, gradients and optimizer state in host memory (CPUOffloadPolicy)")
+    pin_memory: bool = option(True, flag, "offloaded weights and gradients are pinned (CPUOffloadPolicy)")
     name: str = attrs.field(default="fsdp2", init=False)
     axis: ClassVar[str] = "dp_shard"
     around_liger: ClassVar[bool] = True
@@ -109,6 +111,10 @@ class Fsdp2:
     def start(self, job: Job) -> Fsdp2Runtime:
         """Shard the weights."""
         return Fsdp2Runtime(job, self)
+
+    def host(self, plan: Plan) -> HostMemory:
+        """Offloaded shards; gradients are copied to pinned memory, too (`foreach_reduce`: without blocking)."""
+        return self.start(Job(plan)).offloaded() if self.offload else HostMemory()
 
 
 @attrs.define(eq=False)
@@ -459,3 +465,14 @@ class Fsdp2Runtime(UnitRuntime):
             gradient = self._kept.sharded[units[tensor.storage]]
             shards.append(Parameter(self._shard_of[tensor.storage], gradient, shape))
         return shards
+
+    def offloaded(self) -> HostMemory:
+        """What of the rank is in host memory: the shard of each weight, and where it is trained its gradient."""
+        trained = []
+        for tensor in self.job.graph.parameters:
+            if tensor.requires_grad:
+                shard, shape = self._shard_of[tensor.storage], ((self._shard_dims(tensor)[0],), *tensor.shape[1:])
+                gradient = buffer(f"{shard.label}.gradient", shard.size, shard.dtype, Role.GRADIENT, shard.slot)
+                trained.append(Parameter(shard, gradient, shape))
+        weights = list(self._shard_of.values())
+        return offloaded_training(self.job.plan, weights, trained, pinned=self.options.pin_memory)

@@ -10,6 +10,7 @@ from typing import Any
 import attrs
 
 from hardware.cluster import Cluster, parse_cluster
+from simulator.host import HostMemory, fullest_node
 from simulator.model import ModelSpec
 from simulator.report import Report, StepPeak
 from simulator.timeline import Live
@@ -108,6 +109,12 @@ class Estimate:
         return f"{regime}, {batch}{more}, {how}{whose}{strategies}"
 
     @cached_property
+    def host_of_node(self) -> HostMemory:
+        """What the ranks of one node keep beside their devices, at most where ranks differ."""
+        ranks = [(each.report.host, each.ranks.count) for each in self.ranks]
+        return fullest_node(ranks, self.cluster.node_gpus)
+
+    @cached_property
     def live(self) -> list[Live]:
         """Storages alive at the peak, largest first."""
         return self.report.live()
@@ -145,6 +152,10 @@ class Estimate:
             "host_bytes": self.report.host.nbytes,
             "host_pinned_bytes": self.report.host.pinned,
             "nvme_bytes": self.report.host.nvme,
+            "node_gpus": self.cluster.node_gpus,
+            "node_host_bytes": self.host_of_node.nbytes,
+            "node_host_pinned_bytes": self.host_of_node.pinned,
+            "node_nvme_bytes": self.host_of_node.nvme,
             "headroom_bytes": self.headroom,
             "min_headroom_bytes": self.min_headroom,
             "fits": self.verdict in (Verdict.FITS, Verdict.TOO_LITTLE_HEADROOM),

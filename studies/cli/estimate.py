@@ -195,7 +195,8 @@ def _summary(result: Estimate) -> Table:
         ("", METRIC_NOTE),
         ("capacity", f"{span} ({result.cluster.gpu.name}; {capacity.evidence})"),
         ("headroom", both(result.headroom)),
-        *_host(report.host),
+        *_host(report.host, "per rank"),
+        *(_host(result.host_of_node, f"per node of {node} GPUs") if (node := result.cluster.node_gpus) > 1 else []),
         ("verdict", result.verdict.text),
         *([("highest rank", _highest(result))] if result.pipeline is not None else []),
         ("where", _where(result)),
@@ -217,12 +218,12 @@ def _highest(result: Estimate) -> str:
     return f"{stages.rank} of {result.report.plan.mesh.pp} (stage{plural} {names}, {stages.layer_count} layers)"
 
 
-def _host(host: HostMemory) -> list[tuple[str, str]]:
-    """What each rank keeps beside its device."""
+def _host(host: HostMemory, where: str) -> list[tuple[str, str]]:
+    """What each rank, or all ranks of a node, keep beside their devices."""
     from hardware.units import both, gib
 
-    rows = [("host, per rank", f"{both(host.nbytes)}, of which {gib(host.pinned)} pinned")] if host.nbytes else []
-    return [*rows, ("NVMe, per rank", both(host.nvme))] if host.nvme else rows
+    rows = [(f"host, {where}", f"{both(host.nbytes)}, of which {gib(host.pinned)} pinned")] if host.nbytes else []
+    return [*rows, (f"NVMe, {where}", both(host.nvme))] if host.nvme else rows
 
 
 def _routing(result: Estimate) -> list[tuple[str, str]]:

@@ -15,6 +15,7 @@ from simulator.model import ModelSpec
 from simulator.plan import Strategy
 from simulator.reading import spec_from_class
 from simulator.workload import IMPLEMENTATIONS, OPTIONS, Optimizer, Training
+from strategies.activation_offload import ActivationOffload
 from strategies.float8 import Float8
 from studies.pruning import parse_prunings
 from studies.validation.liger_switches import liger_of
@@ -42,7 +43,7 @@ _SWITCHES = (
 _MASKS = {"null": "none", "false": "none", "true": "full", '"padded"': "padded"}
 _SIMULATED = {"dtype", "autocast", "attn", "sdpa_backend", "experts", "batch", "seq", "grad_accum", "optimizer", "clip"}
 _SIMULATED |= {"attention_mask", "expert_imbalance", "zero_grad", "liger", "checkpointing", "freeze", "prune", "float8"}
-_SIMULATED |= {"mtp", *_SWITCHES}
+_SIMULATED |= {"mtp", "save_on_cpu", *_SWITCHES}
 #: Options that leave dense training as it is: where to record, inference, the model's name (its line has it).
 _HARMLESS = {"timeline", "layers", "logits_to_keep_prefill", "new_tokens"}
 _HARMLESS |= {"model", "config_override", "config_class", "config", "tags", "id"}
@@ -120,8 +121,9 @@ def oracle_case(line: Mapping[str, Any]) -> tuple[ModelSpec, Training, list[Stra
     _refuse(case)
     model = spec_from_class(line["config_class"], _config(line), str(line["id"]))
     float8 = [Float8(case["float8"])] if case.get("float8") else []
-    regimes = [*float8, *checkpointing_strategies(case.get("checkpointing")), *freezing_strategies(case.get("freeze"))]
-    return model, _training(case, model.family), [*parse_prunings(case.get("prune") or ()), *regimes]
+    offload = [ActivationOffload()] if case.get("save_on_cpu") else []
+    regimes = [*checkpointing_strategies(case.get("checkpointing")), *freezing_strategies(case.get("freeze"))]
+    return model, _training(case, model.family), [*parse_prunings(case.get("prune") or ()), *float8, *offload, *regimes]
 
 
 def _refuse(case: Mapping[str, Any]) -> None:

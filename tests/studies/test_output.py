@@ -42,7 +42,7 @@ def test_every_byte_count_of_the_json_is_an_int_and_says_so():
     known = {"schema_version", "exit_code", "count", "layer", "params", "layers", "hidden", "vocab"}
     known |= {"micro_batch", "seq_len", "gradient_accumulation", "momentum", "weight_decay"}
     known |= {"expert_imbalance", "multiprocessors", "rank", "mtp", "mtp_modules", "mtp_params"}
-    known |= {"dp_replicate", "dp_shard", "cp", "pp", "tp"}
+    known |= {"dp_replicate", "dp_shard", "cp", "pp", "tp", "node_gpus"}
     assert {name for name in counts if "bytes" not in name} <= known
     assert all(type(value) is int for name, value in counts.items() if "bytes" in name)
 
