@@ -118,9 +118,10 @@ class Plan:
     @property
     def _looks_around(self) -> bool:
         """Whether what runs in a layer may depend on which layers are around it, or on how many went before."""
-        between = self.hooks or self.layer_kinds or self.together > 1 or self.alternate_op or self.offloaded
+        between = self.hooks or self.layer_kinds or self.together > 1 or self.alternate_op
+        on_host = self.offloaded or self.saved_on_host
         loops = self.model.load_balancing or self.model.depth < len(self.model.layers)
-        return bool(between or loops or self.reentrant or self.pipeline or self._steps_in_backward)
+        return bool(between or loops or on_host or self.reentrant or self.pipeline or self._steps_in_backward)
 
     @property
     def _steps_in_backward(self) -> bool:
