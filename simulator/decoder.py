@@ -290,7 +290,9 @@ def shifted_labels(t: Trace, labels: Tensor, local: Frame) -> Tensor:
     padded = local("labels", ops.constant(t, "constant_pad_nd.default", labels, shape=(("b",), (longer,))))
     if "b" in t.dimensions.ones:
         # shifting one row leaves it contiguous; of several rows `contiguous` makes a copy
-        return Tensor(padded.storage, labels.shape, flat(labels.shape), labels.dtype, is_view=True)
+        shifted = t.view(padded, labels.shape, flat(labels.shape))
+        t.emit("slice.Tensor", [padded], [shifted])
+        return shifted
     return local("shifted", ops.constant(t, "clone.default", padded, shape=labels.shape))
 
 
