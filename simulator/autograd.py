@@ -6,6 +6,7 @@ input_buffer.cpp (`InputBuffer::accumulate`) and functions/accumulate_grad.h (`A
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -77,11 +78,10 @@ class Autograd:
         self._leaves: dict[Storage, Tensor] = {}
         self._expected = self._count_leaf_uses()
         self._made: list[Tensor] = []
-        self._serial = 0
+        self._numbers: Counter[tuple[int | None, str]] = Counter()
         self._node: Op | None = None
         self._found: tuple[list[Storage], list[Storage]] = ([], [])
         self._overwritten: list[Storage] = []
-        self._slot = recorder.slot
         self._kernels = FusedKernels(graph, recorder)
         self._fusing = False
         """Whether the node being evaluated is part of a fused kernel: what it makes is not in memory."""
@@ -130,8 +130,7 @@ class Autograd:
 
     def prepare(self, name: str, shape: Shape, dtype: DType, memory: tuple[Dim, ...] | None = None) -> Tensor:
         """A tensor that a kernel with several outputs will allocate; pass it to `kernel`."""
-        self._serial += 1
-        label = f"{self.recorder.module}.{self._tag}.{name}.{self._serial}"
+        label = self._label(name)
         if self._fusing:
             tensor = self._kernels.virtual(label, shape, dtype, memory)
         else:
@@ -140,6 +139,15 @@ class Autograd:
             tensor.memory = memory or tensor.memory
         self._made.append(tensor)
         return tensor
+
+    def _label(self, name: str) -> str:
+        """The label of what kernel `name` makes: numbered among its like in a module of a layer.
+
+        So layers label alike what they have in common, even where one of them needs a kernel more than the others.
+        """
+        label = f"{self.recorder.module}.{self._tag}.{name}"
+        self._numbers[self.recorder.slot, label] += 1
+        return f"{label}.{self._numbers[self.recorder.slot, label]}"
 
     def free(self, *tensors: Tensor) -> None:
         """Temporaries that go before the node's function returns."""
@@ -216,11 +224,7 @@ class Autograd:
         recorder = self.recorder
         for runtime in self._runtimes:
             runtime.before_node(op)
-        place = op.place
-        if place != self._slot:
-            self._serial = 0  # labels count from the first op of a layer, so that equal layers get equal labels
-            self._slot = place
-        recorder.module, recorder.slot = op.module, place
+        recorder.module, recorder.slot = op.module, op.place
         self._node = op
         saved, early = self._found = self._saved(op)
         assert op.backward is not None
@@ -317,9 +321,7 @@ class Autograd:
         if old is None:
             return new
         if fused:
-            self._serial += 1
-            label = f"{self.recorder.module}.{self._tag}.add(engine).{self._serial}"
-            return self._kernels.total(label, old, new)
+            return self._kernels.total(self._label("add(engine)"), old, new)
         if not old.is_view and self.recorder.references(old.storage) == 1:
             self.recorder.run("add_(engine)", [])
             self.recorder.release(new.storage)
