@@ -7,7 +7,7 @@ input_buffer.cpp (`InputBuffer::accumulate`) and functions/accumulate_grad.h (`A
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING
 
 import attrs
@@ -74,6 +74,8 @@ class Autograd:
         self._inner: Inner | None = None
         self.kept: list[Storage] = []
         """Gradients of leaves that are made anew in every micro-batch: they last as long as the graph."""
+        self.entered_with: set[Hashable] = set()
+        """The forms of the gradients with which backward enters layers."""
         self._pending: dict[int, list[Tensor | None]] = {}
         self._leaves: dict[Storage, Tensor] = {}
         self._expected = self._count_leaf_uses()
@@ -102,15 +104,25 @@ class Autograd:
         assert output.producer is not None
         self.recorder.phase = Phase.BACKWARD
         self._pending[output.producer] = [gradient]
+        place: int | None = None
         for index in kernel_order(self.graph, output.producer):
             if self._inner is not None and index < self._inner.region.first:
                 self._leave(self._inner)
             gradients = self._pending.pop(index, None)
             if gradients is not None:
+                before, place = place, self.graph.ops[index].place
+                if place is not None and place != before:
+                    self.entered_with.add(self._forms(gradients))
                 self._enter(self.graph.ops[index], gradients)
                 self._evaluate(self.graph.ops[index], gradients)
         for runtime in self._runtimes:
             runtime.end_backward()
+
+    def _forms(self, gradients: Sequence[Tensor | None]) -> Hashable:
+        """What decides how `gradients` are added to: a view, and what others hold, is not written over."""
+        found = [gradient for gradient in gradients if gradient is not None]
+        references = [self.recorder.references(gradient.storage) for gradient in found]
+        return tuple((g.is_view, g.shape, g.memory, g.dtype, n) for g, n in zip(found, references, strict=True))
 
     def _loss_gradient(self, seed: Tensor) -> Tensor:
         gradient = seed

@@ -11,6 +11,7 @@ from hardware.errors import UnsupportedError
 from simulator.autograd import Autograd
 from simulator.checkpoints import Checkpoints
 from simulator.graph import ForwardGraph, Op, Storage
+from simulator.hand_over import Unlike
 from simulator.recorder import Recorder, Step
 from simulator.roles import Phase
 from simulator.runtime import Job, Runtime, Turn
@@ -77,6 +78,8 @@ class MicroBatch:
         engine = self._autograd(self._runtimes)
         assert self.graph.loss is not None
         engine.run(self.graph.loss)
+        if self._job.plan.layout.scattered and len(engine.entered_with) > 1:
+            raise Unlike
         if self.keep_outputs:
             self._release_outputs()
         for tensor in (*self.graph.inputs, *self.graph.held, self.graph.loss):

@@ -35,6 +35,7 @@ LARGEST_MICRO_BATCH = 2**20
 LARGEST_SEQ_LEN = 2**24
 LARGEST_ACCUMULATION = 2**20
 LARGEST_MTP = 2**4
+LARGEST_CAPACITY = 2**20
 
 
 @attrs.frozen(kw_only=True)
@@ -134,8 +135,9 @@ class Training:
             raise UsageError(f"'autocast' goes with fp32 weights, not {self.weights}: choose one of the two")
 
     def _check_capacity(self, factor: float) -> None:
-        if not 0 < factor < float("inf"):
-            raise UsageError(f"'capacity_factor' must be a finite number > 0: {factor}; leave it out to drop no token")
+        if not 0 < factor <= LARGEST_CAPACITY:
+            limits = f"above 0 and at most {LARGEST_CAPACITY}"
+            raise UsageError(f"'capacity_factor' must be {limits}: {factor}; leave it out to drop no token")
         if self.implementation not in MEGATRON:
             raise UsageError(f"'capacity_factor' goes with implementation megatron_te, not {self.implementation}")
         if self.expert_imbalance > 1:

@@ -95,7 +95,7 @@ def _check_sequence(plan: Plan) -> None:
 
 def _check_heads(plan: Plan, cp: int) -> None:
     """`AttnFuncWithCPAndQKVOA2A` asserts that heads are divided evenly."""
-    for layer in dict.fromkeys(plan.model.layers):
+    for layer in (each for each in dict.fromkeys(plan.model.layers) if each.attends):
         for what, heads in (("heads", layer.attention.heads), ("key/value heads", layer.attention.kv_heads)):
             own = -(-heads // plan.mesh.tp)
             if own % cp:

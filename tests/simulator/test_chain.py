@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from hardware.dtypes import BF16
 from simulator import Training
+from simulator.liger import Liger
 from simulator.lowering import lower
 from simulator.plan import apply, make_plan
 from simulator.reading import read_model, spec_from_config
@@ -80,3 +81,17 @@ def test_what_the_first_layer_is_given_goes_once():
     training = Training(seq_len=1, autocast=BF16, attention="eager")
     short, every = (report_of(model, training, (), unrolled=flag) for flag in (False, True))
     assert (short.cold.end_bytes, short.cold.by_role) == (every.cold.end_bytes, every.cold.by_role)
+
+
+def test_the_last_layer_may_add_gradients_otherwise():
+    """Liger's fused loss hands a view to the last layer, to which nothing is added in place as it is further up."""
+    sizes = {"hidden_size": 4, "intermediate_size": 1, "num_hidden_layers": 1, "vocab_size": 1, "head_dim": 2}
+    heads = {"num_attention_heads": 1, "num_key_value_heads": 1, "layer_types": ["full_attention"]}
+    model = spec_from_config({"model_type": "exaone4", **sizes, **heads}, "small")
+    layer = model.layers[0]
+    wider = attrs.evolve(layer, channel_mixer=attrs.evolve(layer.channel_mixer, width=2))
+    switches = Liger(rope=True, rms_norm=True, swiglu=True, fused_linear_cross_entropy=True)
+    training = Training(seq_len=1, attention="eager", liger=switches)
+    model = attrs.evolve(model, layers=(layer, wider, layer))
+    short, every = (report_of(model, training, (), unrolled=flag) for flag in (False, True))
+    assert short.timeline().total.tolist() == every.timeline().total.tolist()
