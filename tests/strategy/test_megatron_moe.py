@@ -123,7 +123,7 @@ def test_capacity_bounds_what_experts_take_whatever_the_routing():
         (lambda: simulated(16, 16), UsageError, "'ep' must divide the 8 experts: 16"),
         (lambda: simulated(4, implementation="megatron"), UnsupportedError, "megatron_te"),
         (lambda: Training(capacity_factor=1.0), UsageError, "goes with implementation megatron_te"),
-        (lambda: simulated(4, capacity=0.0), UsageError, "'capacity_factor' must be a finite number > 0"),
+        (lambda: simulated(4, capacity=0.0), UsageError, "'capacity_factor' must be above 0 and at most 1048576: 0.0"),
         (lambda: simulated(4, capacity=1.0, imbalance=2.0), UsageError, "leave one of the two out"),
         (lambda: simulate(model_of(SMALL), Training(), mesh=Mesh(dp_shard=2, ep=2)), UnsupportedError, "'ep' 2"),
     ],
