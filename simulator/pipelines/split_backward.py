@@ -26,7 +26,7 @@ class Split:
 
     def __init__(self, graph: ForwardGraph, stage: StageGraph) -> None:
         self._graph = graph
-        self.indices = range(stage.first_op, stage.end_op)
+        self._indices = range(stage.first_op, stage.end_op)
         self._on_the_way = {id(stage.received)}
         for op in self.ops:
             if op.backward is not None and any(self.leads_to_input(tensor) for tensor in op.inputs):
@@ -38,7 +38,7 @@ class Split:
     @property
     def ops(self) -> list[Op]:
         """The stage's ops."""
-        return [self._graph.ops[index] for index in self.indices]
+        return [self._graph.ops[index] for index in self._indices]
 
     def leads_to_input(self, tensor: Tensor) -> bool:
         """Whether the gradient of `tensor` goes on to what the stage received."""
@@ -113,20 +113,10 @@ class InputBackward(_PartialBackward):
     def _evaluate(self, op: Op, gradients: list[Tensor | None]) -> None:
         if op in self._split.groups:
             self.captured[op] = gradients
-            for number, gradient in enumerate(gradients):
+            for gradient in gradients:
                 if gradient is not None:
                     self.recorder.retain(gradient.storage)
-                    self._name_captured(op, number, gradient.storage)
         super()._evaluate(op, gradients)
-
-    def _name_captured(self, op: Op, number: int, storage: Storage) -> None:
-        """Name it for what captures it, as in all layers: how many gradients the layer above has made may differ."""
-        if storage.persistent:
-            return
-        layer = [index for index in self._split.indices if self.graph.ops[index].place == op.place]
-        place = self.graph.ops.index(op) - layer[0]
-        above = ".above" if storage.slot != op.place else ""
-        storage.label = f"{op.module}.captured.{op.name}.{place}.{number}{above}"
 
     def finish(self) -> None:
         """The outputs are detached: nodes above all that the second part begins at go."""
