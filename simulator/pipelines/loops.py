@@ -24,8 +24,9 @@ from simulator.pipelines.pipeline import (
     Pipeline,
     Turns,
 )
+from simulator.pipelines.stage_micro_batch import StageBackward
 from simulator.pipelines.stage_parts import END, StageParts
-from simulator.pipelines.stages import Gradients, StageBackward
+from simulator.pipelines.stages import Gradients
 from simulator.program import Node, Occurrence, Repeat, Seq
 
 #: A storage of one optimizer step and, there, of one micro-batch.

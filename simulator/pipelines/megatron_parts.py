@@ -13,8 +13,9 @@ import attrs
 from hardware.dtypes import FP32, INT32, DType
 from simulator.graph import Storage
 from simulator.pipelines.held import Thing, Variables
-from simulator.pipelines.megatron_chunk import ChunkBackward, ChunkForward, ChunkMicroBatch
+from simulator.pipelines.megatron_chunk import ChunkMicroBatch
 from simulator.pipelines.pipeline import MegatronLoop
+from simulator.pipelines.stage_micro_batch import ForwardNodes, StageBackward
 from simulator.program import Node, TreeBuilder
 from simulator.recorder import Recorder, Step
 from simulator.roles import Phase, Role
@@ -23,16 +24,9 @@ from simulator.sizes import AnySize, size_of
 
 
 @attrs.frozen(eq=False)
-class _Forward:
-    model: Node
-    loss: Node | None
-    recorded: ChunkForward
-
-
-@attrs.frozen(eq=False)
 class _Backward:
     node: Node
-    recorded: ChunkBackward
+    recorded: StageBackward
 
 
 class MegatronParts:
@@ -60,7 +54,7 @@ class MegatronParts:
         self._runtimes = runtimes
         self._stages = job.graph.stages
         self._micro_batch = ChunkMicroBatch(job, runtimes)
-        self._forwards: dict[int, _Forward] = {}
+        self._forwards: dict[int, ForwardNodes] = {}
         self._backwards: dict[tuple[int, bool], _Backward] = {}
         self._made: dict[tuple[str, int | None], Storage] = {}
         self._single: dict[tuple[str, Storage], Node] = {}
@@ -136,7 +130,8 @@ class MegatronParts:
         if received is not None:
             self.variables.bind(("input_tensor", number), received)
         if number not in self._forwards:
-            self._forwards[number] = self._lower_forward(number)
+            recorded = self._micro_batch.forward_chunk(number)
+            self._forwards[number] = ForwardNodes.of(recorded, self._builder)
         done, stage = self._forwards[number], self._stages[number]
         self.parts.append(done.model)
         if done.loss is not None:
@@ -148,11 +143,6 @@ class MegatronParts:
         if received is not None:
             self.variables.keep(output, received)  # its graph ends at the leaf
         return output
-
-    def _lower_forward(self, number: int) -> _Forward:
-        recorded = self._micro_batch.forward_chunk(number)
-        loss = self._builder.tree(recorded.loss) if recorded.loss else None
-        return _Forward(self._builder.tree(recorded.model), loss, recorded)
 
     def backward(self, number: int, received: Thing | None, *, scaled: bool) -> Thing | None:
         """`backward_step`: the gradient of what was received, which holds it as well.
@@ -174,7 +164,7 @@ class MegatronParts:
         self.variables.keep(received, gradient)
         return gradient
 
-    def _run_backward(self, number: int) -> ChunkBackward:
+    def _run_backward(self, number: int) -> StageBackward:
         key = number, self._new[number]
         if key not in self._backwards:
             recorded = self._micro_batch.backward_chunk(number, self._forwards[number].recorded.after)

@@ -17,7 +17,8 @@ from simulator.pipelines.pipeline import (
     RESHARD,
     UNSHARD,
 )
-from simulator.pipelines.stages import Gradients, StageBackward, StageForward, TorchStages
+from simulator.pipelines.stage_micro_batch import ForwardNodes, StageBackward
+from simulator.pipelines.stages import Gradients, TorchStages
 from simulator.program import Node, Repeat, TreeBuilder
 from simulator.recorder import Step
 from simulator.roles import Phase, Role
@@ -26,13 +27,6 @@ from simulator.sizes import size_of
 
 #: All micro-batches went backward through a stage.
 END = "end"
-
-
-@attrs.frozen(eq=False)
-class _Forward:
-    model: Node
-    loss: Node | None
-    recorded: StageForward
 
 
 @attrs.frozen(eq=False)
@@ -61,7 +55,7 @@ class StageParts:
         """Whether frameworks gather the weights of a stage, and may be told when."""
         self._first_differs = bool(every)
         self._last_differs = any(runtime.last_differs for runtime in every)
-        self._forwards: dict[tuple[int, bool], _Forward] = {}
+        self._forwards: dict[tuple[int, bool], ForwardNodes] = {}
         self._backwards: dict[tuple[str, int, Gradients, bool], _Backward] = {}
         self._inputs: dict[int, StageBackward] = {}
         self._outside: dict[tuple[str, int, Gradients], list[Node]] = {}
@@ -83,13 +77,12 @@ class StageParts:
     def _loaded(self, storage: Storage) -> Node:
         return self._builder.tree([Step(f"load {storage.label}", Phase.LOAD, "", None, [storage])])
 
-    def forward(self, number: int, *, first: bool) -> _Forward:
+    def forward(self, number: int, *, first: bool) -> ForwardNodes:
         """The forward of stage `number` of the rank; the `first` of a step, or a later one."""
         key = number, first or not self._first_differs
         if key not in self._forwards:
             recorded = self._micro_batch.forward_stage(number, first=key[1])
-            loss = self._builder.tree(recorded.loss) if recorded.loss else None
-            self._forwards[key] = _Forward(self._builder.tree(recorded.model), loss, recorded)
+            self._forwards[key] = ForwardNodes.of(recorded, self._builder)
         return self._forwards[key]
 
     def backward(self, kind: str, number: int, state: Gradients, *, last: bool) -> _Backward:

@@ -8,9 +8,10 @@ from typing import TypeVar
 import attrs
 
 from simulator.autograd import Autograd
-from simulator.graph import Op, Storage, Tensor
-from simulator.micro_batch import AfterForward, MicroBatch
+from simulator.graph import Storage
+from simulator.micro_batch import AfterForward
 from simulator.pipelines.split_backward import InputBackward, Split, WeightBackward
+from simulator.pipelines.stage_micro_batch import StageBackward, StageForward, StageMicroBatch
 from simulator.recorder import Recorder, Step
 from simulator.roles import Phase
 from simulator.runtime import Job, Runtime, Turn
@@ -20,31 +21,7 @@ Part = TypeVar("Part", InputBackward, WeightBackward)
 Gradients = tuple[bool, bool, bool]
 
 
-@attrs.frozen(eq=False)
-class StageForward:
-    """The forward of one micro-batch through one stage."""
-
-    model: Sequence[Step]
-    loss: Sequence[Step]
-    """The loss function, which the schedule calls when the last stage has returned; else nothing."""
-    after: AfterForward
-    """Where backward goes on: the schedule still has the stage's output, and the loss."""
-
-
-@attrs.frozen(eq=False)
-class StageBackward:
-    """The backward of one micro-batch through one stage; the stage's output and the loss are still there."""
-
-    steps: Sequence[Step]
-    gradient: Storage | None
-    """That of what the stage received, which is left."""
-    after: AfterForward
-    """Where the second part of a backward that is split goes on."""
-    captured: dict[Op, list[Tensor | None]] = attrs.field(factory=dict)
-    """The gradients that the first part keeps for the second."""
-
-
-class TorchStages(MicroBatch):
+class TorchStages(StageMicroBatch):
     """Lowers the parts of every stage of a rank, each from the state that frameworks and gradients are in then.
 
     Source: torch 2.13 torch/distributed/pipelining/stage.py `forward_one_chunk`, `backward_one_chunk`.
@@ -101,15 +78,12 @@ class TorchStages(MicroBatch):
         self._runtimes = [runtime.fork() for runtime in (self._initially[number] if first else given)]
         for runtime in self._runtimes:
             runtime.begin_forward(Turn(cold=False, first=first, last=False))
-        assert stage.output is not None
-        held = {stage.output.storage, stage.loss.storage if stage.loss else None}
-        border = stage.end_op if stage.loss_op is None else stage.loss_op
-        self._run_ops(range(stage.first_op, border), held)
+        self._run_model(stage)
         if stage.loss_op is None:
             for runtime in self._runtimes:
                 runtime.end_forward()
         count = len(self.recorder.steps)
-        self._run_ops(range(border, stage.end_op), held)
+        self._run_loss(stage)
         steps = self.recorder.steps
         self._between.setdefault(number, self._runtimes)
         return StageForward(steps[:count], steps[count:], AfterForward(self.recorder, self._runtimes))
@@ -131,7 +105,7 @@ class TorchStages(MicroBatch):
             runtimes=self._runtimes,
             **self._options,
         )
-        self._run_engine(engine, number)
+        self._run_engine(engine, self.graph.stages[number])
         for storage in self._checkpoints.bound():
             self.recorder.release(storage)
         return self._done(engine)
@@ -142,7 +116,7 @@ class TorchStages(MicroBatch):
         for runtime in self._runtimes:
             runtime.begin_backward(Turn(cold=False, first=False, last=False))
         engine = self._split_engine(InputBackward, number, self._runtimes)
-        self._run_engine(engine, number)
+        self._run_engine(engine, self.graph.stages[number])
         engine.finish()
         return attrs.evolve(self._done(engine), captured=engine.captured)
 
@@ -192,18 +166,6 @@ class TorchStages(MicroBatch):
             runtimes=runtimes,
             **self._options,
         )
-
-    def _run_engine(self, engine: Autograd, number: int) -> None:
-        stage = self.graph.stages[number]
-        if stage.loss is not None:
-            engine.run(stage.loss)
-        else:
-            assert stage.output is not None
-            engine.run_from(stage.output, stage.gradient_received())
-
-    def _done(self, engine: Autograd) -> StageBackward:
-        kept = engine.kept[0] if engine.kept else None
-        return StageBackward(self.recorder.steps, kept, AfterForward(self.recorder, ()))
 
     @property
     def _options(self) -> dict[str, bool]:
