@@ -9,23 +9,20 @@ from typing import Protocol
 import attrs
 
 from hardware.dtypes import DType
-from hardware.errors import UnsupportedError, UsageError
-from simulator.blocks import PREDICTOR
+from simulator.combinations import check_built, check_combination
 from simulator.context_parallel import ContextParallelism
-from simulator.decoder import items_of
 from simulator.families import families
 from simulator.fusion import compile_layers
 from simulator.graph import ForwardGraph
 from simulator.layout import Layout, Sharing, layout_by_kind, layout_of, numbered, unrolled_layout
-from simulator.liger import check_family
 from simulator.mesh import Mesh
-from simulator.model import ExpertsSpec, ModelSpec
+from simulator.model import ModelSpec
 from simulator.pipelines.pipeline import MICRO_BATCHES, Pipeline
 from simulator.runtime import Hooks
 from simulator.sizes import Dimensions
 from simulator.tensor_parallel import TensorParallelism
 from simulator.trace import Regime, Trace
-from simulator.workload import MEGATRON, Training
+from simulator.workload import Training
 
 #: The axis that ``dp_shard`` and ``cp`` make together (torchtitan/distributed/parallel_dims.py ``fsdp``).
 FULLY_SHARDED = "dp_shard_cp"
@@ -146,8 +143,7 @@ class Plan:
 
     @cached_property
     def _trace(self) -> Trace:
-        _check_patches(self)
-        _check_experts(self)
+        check_combination(self)
         model, training = self.model, self.training
         values = {"b": training.micro_batch, "s": self.sequence, "h": model.hidden, "V": model.vocab}
         trace = Trace(_regime(self), Dimensions(values), _is_frozen(self))
@@ -160,9 +156,7 @@ class Plan:
         else:
             self._build_stages(trace, self.pipeline, recipe)
         trace.end_autocast()
-        _check_items(trace)
-        _check_predictors(self, trace)
-        _check_saved_on_host(self)
+        check_built(self, trace)
         if self.compiled:
             compile_layers(trace)
         trace.dim(TRAINABLE_TENSORS, _trainable_tensors(trace.graph, self.layout))
@@ -284,88 +278,6 @@ def apply(plan: Plan, strategies: Sequence[Strategy]) -> Plan:
         plan = strategy(plan)
         plan = attrs.evolve(plan, applied=(*plan.applied, strategy.name))
     return plan
-
-
-def _check_patches(plan: Plan) -> None:
-    """Refuse what was not compared with recordings: Liger's kernels and a divided loss amid other changes."""
-    training = plan.training
-    check_family(training.liger, plan.model.family)
-    parallel = ["tensor_parallel"] if plan.tensor_parallel else []
-    others = [hooks for hooks in plan.hooks if not getattr(hooks, "around_liger", False)]
-    amid_liger = [*parallel, *map(_name, others), *(["float8"] if plan.float8 else [])]
-    if plan.frozen or plan.frozen_layers:
-        amid_liger.append("frozen weights")
-    for field, given, amid in (
-        ("liger", training.liger.kernels, amid_liger),
-        ("items_in_batch", training.items_in_batch, [*parallel, *map(_name, plan.hooks)]),
-    ):
-        if given and amid:
-            raise UnsupportedError(f"{field!r} is not modelled together with {', '.join(amid)} yet: leave one out")
-
-
-def _check_experts(plan: Plan) -> None:
-    """Refuse ranks that share experts where there are none, or where the code does not share them."""
-    ranks, implementation = plan.mesh.ep, plan.training.implementation
-    if ranks == 1:
-        return
-    if implementation not in MEGATRON:
-        raise UnsupportedError(f"'ep' {ranks} is modelled with implementation megatron_te, not {implementation}")
-    if plan.context_parallel:
-        raise UnsupportedError(f"'ep' {ranks} with context parallelism is not modelled: leave one of them out")
-    if not any(isinstance(layer.channel_mixer, ExpertsSpec) for layer in plan.model.layers):
-        raise UsageError(f"'ep' {ranks} is for experts, which this model has not: leave it out")
-
-
-def _name(hooks: Hooks) -> str:
-    return str(getattr(hooks, "name", type(hooks).__name__))
-
-
-def _check_items(trace: Trace) -> None:
-    """Refuse ``num_items_in_batch`` where the model's loss does not take it."""
-    if trace.regime.items_in_batch and not any(x in op.inputs for op in trace.graph.ops for x in items_of(trace.graph)):
-        raise UnsupportedError("'items_in_batch' is not taken by the loss of this model: leave it out")
-
-
-def _check_predictors(plan: Plan, trace: Trace) -> None:
-    """Refuse modules that predict further tokens where the recipe has none, or amid what was not compared."""
-    if not plan.training.mtp:
-        return
-    if not any(op.module.startswith(PREDICTOR) for op in trace.graph.ops):
-        raise UnsupportedError(f"'mtp' is not modelled for {plan.model.family}: set it to 0")
-    amid = {
-        "tensor_parallel": plan.tensor_parallel is not None,
-        "pipeline": plan.pipeline is not None,
-        "float8": plan.float8 is not None,
-        "compile": plan.compiled,
-        "frozen weights": bool(plan.frozen or plan.frozen_layers),
-        **{_name(hooks): True for hooks in plan.hooks},
-    }
-    found = [what for what, given in amid.items() if given]
-    if found:
-        raise UnsupportedError(f"'mtp' is not modelled together with {', '.join(found)} yet: leave one out")
-
-
-def _check_saved_on_host(plan: Plan) -> None:
-    """Refuse offloaded activations amid what was not compared with recordings."""
-    if not plan.saved_on_host:
-        return
-    training = plan.training
-    amid = {
-        "checkpointing": bool(plan.recomputed),
-        "tensor_parallel": plan.tensor_parallel is not None,
-        "context_parallel": plan.context_parallel is not None,
-        "pipeline": plan.pipeline is not None,
-        "float8": plan.float8 is not None,
-        "compile": plan.compiled,
-        "liger": bool(training.liger.kernels),
-        f"implementation {training.implementation}": training.implementation != "transformers",
-        **{_name(hooks): True for hooks in plan.hooks},
-    }
-    found = [what for what, given in amid.items() if given]
-    if found:
-        raise UnsupportedError(
-            f"activation_offload is not modelled together with {', '.join(found)} yet: leave one out"
-        )
 
 
 def _regime(plan: Plan) -> Regime:

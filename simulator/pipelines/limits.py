@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hardware.errors import UnsupportedError
+from simulator.combinations import hook_name, refuse_together, regimes
 from simulator.plan import Plan
 
 
@@ -13,7 +14,7 @@ def check_pipeline(plan: Plan) -> None:
         UnsupportedError: the option, and a way out.
     """
     training, split = plan.training, plan.pipeline is not None and plan.pipeline.splits_backward
-    names = {str(getattr(hooks, "name", type(hooks).__name__)): hooks for hooks in plan.hooks}
+    names = {hook_name(hooks): hooks for hooks in plan.hooks}
     for name, hooks in names.items():
         if not getattr(hooks, "in_stages", False):
             raise UnsupportedError(f"a pipeline with {name} in its stages is not modelled: use fsdp2 or ddp")
@@ -26,22 +27,12 @@ def check_pipeline(plan: Plan) -> None:
         raise UnsupportedError("checkpoints in a backward split in two are not modelled: take another schedule")
     if plan.tensor_parallel and training.implementation != "torchtitan":
         raise UnsupportedError("'tp' in a pipeline is modelled for implementation torchtitan alone: use it, or tp 1")
-    others = {
+    in_stages = {
         "checkpoints of several layers, some of which other ranks have": plan.together > 1,
         "checkpoints of modules and a strategy in its stages": bool(names) and bool(plan.recomputed_modules),
-        "'zero_grad' zero and a strategy in its stages": bool(names) and training.zero_grad == "zero",
-        "context parallelism": plan.context_parallel,
-        "frozen weights": plan.frozen or plan.frozen_layers,
+        "zero_grad zero and a strategy in its stages": bool(names) and training.zero_grad == "zero",
         "reentrant checkpoints": plan.reentrant,
-        "compiled layers": plan.compiled,
-        "float8": plan.float8,
-        "'liger'": training.liger.kernels,
-        "'items_in_batch'": training.items_in_batch,
-        "'autocast' (torchtitan leaves it to fsdp2's param_dtype)": training.autocast,
-        "'grad_scaler'": training.grad_scaler,
-        "'optimizer_in_backward'": training.optimizer_in_backward,
-        "'keep_outputs'": training.keep_outputs,
     }
-    for name, given in others.items():
-        if given:
-            raise UnsupportedError(f"a pipeline with {name} is not modelled yet: leave one out")
+    found = [name for name, given in in_stages.items() if given]
+    # torchtitan leaves autocast to fsdp2's param_dtype
+    refuse_together("a pipeline", [*found, *regimes(plan, "pipeline", "checkpointing", "tensor_parallel")])

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
-from hardware.errors import UnsupportedError
-from simulator.model import ExpertsSpec
+from simulator.combinations import has_experts, refuse_together, regimes
 from simulator.pipelines.megatron_interleaved import Interleaved
 from simulator.pipelines.megatron_one_chunk import without_interleaving
 from simulator.pipelines.megatron_parts import MegatronParts
@@ -66,20 +65,5 @@ def _numbered(parts: Sequence[Node]) -> list[Node]:
 
 def _check(plan: Plan) -> None:
     """Refuse what was not compared with recordings of Megatron's pipelines."""
-    training = plan.training
-    others = {
-        "checkpoints": plan.recomputed,
-        "context parallelism": plan.context_parallel,
-        "experts": any(isinstance(layer.channel_mixer, ExpertsSpec) for layer in plan.model.layers),
-        "frozen weights": plan.frozen or plan.frozen_layers,
-        "compiled layers": plan.compiled,
-        "float8": plan.float8,
-        "'liger'": training.liger.kernels,
-        "'items_in_batch'": training.items_in_batch,
-        "'grad_scaler'": training.grad_scaler,
-        "'optimizer_in_backward'": training.optimizer_in_backward,
-        "'keep_outputs'": training.keep_outputs,
-    }
-    for name, given in others.items():
-        if given:
-            raise UnsupportedError(f"Megatron's pipeline with {name} is not modelled yet: leave one out")
+    found = regimes(plan, "pipeline", "tensor_parallel")
+    refuse_together("Megatron-LM's pipeline", [*found, *(["experts"] if has_experts(plan) else [])])
