@@ -72,17 +72,11 @@ def rotary_decoder(
         embeds = local("inputs_embeds", embed(t, vocabulary, ids) if vocabulary else t.receive())
         given = given_input(t, "position_ids")
         position_ids = given or local("position_ids", positions(t, ids))
-        masks: dict[int | None, Tensor] = {}
-        for index, window in enumerate(own_windows(spec) if windows is None else windows):
-            mask = causal_mask(t, embeds, window, chunked=chunked)
-            if mask is not None:
-                masks[window] = local(f"mask.{index}", mask)
+        masks = _masks(t, local, embeds, own_windows(spec) if windows is None else windows, chunked=chunked)
         padding = recurrent_mask(t) if len(attentions(spec)) < len(spec.layers) else None
-        tables = {}
-        for kind in _kinds(spec) if tables_by_kind else ("",):
-            tables[kind] = make_tables(t, next(iter(attentions(spec)), None), embeds, kind=kind)
-            for index, table in enumerate(tables[kind]):
-                local(f"{kind}table.{index}", table)
+        first = next(iter(attentions(spec)), None)
+        kinds = _kinds(spec) if tables_by_kind else ("",)
+        tables = {kind: _held(local, kind, make_tables(t, first, embeds, kind=kind)) for kind in kinds}
         hidden = local("hidden", embeds)
         for slot, one in layers:
             own = tables[_kind(one) if tables_by_kind else ""]
@@ -107,6 +101,23 @@ def rotary_decoder(
         language_head(t, hidden, labels, spec, vocabulary, scale_logits)
     else:
         t.send(hidden)
+
+
+def _masks(
+    t: Trace, local: Frame, embeds: Tensor, windows: Sequence[int | None], *, chunked: bool
+) -> dict[int | None, Tensor]:
+    """The masks of layers by their windows, as far as they are made."""
+    masks: dict[int | None, Tensor] = {}
+    for index, window in enumerate(windows):
+        mask = causal_mask(t, embeds, window, chunked=chunked)
+        if mask is not None:
+            masks[window] = local(f"mask.{index}", mask)
+    return masks
+
+
+def _held(local: Frame, kind: str, tables: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Rotary tables as locals of the model's forward."""
+    return tuple(local(f"{kind}table.{index}", table) for index, table in enumerate(tables))
 
 
 def attentions(spec: ModelSpec) -> list[AttentionSpec]:

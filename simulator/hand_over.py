@@ -75,7 +75,8 @@ class HandOver:
                 if step.slot is None:
                     self._check_outside(storage, step.phase)
                 elif storage.slot != step.slot:
-                    self._check_phase(step.phase)
+                    if step.phase is Phase.OPTIMIZER:  # as large as that layer's last weight, which tells kinds apart
+                        raise Unlike
                     self._name(storage, step.slot)
 
     def _check_outside(self, storage: Storage, phase: Phase) -> None:
@@ -83,11 +84,6 @@ class HandOver:
         own = storage.slot == 0 and phase is Phase.BACKWARD and not storage.cached_by_autocast
         if own and self._repeats[0] > 1 and not storage.handed_on:
             raise Unlike(Sharing.REST)
-
-    def _check_phase(self, phase: Phase) -> None:
-        """What an optimizer frees of the layer before is like that layer's last weight, which tells kinds apart."""
-        if phase is Phase.OPTIMIZER and any(repeats > 1 for repeats in self._repeats):
-            raise Unlike
 
     def _name(self, storage: Storage, slot: int) -> None:
         """Layer `slot` frees the `storage` of another."""

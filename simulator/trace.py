@@ -244,7 +244,7 @@ class Trace:
         yield
         graph.end_op = len(self.graph.ops)
         if (stage.first or graph.received) is None or (stage.last or graph.output) is None:
-            raise UnsupportedError("this model is not cut into pipeline stages yet: leave the pipeline out")
+            raise UnsupportedError("'pp' above 1: this model is not cut into pipeline stages yet; leave it out")
         if stage.last:
             graph.loss_op, graph.loss, (graph.output, *_) = self.graph.outside, self.graph.loss, self.graph.outputs
         self.module = ""

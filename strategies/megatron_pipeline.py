@@ -99,11 +99,12 @@ class MegatronPipeline:
         """The first layer of each of `stages`, and the number of `layers`."""
         if self.split is None:
             if layers % stages:
-                raise UsageError(f"{layers} layers do not make {stages} equal stages: change 'pp', or say the split")
+                way = "take another degree, or say --pp-split"
+                raise UsageError(f"'pp': {layers} layers do not make {stages} equal stages; {way}")
             return tuple(range(0, layers + 1, layers // stages))
         if len(self.split) != stages or sum(self.split) != layers:
             numbers = ",".join(map(str, self.split))
-            raise UsageError(f"'split' must be {stages} numbers of layers that add up to {layers}: {numbers}")
+            raise UsageError(f"'pp-split' must be {stages} numbers of layers that add up to {layers}: {numbers}")
         return (0, *accumulate(self.split))
 
     def in_flight(self, pp: int, micro_batches: int) -> InFlight:

@@ -63,7 +63,7 @@ class PipelineSchedule:
         name = self.schedule.replace("-", "_")
         name = ALIASES.get(name, name)
         if name not in SCHEDULES:
-            raise unknown_name("schedule", self.schedule, [*SCHEDULES, *ALIASES])
+            raise unknown_name("schedule", self.schedule, [*LOOPS, *ALIASES])
         if name not in LOOPS:
             raise UnsupportedError(f"'schedule' {name} is not in torch.distributed.pipelining: take dualpipev or zbv")
         return name

@@ -151,6 +151,10 @@ def _all_ranks_used(mesh: Mesh, chosen: Sequence[Strategy]) -> None:
             f"'strategy' must say how the gradients of {mesh.cp} ranks along cp are summed: "
             f"{', '.join(name for name in strategies.names() if _data_parallel(name))}"
         )
+    for strategy in chosen:
+        own = axis_of(strategy)
+        if own in ("tp", "cp") and getattr(mesh, own) == 1:
+            raise UsageError(f"'strategy' {strategy.name} needs several ranks along {own}: give --{own} 2 or more")
     idle = [s.name for s in chosen if axis_of(s) and getattr(mesh, str(axis_of(s))) == 1 and mesh.world == 1]
     idle = [name for name in idle if not getattr(strategies.get(name), "on_one_gpu", False)]
     if idle:

@@ -117,7 +117,7 @@ def test_stages_may_differ_in_their_layers():
     [
         (MegatronPipeline(rank=2), 2, "'rank' must be from 0 to 1"),
         (MegatronPipeline(), 1, "'pp' must be at least 2"),
-        (MegatronPipeline(), 3, "8 layers do not make 3 equal stages"),
+        (MegatronPipeline(), 3, "'pp': 8 layers do not make 3 equal stages; take another degree, or say --pp-split"),
         (MegatronPipeline(split=(3, 4)), 2, "2 numbers of layers that add up to 8: 3,4"),
         (MegatronPipeline(chunks=2, group=7), 2, "'micro_batches'"),
     ],

@@ -71,6 +71,7 @@ def test_estimate_json_is_the_report(capsys):
             ],
             5,
         ),
+        (["estimate", "gpt2", "--gpus", "a100-80", "--ep", "1"], 0),
         (["models"], 0),
         (["gpus", "--json"], 0),
         (["--help"], 0),

@@ -55,6 +55,8 @@ def test_what_is_left_goes_to_data_parallelism(texts, degrees, world, mesh):
         ("--gpus 8xh100-80 --strategy fsdp2,prefetch", "NAME,option=value"),
         ("--gpus 8xh100-80 --strategy fsdp2,prefetch=1,prefetch=2", "once"),
         ("--gpus 8xh100-80 --strategy fsdp2,prefetch=1e400", "whole number"),
+        ("--gpus 4xh100-80 --strategy context_parallel --strategy fsdp2", "give --cp 2 or more"),
+        ("--gpus 4xh100-80 --strategy fsdp2 --pp 4 --schedule dualpipv", "dualpipev"),
         ("--gpus 2xh100-80 --tp 2 --checkpointing ops --implementation torchtitan", "use full checkpointing"),
         ("--gpus 8xh100-80 --strategy fsdp2 --ep 2", "'ep' changes nothing: this llama has no experts"),
         ("--gpus 8xh100-80 --strategy fsdp2 --tp 0", "from 1 on"),
