@@ -26,7 +26,9 @@ from tests.strategy.pipelined import assert_folded_is_unrolled, assert_repeats_s
 
 RECORDED = Path(__file__).parents[1] / "data" / "oracle" / "pipeline.jsonl"
 LINES = list(read_cases(RECORDED))
-NAMES = [line["name"] for line in LINES]
+#: Those with data and tensor parallel ranks inside stages, too.
+EVERY = [*LINES, *read_cases(RECORDED.with_stem("pipeline_stages"))]
+every_rank = pytest.mark.parametrize("line", EVERY, ids=[line["name"] for line in EVERY])
 LAYER = LayerSpec(AttentionSpec(heads=4, kv_heads=2, head_dim=8), FeedForwardSpec(width=48))
 MODEL = ModelSpec("pipelined", "llama", hidden=32, vocab=128, max_positions=64, layers=(LAYER,) * 8)
 TRAINING = Training(micro_batch=2, seq_len=16, gradient_accumulation=4, weights=BF16, implementation="torchtitan")
@@ -63,18 +65,18 @@ def test_recorded_ranks_are_exact():
     assert {row.name for row in rows if any(row.role_errors_pct.values())} & apart == set()
 
 
-@pytest.mark.parametrize("line", LINES, ids=NAMES)
+@every_rank
 def test_what_stays_between_steps_is_as_recorded(line):
     report = recorded(line)
     assert report.steady.start_bytes == report.steady.end_bytes == line["live_at"]["begin"]
 
 
-@pytest.mark.parametrize("line", LINES, ids=NAMES)
+@every_rank
 def test_folded_is_unrolled(line):
     assert_folded_is_unrolled(recorded(line))
 
 
-@pytest.mark.parametrize("line", LINES, ids=NAMES)
+@every_rank
 def test_repeats_stand_for_every_layer(line):
     assert_repeats_stand_for_every_layer(line)
 

@@ -13,13 +13,10 @@ from simulator.api import simulate_ranks
 from simulator.mesh import Mesh
 from strategies.fsdp2 import Fsdp2
 from strategies.pipeline_schedule import PipelineSchedule
-from studies.validation import read_cases, validate_oracle
-from tests.strategy.pipelined import assert_folded_is_unrolled, assert_repeats_stand_for_every_layer, recorded
+from studies.validation import validate_oracle
 from tests.strategy.test_pipeline import MODEL
 
 RECORDED = Path(__file__).parents[1] / "data" / "oracle" / "pipeline_stages.jsonl"
-LINES = list(read_cases(RECORDED))
-NAMES = [line["name"] for line in LINES]
 FSDP2 = Fsdp2(param_dtype=BF16, wrap="layer+embedding+head", reshard_after_forward=False, sync="last")
 
 
@@ -27,22 +24,6 @@ def test_recorded_ranks_are_exact():
     rows = validate_oracle(RECORDED).rows
     assert [(row.name, row.error_pct) for row in rows if row.error_pct != 0] == []
     assert len(rows) > 50
-
-
-@pytest.mark.parametrize("line", LINES, ids=NAMES)
-def test_what_stays_between_steps_is_as_recorded(line):
-    report = recorded(line)
-    assert report.steady.start_bytes == report.steady.end_bytes == line["live_at"]["begin"]
-
-
-@pytest.mark.parametrize("line", LINES, ids=NAMES)
-def test_folded_is_unrolled(line):
-    assert_folded_is_unrolled(recorded(line))
-
-
-@pytest.mark.parametrize("line", LINES, ids=NAMES)
-def test_repeats_stand_for_every_layer(line):
-    assert_repeats_stand_for_every_layer(line)
 
 
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "interleaved", "zb-h1", "zbv", "dualpipev"])
