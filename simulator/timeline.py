@@ -67,6 +67,17 @@ def _visits(node: Node, base: int, iterations: tuple[int, ...], limit: int | Non
             yield from _visits(node.body, start, (*iterations, iteration), limit)
 
 
+def turns_left_out(node: Node, micro_batches: int) -> int:
+    """How many turns over micro-batches `visits` does not run where it runs so many of each repeat."""
+    if isinstance(node, Seq):
+        return sum(turns_left_out(part, micro_batches) for part in node.parts)
+    if isinstance(node, Occurrence):
+        return turns_left_out(node.body, micro_batches)
+    if isinstance(node, Repeat) and node.first is None and not node.whole:
+        return max(0, node.count - micro_batches)
+    return 0
+
+
 def moments(node: Node, micro_batches: int | None = None) -> Iterator[Moment]:
     """Every step of `node` in order; see `visits`."""
     for visit in visits(node, micro_batches):

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from hardware.errors import UsageError
 from hardware.units import GIB, gib
 from simulator.roles import Phase, Role
-from simulator.timeline import Timeline
+from simulator.timeline import Timeline, turns_left_out
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -75,7 +75,7 @@ class TimelineInfo:
         spans: the parts of the op axis: step name, phase, first and last index.
         peak: index and bytes of the highest point.
         capacity: low and high end of the GPU's capacity.
-        micro_batches: how many of a step's are drawn, and how many there are; the others are like the last one.
+        drawn: what of a step is drawn, where it is not all; what is left out is like what is drawn last before it.
     """
 
     title: str
@@ -85,7 +85,7 @@ class TimelineInfo:
     spans: list[tuple[str, Phase, int, int]]
     peak: tuple[int, int]
     capacity: tuple[int, int]
-    micro_batches: tuple[int, int]
+    drawn: str
 
 
 def timeline_info(result: Estimate) -> TimelineInfo:
@@ -97,7 +97,6 @@ def timeline_info(result: Estimate) -> TimelineInfo:
     if result.peak.nbytes >= 2**63:
         raise UsageError(f"'plot' cannot show a peak of {gib(result.peak.nbytes)}: choose a smaller workload")
     timeline = result.report.timeline(LATER_MICRO_BATCHES)
-    accumulation = result.report.training.gradient_accumulation
     first = timeline.marks["cold"]
     kept = first + _kept(timeline.total[first:])
     nbytes = timeline.nbytes[kept]
@@ -113,8 +112,19 @@ def timeline_info(result: Estimate) -> TimelineInfo:
         spans=_spans(timeline, kept),
         peak=(peak, int(total[peak])),
         capacity=(result.cluster.gpu.capacity.low, result.cluster.gpu.capacity.high),
-        micro_batches=(min(accumulation, 1 + LATER_MICRO_BATCHES), accumulation),
+        drawn=_drawn(result),
     )
+
+
+def _drawn(result: Estimate) -> str:
+    report = result.report
+    left_out = turns_left_out(report.program.steady, LATER_MICRO_BATCHES)
+    if not left_out:
+        return ""
+    if report.plan.pipeline is not None:
+        return f"without {left_out} turns that run alike"
+    accumulation = report.training.gradient_accumulation
+    return f"{accumulation - left_out} of {accumulation} micro-batches"
 
 
 def _kept(total: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -151,8 +161,7 @@ def plot_timeline(info: TimelineInfo, ax: Axes) -> Axes:
     _draw_capacity(info, ax)
     _draw_peak(info, ax)
     _draw_legend(info, ax, areas)
-    drawn, given = info.micro_batches
-    ax.set_xlabel("ops in execution order" + (f" (first {drawn} of {given} micro-batches)" if drawn < given else ""))
+    ax.set_xlabel("ops in execution order" + (f" ({info.drawn})" if info.drawn else ""))
     ax.set_ylabel("allocated memory (GiB)")
     ax.set_title(info.title, loc="left", fontsize=11)
     ax.spines[["top", "right"]].set_visible(False)

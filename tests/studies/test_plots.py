@@ -39,6 +39,17 @@ def test_plot_numbers_are_the_reports(batch, checkpointing, accumulation):
     assert info.spans[-1][3] == len(info.total) - 1
 
 
+def test_the_drawing_says_what_it_leaves_out():
+    """Of many micro-batches one, and two of those that run alike; of a pipeline that waits for all nothing."""
+    assert [timeline_info(small(gradient_accumulation=n)).drawn for n in (3, 9)] == ["", "3 of 9 micro-batches"]
+
+    def stages(schedule):
+        options = TrainingOptions(seq_len=16, gradient_accumulation=64, pp=4, schedule=schedule)
+        return timeline_info(estimate(read_model("llama-3.2-1b"), "4xh100", options)).drawn
+
+    assert (stages("1f1b"), stages("zb_h1")) == ("without 51 turns that run alike", "")
+
+
 def test_a_long_timeline_keeps_its_peak():
     result = estimate(read_model("llama-3.1-70b"), "h100", TrainingOptions(dtype="bf16"))
     info = timeline_info(result)
