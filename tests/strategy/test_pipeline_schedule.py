@@ -21,7 +21,8 @@ from simulator.timeline import timeline
 from strategies.pipeline import PipelineParallel
 from strategies.pipeline_schedule import LOOPS, PipelineSchedule, usual_split
 from tests.strategies import pipeline_ranks
-from tests.strategy.test_pipeline import LINES, MODEL, NAMES, TRAINING, recorded
+from tests.strategy.pipelined import recorded
+from tests.strategy.test_pipeline import LINES, MODEL, TRAINING
 
 #: The oracle's schedules, torch's classes without ``Schedule``.
 RECORDED = {
@@ -56,7 +57,7 @@ def run(strategy, pp: int, micro_batches: int) -> Report:
     return simulate(MODEL, training, [strategy], mesh=Mesh(pp=pp))
 
 
-@pytest.mark.parametrize("line", LINES, ids=NAMES)
+@pytest.mark.parametrize("line", LINES, ids=[line["name"] for line in LINES])
 def test_orders_are_those_that_torch_ran(line):
     config = line["config"]
     schedule = RECORDED[config["schedule"]]
